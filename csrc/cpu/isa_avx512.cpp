@@ -1,0 +1,5 @@
+// AVX-512 F, BW, VL, DQ.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#define VITKERN_ISA avx512
+#define VITKERN_LANES 16
+#include "kernels.inc"

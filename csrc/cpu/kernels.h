@@ -1,0 +1,23 @@
+// The table of kernels that every instruction-set unit fills, and the choice among the units.
+#pragma once
+#include "window_attention.h"
+
+namespace vitkern {
+
+struct Kernels {
+  const char* name;
+  int32_t lanes;  // floats of a vector; doubles have half as many
+  WindowKernels window_f32, window_f64;
+  void (*exp_f32)(const float* x, float* y, int64_t n);     // n a multiple of lanes
+  void (*exp_f64)(const double* x, double* y, int64_t n);
+  double (*log_f64)(double x);
+  // c [rows][columns] = a [rows][depth] b [depth][columns], columns a multiple of lanes: the ceiling that benchmarks measure
+  void (*gemm_f32)(const float* a, const float* b, float* c, int32_t rows, int32_t columns, int32_t depth);
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+
+// The unit in use: the best the machine has, or the one that VITKERN_CPU_CAPABILITY or set_capability names.
+const Kernels& kernels();
+
+}  // namespace vitkern

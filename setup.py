@@ -1,0 +1,126 @@
+"""Builds csrc/ into vitkern/_cpu.so and, where nvcc is found, vitkern/_cuda.so.
+
+Both use LibTorch's stable ABI (target 2.10) and hold no Python symbol, so that one wheel serves every Python and every
+torch from 2.10. g++ and nvcc are called here: torch's BuildExtension refuses .cu files on a CPU-only torch. Switches:
+VITKERN_BUILD_CPU (1), VITKERN_BUILD_CUDA (auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS, VITKERN_SANITIZE (see `make asan`).
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+CPU_SOURCES = [
+    "csrc/cpu/isa_default.cpp",
+    "csrc/cpu/isa_avx2.cpp",
+    "csrc/cpu/isa_avx512.cpp",
+    "csrc/cpu/isa_avx512_bf16.cpp",
+    "csrc/cpu/capability.cpp",
+    "csrc/cpu/library.cpp",
+    "csrc/cpu/window_attention.cpp",
+]
+CUDA_SOURCES = [
+    "csrc/cuda/window_attention.cu",
+]
+DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+
+
+def jobs() -> int:
+    """Compiler processes: MAX_JOBS, else the cores, at 4 GB each."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 32
+    return max(1, min(os.cpu_count() or 1, free))
+
+
+def nvcc() -> str | None:
+    """The nvcc to use, or None where CUDA is not built."""
+    wanted = os.environ.get("VITKERN_BUILD_CUDA", "auto")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if wanted == "1" and not found:
+        raise RuntimeError("VITKERN_BUILD_CUDA=1 needs nvcc, and none is on the path or in /usr/local/cuda/bin")
+    return None if wanted == "0" else found
+
+
+def architectures() -> list[str]:
+    """nvcc -gencode flags from TORCH_CUDA_ARCH_LIST, in torch's own syntax."""
+    flags = []
+    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if entry.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def sanitizer() -> list[str]:
+    if not os.environ.get("VITKERN_SANITIZE"):
+        return []
+    return ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+class Build(build_ext):
+    """Compiles each source that is older than something in csrc/, then links with g++."""
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext):
+        import torch
+
+        base = Path(torch.__file__).parent
+        includes = [f"-isystem{base}/include", f"-isystem{base}/include/torch/csrc/api/include"]
+        plain = ["-std=c++17", "-fPIC", "-fvisibility=hidden", TARGET, *includes]
+        cuda = ext.name.endswith("_cuda")
+        target = Path(self.get_ext_fullpath(ext.name))
+        folder = ROOT / "build" / ("asan" if sanitizer() else "objects") / ext.name.rsplit(".")[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(f.stat().st_mtime for f in [*ROOT.glob("csrc/**/*"), Path(__file__)])
+        objects = [folder / (Path(s).stem + ".o") for s in ext.sources]
+        commands = []
+        for source, obj in zip(ext.sources, objects, strict=True):
+            if obj.exists() and obj.stat().st_mtime > newest and not self.force:
+                continue
+            if cuda:
+                host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3", "-DUSE_CUDA", TARGET, *includes]
+                commands.append([nvcc(), *architectures(), *host, "-c", source, "-o", str(obj)])
+            else:
+                speed = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi", *sanitizer()]
+                commands.append([os.environ.get("CXX", "g++"), *plain, *speed, "-c", source, "-o", str(obj)])
+        with ThreadPoolExecutor(jobs()) as pool:
+            list(pool.map(self.call, commands))
+        libraries = ["-lc10", "-ltorch_cpu"]
+        if cuda:
+            runtime = Path(shutil.which(nvcc())).resolve().parent.parent
+            places = [runtime / "lib64", Path("/usr/local/cuda/lib64"), runtime / "targets/x86_64-linux/lib"]
+            libraries += [f"-L{p}" for p in places] + ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        link = ["-shared", *map(str, objects), f"-L{base}/lib", *libraries, *sanitizer(), "-o", str(target)]
+        self.call([os.environ.get("CXX", "g++"), *link])
+
+    def call(self, command):
+        self.announce(" ".join(command), level=2)
+        subprocess.run(command, check=True, cwd=ROOT)
+
+
+class Wheel(bdist_wheel):
+    """The libraries hold no Python symbol: one wheel for every Python 3."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+extensions = []
+if os.environ.get("VITKERN_BUILD_CPU", "1") != "0":
+    extensions.append(Extension("vitkern._cpu", CPU_SOURCES))
+if nvcc():
+    extensions.append(Extension("vitkern._cuda", CUDA_SOURCES))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

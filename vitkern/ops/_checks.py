@@ -1,0 +1,84 @@
+"""Argument checks that ops share. Each raises a sentence: op, argument, what it must be, what it got."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def tensor(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def floating(op: str, name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def parameter(op: str, name: str, value: Any, device: torch.device) -> None:
+    """A floating tensor on the device of q: tables, biases, scales."""
+    tensor(op, name, value)
+    floating(op, name, value)
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on the device of q ({device}), got {value.device}")
+
+
+def shape(op: str, name: str, value: Tensor, want: tuple[int, ...], text: str) -> None:
+    if tuple(value.shape) != tuple(want):
+        raise ValueError(f"{op}: {name} must have shape {text} = {list(want)}, got {list(value.shape)}")
+
+
+def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
+    """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        tensor(op, name, t)
+        floating(op, name, t)
+        if not 4 <= t.dim() <= 7:
+            raise ValueError(
+                f"{op}: {name} must have shape [B, *spatial, heads, head_dim] with 1 to 4 spatial axes, got {list(t.shape)}"
+            )
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != q.dim():
+            raise ValueError(f"{op}: {name} must have the rank of q ({q.dim()}), got {t.dim()}")
+        if t.shape[:-2] != q.shape[:-2]:
+            raise ValueError(
+                f"{op}: {name} must have the batch and map of q, {list(q.shape[:-2])}, got {list(t.shape[:-2])}"
+            )
+        if t.device != q.device:
+            raise ValueError(f"{op}: {name} must be on the device of q ({q.device}), got {t.device}")
+        if same_dtype and t.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of q ({q.dtype}), got {t.dtype}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads < 1 or kv_heads < 1 or heads % kv_heads != 0:
+        raise ValueError(f"{op}: the heads of k must divide the heads of q ({heads}), got {kv_heads}")
+    if v.shape[-2] != kv_heads:
+        raise ValueError(f"{op}: v must have the heads of k ({kv_heads}), got {v.shape[-2]}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{op}: k must have the head size of q ({q.shape[-1]}), got {k.shape[-1]}")
+    for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if not 1 <= width <= 256:
+            raise ValueError(f"{op}: the head size of {name} must be 1 to 256, got {width}")
+    for axis, length in enumerate(q.shape[1:-2]):
+        if length < 1:
+            raise ValueError(f"{op}: axis {axis} of the map must have at least one token, got {length}")
+
+
+def per_axis(op: str, name: str, value: Any, axes: int) -> tuple[int, ...]:
+    """An int for all axes, or a sequence of one int per axis."""
+    if isinstance(value, (list, tuple)):
+        entries = tuple(value)
+        if any(isinstance(e, (list, tuple)) for e in entries):
+            raise NotImplementedError(f"{op}: {name} per head group is not implemented yet, got {value!r}")
+        if len(entries) != axes:
+            raise ValueError(f"{op}: {name} must be an int or have one entry per map axis ({axes}), got {value!r}")
+    else:
+        entries = (value,) * axes
+    for entry in entries:
+        if entry is None or isinstance(entry, Tensor):
+            raise NotImplementedError(f"{op}: {name} holding {type(entry).__name__} is not implemented yet, got {value!r}")
+        if isinstance(entry, bool) or not isinstance(entry, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must hold ints, got {value!r}")
+    return entries

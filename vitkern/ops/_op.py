@@ -1,0 +1,235 @@
+"""How an op becomes a torch.library op: schemas, fakes, autograd, double backward, autocast and vmap from one description.
+
+An op `name` has three schemas: `name_fwd` (no gradient), `name` (gradient), `name_bwd`. Its first arguments are tensors;
+its outputs are `out` and `lse`-like tensors. `name_bwd` takes the gradients of the outputs, the saved outputs and the
+arguments of `name`, then `need`, whose bit i asks for the gradient of `differentiable[i]`; it returns one Tensor? each.
+
+The autograd kernels rest on private names of torch (`torch._C`), because `register_autograd` costs 1.6 us per argument;
+where a name is missing, `register_autograd` is used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_C = torch._C
+library = torch.library.Library("vitkern", "FRAGMENT")
+_OWN_KERNEL = all(
+    hasattr(_C, name)
+    for name in ("_AutoDispatchBelowAutograd", "_any_requires_grad", "_after_autograd_keyset", "_ExcludeDispatchKeyGuard")
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: `tensors` and `options` are schema text, `definition` the reference on the same arguments."""
+
+    name: str
+    tensors: tuple[str, ...]  # schema types and names of the tensor arguments, in order
+    options: str  # schema text of the other arguments
+    differentiable: tuple[int, ...]  # positions of the arguments that get a gradient
+    batched: int  # the first arguments: those with a batch dimension, cast by autocast
+    definition: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[..., tuple[Tensor, ...]]
+    cuda_forward: Callable[..., tuple[Tensor, ...]]
+    cuda_backward: Callable[..., tuple[Tensor | None, ...]]
+
+    def register(self) -> None:
+        """Defines the schemas and everything that is not a compiled kernel."""
+        arguments = ", ".join((*self.tensors, self.options))
+        gradients = ", ".join(["Tensor?"] * len(self.differentiable))
+        for name in (self.name, f"{self.name}_fwd"):
+            library.define(f"{name}({arguments}) -> (Tensor, Tensor)")
+            library.impl(name, self.definition, "CompositeExplicitAutograd")
+            library.impl(name, self.cuda_forward, "CUDA")
+            torch.library.register_fake(f"vitkern::{name}", self.fake, lib=library)
+            torch.library.register_vmap(f"vitkern::{name}", self._vmap_of(name), lib=library)
+            self._register_autocast(name)
+        library.define(
+            f"{self.name}_bwd(Tensor? dout, Tensor? dlse, Tensor lse, {arguments}, SymInt need) -> ({gradients})"
+        )
+        library.impl(f"{self.name}_bwd", self._reference_backward_kernel, "CompositeExplicitAutograd")
+        library.impl(f"{self.name}_bwd", self.cuda_backward, "CUDA")
+        torch.library.register_fake(f"vitkern::{self.name}_bwd", self._fake_backward, lib=library)
+        _register_autograd(self.name, self._save, self._backward)
+        _register_autograd(f"{self.name}_bwd", self._save_all, self._double_backward)
+
+    def overload(self, suffix: str = "") -> Any:
+        return getattr(torch.ops.vitkern, self.name + suffix).default
+
+    # gradients -------------------------------------------------------------------------------------------------------
+
+    def need(self, wanted: Callable[[int], bool]) -> int:
+        """The bit mask of the gradients that `wanted(position of the argument)` asks for."""
+        return sum(1 << bit for bit, position in enumerate(self.differentiable) if wanted(position))
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        count = len(self.tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:count], output[1])
+        ctx.options = inputs[count:]
+
+    def _backward(self, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        count = len(self.tensors)
+        *tensors, lse = ctx.saved_tensors
+        grads: list[Any] = [None] * (count + len(ctx.options))
+        if dout is None and dlse is None:
+            return tuple(grads)
+        need = self.need(lambda i: ctx.needs_input_grad[i])
+        found = self.overload("_bwd")(dout, dlse, lse, *tensors, *ctx.options, need)
+        for position, grad in zip(self.differentiable, found, strict=True):
+            grads[position] = grad
+        return tuple(grads)
+
+    def _fake_backward(self, dout: Any, dlse: Any, lse: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        *inputs, need = args
+        wanted = [inputs[p] if need >> bit & 1 else None for bit, p in enumerate(self.differentiable)]
+        return tuple(None if t is None else t.new_empty(t.shape) for t in wanted)
+
+    def reference_backward(self, dout: Any, dlse: Any, lse: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        """The gradients by differentiating the reference."""
+        *inputs, need = args
+        with torch.enable_grad():
+            nodes = _own_nodes(inputs)
+            grads = self._differentiate(dout, dlse, nodes, need, create_graph=False)
+        return tuple(None if g is None else g.detach() for g in grads)
+
+    def _reference_backward_kernel(self, *args: Any) -> tuple[Tensor | None, ...]:
+        """`reference_backward` below the autograd keys, where torch.autograd.grad needs them back."""
+        keys = _C.DispatchKeySet(_C.DispatchKey.AutogradFunctionality)
+        for key in (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA, _C.DispatchKey.ADInplaceOrView):
+            keys = keys | _C.DispatchKeySet(key)
+        excluded = _C._dispatch_tls_local_exclude_set() - keys
+        with _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded):
+            return self.reference_backward(*args)
+
+    def _differentiate(self, dout: Any, dlse: Any, nodes: list[Any], need: int, create_graph: bool) -> list[Any]:
+        outputs = self.definition(*nodes)
+        pairs = [(o, g) for o, g in zip(outputs, (dout, dlse), strict=False) if g is not None]
+        wanted = [p for bit, p in enumerate(self.differentiable) if need >> bit & 1 and nodes[p] is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            [nodes[p] for p in wanted],
+            [g.to(o.dtype) for o, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        by_position = dict(zip(wanted, found, strict=True))
+        grads: list[Any] = []
+        for bit, p in enumerate(self.differentiable):
+            wanted_here = need >> bit & 1 and nodes[p] is not None
+            grad = by_position.get(p)
+            grads.append(torch.zeros_like(nodes[p]) if wanted_here and grad is None else grad)
+        return grads
+
+    def _save_all(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        count = 3 + len(self.tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:count])
+        ctx.options = inputs[count:]
+
+    def _double_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """Differentiates the reference's gradient; the saved lse is a function of the inputs and gets none."""
+        count = 3 + len(self.tensors)
+        result: list[Any] = [None] * (count + len(ctx.options))
+        if all(g is None for g in grads):
+            return tuple(result)
+        dout, dlse, _, *tensors = ctx.saved_tensors
+        *options, need = ctx.options
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            gout, glse, *nodes = _own_nodes([dout, dlse, *tensors], again)
+            first = self._differentiate(gout, glse, [*nodes, *options], need, create_graph=True)
+            pairs = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None and f.requires_grad]
+            where = [i for i in (0, 1, *range(3, count)) if ctx.needs_input_grad[i]]
+            sources = [(gout, glse, None, *nodes)[i] for i in where]
+            if pairs and sources:
+                found = torch.autograd.grad(
+                    [f for f, _ in pairs], sources, [g for _, g in pairs], create_graph=again, allow_unused=True
+                )
+                for i, grad in zip(where, found, strict=True):
+                    result[i] = grad
+        return tuple(result)
+
+    # autocast and vmap -------------------------------------------------------------------------------------------------
+
+    def cast(self, args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+        """The arguments as autocast wants them: q, k, v and their like in its dtype, the others untouched."""
+        dtype = torch.get_autocast_dtype(device)
+        cast = [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in args[: self.batched]]
+        return (*cast, *args[self.batched :])
+
+    def _register_autocast(self, name: str) -> None:
+        for device in ("cpu", "cuda"):
+            key = f"Autocast{device.upper()}"
+
+            def kernel(*args: Any, device: str = device, key: str = key) -> Any:
+                with _C._ExcludeDispatchKeyGuard(_C.DispatchKeySet(getattr(_C.DispatchKey, key))):
+                    return getattr(torch.ops.vitkern, name).default(*self.cast(args, device))
+
+            library.impl(name, kernel, key)
+
+    def _vmap_of(self, name: str) -> Callable[..., Any]:
+        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            op = getattr(torch.ops.vitkern, name).default
+            count = len(self.tensors)
+            dims = [in_dims[i] if isinstance(in_dims[i], int) else None for i in range(count)]
+            if all(d is not None for d in dims[: self.batched]) and all(d is None for d in dims[self.batched :]):
+                folded = [t.movedim(d, 0).flatten(0, 1) for t, d in zip(args, dims[: self.batched], strict=False)]
+                outputs = op(*folded, *args[self.batched :])
+                return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0, 0)
+            each = []
+            for i in range(info.batch_size):
+                chosen = [t if d is None else t.select(d, i) for t, d in zip(args, dims, strict=False)]
+                each.append(op(*chosen, *args[count:]))
+            return tuple(torch.stack(o) for o in zip(*each, strict=True)), (0, 0)
+
+        return rule
+
+
+def _own_nodes(values: list[Any], again: bool = False) -> list[Any]:
+    """Each floating-point tensor with a node of its own, so that one that depends on another is not counted twice."""
+    nodes = []
+    for t in values:
+        if isinstance(t, Tensor) and t.is_floating_point():
+            nodes.append(t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_())
+        else:
+            nodes.append(t)
+    return nodes
+
+
+def _register_autograd(name: str, save: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
+    if not _OWN_KERNEL:
+        torch.library.register_autograd(f"vitkern::{name}", backward, setup_context=_keyword_setup(save), lib=library)
+        return
+    op = getattr(torch.ops.vitkern, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args  # the key set stands last, so that needs_input_grad keeps its positions
+        with _C._AutoDispatchBelowAutograd():
+            output = op.redispatch(keyset & _C._after_autograd_keyset, *inputs)
+        save(ctx, inputs, output)
+        return output
+
+    def gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return (*backward(ctx, *grads), None)
+
+    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(gradient)})
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            return function.apply(*args, keyset)  # type: ignore[attr-defined]
+        with _C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _keyword_setup(save: Callable[..., None]) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save(ctx, inputs, output)
+
+    return setup
