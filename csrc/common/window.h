@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define VITKERN_HD __host__ __device__ inline
+#define VITKERN_UNROLL _Pragma("unroll")
 #else
 #define VITKERN_HD static inline
+#define VITKERN_UNROLL
 #endif
 
 namespace vitkern {
@@ -72,59 +74,72 @@ VITKERN_HD bool window_slot(const WindowMap& m, int32_t window, int32_t position
   return real;
 }
 
-// A walk over the windows of a batch in order, without divisions; every axis index is a compile-time constant once the
-// loops are unrolled. The map is right-aligned: axes below `first` are trivial (length, window and count 1).
+// A map prepared for a walk over its windows without divisions: right-aligned to four axes (those before are trivial:
+// length, window and count 1), and both pad orders as one formula. With loops unrolled every index is a constant.
+struct WalkAxis {
+  int32_t length, window, count, shift;
+  int32_t roll, period;  // token = (r + roll) mod period, with roll < period
+};
+
+struct WindowWalk {
+  WalkAxis axis[kMaxAxes];
+  int32_t rank;
+  int32_t pads_by_r;  // a pad is where r >= length (roll_pad), else where the token is
+  int32_t size, windows;
+};
+
+// A window of the batch.
 struct WindowCursor {
-  int64_t image;
+  int32_t image;
   int32_t at[kMaxAxes];
 };
 
-// Moves the axes of `m` to the right end of the array; returns the first of them. Rolling before padding is dropped
-// where there is nothing to pad.
-VITKERN_HD int32_t align_axes(WindowMap* m) {
-  const int32_t first = kMaxAxes - m->rank;
-  bool padded = false;
-  for (int32_t i = kMaxAxes - 1; i >= 0; --i) {
+VITKERN_HD WindowWalk make_walk(const WindowMap& m) {
+  WindowWalk w;
+  w.rank = m.rank;
+  w.pads_by_r = m.roll_first;
+  w.size = m.size;
+  w.windows = m.windows;
+  for (int32_t i = 0; i < kMaxAxes; ++i) {
     const WindowAxis trivial = {1, 1, 0, 1};
-    m->axis[i] = i >= first ? m->axis[i - first] : trivial;
-    padded = padded || m->axis[i].length % m->axis[i].window != 0;
+    const WindowAxis a = i < kMaxAxes - m.rank ? trivial : m.axis[i - (kMaxAxes - m.rank)];
+    const int32_t period = m.roll_first ? a.length : a.count * a.window;
+    const WalkAxis walk = {a.length, a.window, a.count, a.shift, period > 0 ? a.shift % period : 0, period};
+    w.axis[i] = walk;
   }
-  m->rank = kMaxAxes;
-  m->roll_first = m->roll_first && padded;
-  return first;
+  return w;
 }
 
-// The cursor at `window` of the batch, 0 <= window < images * m.windows.
-VITKERN_HD WindowCursor window_cursor(const WindowMap& m, int64_t window) {
+// The cursor at `window` of the batch, 0 <= window < images * w.windows.
+VITKERN_HD WindowCursor window_cursor(const WindowWalk& w, int64_t window) {
   WindowCursor c;
-  c.image = window / m.windows;
-  int32_t rest = int32_t(window % m.windows);
-#pragma unroll
+  c.image = int32_t(window / w.windows);
+  int32_t rest = int32_t(window % w.windows);
+  VITKERN_UNROLL
   for (int32_t i = kMaxAxes - 1; i >= 0; --i) {
-    c.at[i] = rest % m.axis[i].count;
-    rest /= m.axis[i].count;
+    c.at[i] = rest % w.axis[i].count;
+    rest /= w.axis[i].count;
   }
   return c;
 }
 
-VITKERN_HD void next_window(const WindowMap& m, WindowCursor* c) {
+VITKERN_HD void next_window(const WindowWalk& w, WindowCursor* c) {
   bool carry = true;
-#pragma unroll
+  VITKERN_UNROLL
   for (int32_t i = kMaxAxes - 1; i >= 0; --i) {
     c->at[i] += carry ? 1 : 0;
-    carry = c->at[i] == m.axis[i].count;
+    carry = c->at[i] == w.axis[i].count;
     if (carry) c->at[i] = 0;
   }
   c->image += carry ? 1 : 0;
 }
 
 // True if the window may hold pads or more than one region; false is certain.
-VITKERN_HD bool window_is_special(const WindowMap& m, int32_t first, const WindowCursor& c) {
+VITKERN_HD bool window_is_special(const WindowWalk& w, const WindowCursor& c) {
   bool special = false;
-#pragma unroll
+  VITKERN_UNROLL
   for (int32_t i = 0; i < kMaxAxes; ++i) {
-    if (i < first) continue;
-    const WindowAxis& a = m.axis[i];
+    const WalkAxis& a = w.axis[i];
     const bool pads = a.count * a.window != a.length;
     special = special || ((a.shift != 0 || pads) && c.at[i] >= a.count - (pads ? 2 : 1));
   }
@@ -132,37 +147,44 @@ VITKERN_HD bool window_is_special(const WindowMap& m, int32_t first, const Windo
 }
 
 // The coordinates of a position inside a window, one byte per axis; every side is below 256.
-VITKERN_HD uint32_t pack_position(const WindowMap& m, int32_t position) {
+VITKERN_HD uint32_t pack_position(const WindowWalk& w, int32_t position) {
   uint32_t packed = 0;
   for (int32_t i = kMaxAxes - 1; i >= 0; --i) {
-    packed |= uint32_t(position % m.axis[i].window) << (8 * i);
-    position /= m.axis[i].window;
+    packed |= uint32_t(position % w.axis[i].window) << (8 * i);
+    position /= w.axis[i].window;
   }
   return packed;
 }
 
-// Coordinates of the token that stands at a packed position of the window; false for a pad.
-VITKERN_HD bool token_at(const WindowMap& m, int32_t first, const WindowCursor& c, uint32_t packed,
-                         int32_t* coordinate) {
+// Working coordinate of a packed position on axis i.
+VITKERN_HD int32_t working_coordinate(const WindowWalk& w, const WindowCursor& c, uint32_t packed, int32_t i) {
+  return c.at[i] * w.axis[i].window + int32_t((packed >> (8 * i)) & 255u);
+}
+
+// Coordinates of the token at a packed position of the window; false for a pad.
+VITKERN_HD bool token_at(const WindowWalk& w, const WindowCursor& c, uint32_t packed, int32_t* coordinate) {
   bool real = true;
-#pragma unroll
-  for (int32_t i = 0; i < kMaxAxes; ++i) {
-    coordinate[i] = 0;
-    if (i < first) continue;
-    const WindowAxis& a = m.axis[i];
-    coordinate[i] = token_coordinate(a, m.roll_first != 0, c.at[i] * a.window + int32_t((packed >> (8 * i)) & 255u));
-    real = real && coordinate[i] >= 0;
+  coordinate[0] = coordinate[1] = 0;
+  VITKERN_UNROLL
+  for (int32_t i = kMaxAxes - 1; i >= 0; --i) {
+    if (i < 2 && w.rank <= 2) continue;  // most maps have two axes
+    const WalkAxis& a = w.axis[i];
+    const int32_t r = working_coordinate(w, c, packed, i);
+    const int32_t p = r + a.roll;
+    coordinate[i] = p < a.period ? p : p - a.period;
+    real = real && (w.pads_by_r ? r : coordinate[i]) < a.length;
   }
   return real;
 }
 
 // Region code of a packed position of the window, as in window_slot.
-VITKERN_HD int32_t region_at(const WindowMap& m, const WindowCursor& c, uint32_t packed) {
+VITKERN_HD int32_t region_at(const WindowWalk& w, const WindowCursor& c, uint32_t packed) {
   int32_t code = 0;
-#pragma unroll
+  VITKERN_UNROLL
   for (int32_t i = 0; i < kMaxAxes; ++i) {
-    const WindowAxis& a = m.axis[i];
-    code = code * 3 + region_of(a, c.at[i] * a.window + int32_t((packed >> (8 * i)) & 255u));
+    const WalkAxis& a = w.axis[i];
+    const int32_t r = working_coordinate(w, c, packed, i), padded = a.count * a.window;
+    code = code * 3 + (a.shift == 0 || r < padded - a.window ? 0 : r < padded - a.shift ? 1 : 2);
   }
   return code;
 }

@@ -10,7 +10,8 @@ struct Kernels {
   WindowKernels window_f32, window_f64;
   void (*exp_f32)(const float* x, float* y, int64_t n);     // n a multiple of lanes
   void (*exp_f64)(const double* x, double* y, int64_t n);
-  double (*log_f64)(double x);
+  void (*log_f32)(const float* x, float* y, int64_t n);
+  void (*log_f64)(const double* x, double* y, int64_t n);
   // c [rows][columns] = a [rows][depth] b [depth][columns], columns a multiple of lanes: the ceiling that benchmarks measure
   void (*gemm_f32)(const float* a, const float* b, float* c, int32_t rows, int32_t columns, int32_t depth);
 };

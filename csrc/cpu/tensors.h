@@ -36,7 +36,6 @@ inline torch::headeronly::ScalarType scalar_type(Dtype t) {
     default: return torch::headeronly::ScalarType::Half;
   }
 }
-inline int64_t bytes_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
 // A tensor [B, *L, H] (wide = 0) or [B, *L, H, D] (wide = 1) with its sizes.
 struct Map {
@@ -52,7 +51,7 @@ inline Map map_of(const torch::stable::Tensor& t, int64_t axes, int64_t head_dim
   const auto stride = t.strides();
   m.view.dtype = dtype_of(t, op);
   m.view.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-  if (m.view.data) m.view.data += offset * bytes_of(m.view.dtype);
+  if (m.view.data) m.view.data += offset * size_of(m.view.dtype);
   m.view.batch = stride[0];
   m.batch = size[0];
   for (int64_t a = 0; a < axes; ++a) {

@@ -31,7 +31,7 @@ struct Options {
 };
 
 // Bits of `need`, and the order of the gradients.
-enum Need { kQ = 1, kK = 2, kV = 4, kBias = 8, kScale = 16, kKPad = 32, kVPad = 64 };
+enum Need { kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBias = 8, kNeedScale = 16, kNeedKPad = 32, kNeedVPad = 64 };
 
 // Scores and sums of double tensors are double, of all others float.
 bool is_double(const MapView& t) { return t.dtype == Dtype::f64; }
@@ -69,7 +69,7 @@ template <typename Acc>
 void set_bias(Prepared& c, const Options& o) {
   WindowProblem& p = c.p;
   const int64_t n = p.map.size, padded = p.padded;
-  const Acc none = -std::numeric_limits<Acc>::infinity();
+  const Acc none = -std::numeric_limits<Acc>::infinity(), unit = Acc(1 / score_unit<Acc>());
   const int64_t heads = o.bias ? p.heads : 1, rows = o.bias ? n : 1;
   c.bias.resize(size_t(heads * rows * padded) * sizeof(Acc));
   Acc* out = reinterpret_cast<Acc*>(c.bias.data());
@@ -109,7 +109,7 @@ void set_bias(Prepared& c, const Options& o) {
       for (int64_t j = 0; j < n; ++j) {
         const int64_t at = index ? index[i * index_row + j * index_col] * stride[0] + h * stride[1]
                                  : h * stride[0] + i * stride[1] + j * stride[2];
-        row[j] = scalar<Acc>(data, at, dtype);
+        row[j] = scalar<Acc>(data, at, dtype) * unit;
       }
       for (int64_t j = n; j < padded; ++j) row[j] = none;
     }
@@ -162,9 +162,9 @@ Prepared prepare(const Map& q, const Map& k, const Map& v, const Options& o) {
   check(k.heads > 0 && q.heads % k.heads == 0 && v.heads == k.heads && k.width == q.width && k.lengths == q.lengths &&
             v.lengths == q.lengths && k.batch == q.batch && v.batch == q.batch,
         kOp, "q, k and v do not fit together");
-  p.q = q.view;
-  p.k = k.view;
-  p.v = v.view;
+  p.view[kQ] = q.view;
+  p.view[kK] = k.view;
+  p.view[kV] = v.view;
   const Kernels& table = kernels();
   c.kernels = is_double(q.view) ? &table.window_f64 : &table.window_f32;
   c.element = is_double(q.view) ? 8 : 4;
@@ -184,8 +184,8 @@ std::tuple<Tensor, Tensor> forward(const Map& q, const Map& k, const Map& v, con
   WindowProblem& p = c.p;
   Tensor out = new_map(q.lengths, {q.batch, q.heads, v.width}, v.view.dtype);
   Tensor lse = new_map(q.lengths, {q.batch, q.heads}, is_double(q.view) ? Dtype::f64 : Dtype::f32);
-  p.out = as_map(out, 1, kOp).view;
-  p.lse = as_map(lse, 0, kOp).view;
+  p.view[kOut] = as_map(out, 1, kOp).view;
+  p.view[kLse] = as_map(lse, 0, kOp).view;
   const int64_t windows = p.batch * p.map.windows;
   // A task is some windows and all heads, or one kv head where windows are too few to occupy the threads.
   const int64_t blocks = windows >= 64 ? 1 : p.kv_heads, groups = std::min<int64_t>(windows, 256);
@@ -258,11 +258,11 @@ Tensor bias_gradient(const WindowProblem& p, const Options& o, const Acc* sum) {
 }
 
 template <typename Acc>
-Tensor vector_gradient(const Tensor& like, const Acc* sum) {
+Tensor vector_gradient(const Tensor& like, const Acc* sum, Acc factor) {
   const Dtype dtype = dtype_of(like, kOp);
   const auto sizes = like.sizes();
   Tensor grad = new_tensor(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype);
-  for (int64_t i = 0; i < like.numel(); ++i) set_scalar<Acc>(grad.mutable_data_ptr(), i, dtype, sum[i]);
+  for (int64_t i = 0; i < like.numel(); ++i) set_scalar<Acc>(grad.mutable_data_ptr(), i, dtype, sum[i] * factor);
   return grad;
 }
 
@@ -273,10 +273,10 @@ template <typename Acc>
 OptionGradients run_backward(const Prepared& c, const Options& o, int64_t need) {
   const WindowProblem& p = c.p;
   Partials sums;
-  sums.bias = need & kBias && o.bias ? int64_t(p.heads) * p.map.size * p.padded : 0;
-  sums.temperature = need & kScale && o.logit_scale ? p.heads : 0;
-  sums.k_pad = need & kKPad && o.k_pad ? int64_t(p.kv_heads) * p.d : 0;
-  sums.v_pad = need & kVPad && o.v_pad ? int64_t(p.kv_heads) * p.dv : 0;
+  sums.bias = need & kNeedBias && o.bias ? int64_t(p.heads) * p.map.size * p.padded : 0;
+  sums.temperature = need & kNeedScale && o.logit_scale ? p.heads : 0;
+  sums.k_pad = need & kNeedKPad && o.k_pad ? int64_t(p.kv_heads) * p.d : 0;
+  sums.v_pad = need & kNeedVPad && o.v_pad ? int64_t(p.kv_heads) * p.dv : 0;
   const int64_t windows = p.batch * p.map.windows;
   sums.chunks = chunk_count(windows, sums.total() * int64_t(sizeof(Acc)));
   sums.data.resize(size_t(sums.chunks * sums.total()) * sizeof(Acc));
@@ -301,24 +301,23 @@ OptionGradients run_backward(const Prepared& c, const Options& o, int64_t need) 
       const Acc tau = scalar<Acc>(o.logit_scale->const_data_ptr(), h * o.logit_scale->stride(0), dtype_of(*o.logit_scale, kOp));
       if (tau > Acc(o.cosine_max)) t[h] = 0;
     }
-    std::get<1>(grads) = vector_gradient<Acc>(*o.logit_scale, t);
+    std::get<1>(grads) = vector_gradient<Acc>(*o.logit_scale, t, Acc(1));
   }
-  if (all.k_pad) std::get<2>(grads) = vector_gradient<Acc>(*o.k_pad, static_cast<const Acc*>(all.k_pad));
-  if (all.v_pad) std::get<3>(grads) = vector_gradient<Acc>(*o.v_pad, static_cast<const Acc*>(all.v_pad));
+  if (all.k_pad) std::get<2>(grads) = vector_gradient<Acc>(*o.k_pad, static_cast<const Acc*>(all.k_pad), Acc(score_unit<Acc>()));
+  if (all.v_pad) std::get<3>(grads) = vector_gradient<Acc>(*o.v_pad, static_cast<const Acc*>(all.v_pad), Acc(1));
   return grads;
 }
 
 // dq, dk, dv are maps to write; every token is written exactly once.
-OptionGradients backward(const OptTensor& dout, const OptTensor& dlse, const Tensor& lse, const Map& q, const Map& k,
-                         const Map& v, const Options& o, const Map& dq, const Map& dk, const Map& dv, int64_t need) {
+OptionGradients backward(const OptTensor& dout, const OptTensor& dlse, const Map& q, const Map& k, const Map& v,
+                         const Options& o, const Map& dq, const Map& dk, const Map& dv, int64_t need) {
   Prepared c = prepare(q, k, v, o);
   WindowProblem& p = c.p;
-  if (dout) p.dout = as_map(*dout, 1, kOp).view;
-  if (dlse) p.dlse = as_map(*dlse, 0, kOp).view;
-  p.lse = as_map(lse, 0, kOp).view;
-  p.dq = dq.view;
-  p.dk = dk.view;
-  p.dvalue = dv.view;
+  if (dout) p.view[kDout] = as_map(*dout, 1, kOp).view;
+  if (dlse) p.view[kDlse] = as_map(*dlse, 0, kOp).view;
+  p.view[kDq] = dq.view;
+  p.view[kDk] = dk.view;
+  p.view[kDv] = dv.view;
   return is_double(q.view) ? run_backward<double>(c, o, need) : run_backward<float>(c, o, need);
 }
 
@@ -341,25 +340,25 @@ std::tuple<Tensor, Tensor> window_attention_qkvpacked_fwd(Tensor qkv, VITKERN_OP
 }
 
 std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> window_attention_bwd(
-    OptTensor dout, OptTensor dlse, Tensor lse, Tensor q, Tensor k, Tensor v, VITKERN_OPTIONS, int64_t need) {
+    OptTensor dout, OptTensor dlse, Tensor /*lse*/, Tensor q, Tensor k, Tensor v, VITKERN_OPTIONS, int64_t need) {
   const Map qm = as_map(q, 1, kOp), km = as_map(k, 1, kOp), vm = as_map(v, 1, kOp);
   Tensor dq = new_map(qm.lengths, {qm.batch, qm.heads, qm.width}, qm.view.dtype);
   Tensor dk = new_map(km.lengths, {km.batch, km.heads, km.width}, km.view.dtype);
   Tensor dv = new_map(vm.lengths, {vm.batch, vm.heads, vm.width}, vm.view.dtype);
-  auto [db, ds, dkp, dvp] = backward(dout, dlse, lse, qm, km, vm, VITKERN_COLLECT, as_map(dq, 1, kOp), as_map(dk, 1, kOp),
+  auto [db, ds, dkp, dvp] = backward(dout, dlse, qm, km, vm, VITKERN_COLLECT, as_map(dq, 1, kOp), as_map(dk, 1, kOp),
                                      as_map(dv, 1, kOp), need);
   const auto wanted = [&](int64_t bit, Tensor& t) { return need & bit ? OptTensor(t) : OptTensor(); };
-  return {wanted(kQ, dq), wanted(kK, dk), wanted(kV, dv), db, ds, dkp, dvp};
+  return {wanted(kNeedQ, dq), wanted(kNeedK, dk), wanted(kNeedV, dv), db, ds, dkp, dvp};
 }
 
 std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> window_attention_qkvpacked_bwd(
-    OptTensor dout, OptTensor dlse, Tensor lse, Tensor qkv, VITKERN_OPTIONS, int64_t need) {
+    OptTensor dout, OptTensor dlse, Tensor /*lse*/, Tensor qkv, VITKERN_OPTIONS, int64_t need) {
   const Map qm = packed_map(qkv, 0, kOp);
   const int64_t packed = need & 1;
   need = (need >> 1) << 3;
   Tensor dqkv = new_map(qm.lengths, {qm.batch, 3, qm.heads, qm.width}, qm.view.dtype);
   auto [db, ds, dkp, dvp] =
-      backward(dout, dlse, lse, qm, packed_map(qkv, 1, kOp), packed_map(qkv, 2, kOp), VITKERN_COLLECT,
+      backward(dout, dlse, qm, packed_map(qkv, 1, kOp), packed_map(qkv, 2, kOp), VITKERN_COLLECT,
                packed_map(dqkv, 0, kOp), packed_map(dqkv, 1, kOp), packed_map(dqkv, 2, kOp), need);
   return {packed ? OptTensor(dqkv) : OptTensor(), db, ds, dkp, dvp};
 }

@@ -14,18 +14,25 @@ struct MapView {
   int64_t batch, axis[kMaxAxes], head, dim;
 };
 
+// The unit of scores, bias and mask inside the kernels: log 2 for float, whose exponential is then 2^x without an
+// argument reduction; 1 for double.
+template <typename Acc>
+static constexpr double score_unit() {
+  return sizeof(Acc) == 4 ? 0.6931471805599453 : 1.0;
+}
+
+// The maps of a call. Forward writes kOut and kLse; backward reads kDout and kDlse and writes the rest.
+enum View { kQ, kK, kV, kOut, kLse, kDout, kDlse, kDq, kDk, kDv, kViews };
+
 // One call. Acc below is float, or double for double tensors.
 struct WindowProblem {
   WindowMap map;
   int64_t batch;
   int32_t heads, kv_heads, d, dv;
   int32_t padded;  // keys of a window, rounded up to the vector length
-  MapView q, k, v;
-  MapView out, lse;                // forward writes both, backward reads lse
-  MapView dout, dlse, dq, dk, dvalue;  // backward
-  const void* bias;                // Acc [heads or 1][N or 1][padded], -inf in the padding columns
+  MapView view[kViews];            // by View
+  const void* bias;                // Acc [heads or 1][N or 1][padded] in score units, -inf in the padding columns
   int64_t bias_head, bias_row;     // its strides, 0 where broadcast
-  bool bias_hides;                 // it holds a -inf before the padding columns
   bool pad_visible;
   const void *k_pad, *v_pad;       // Acc [kv_heads][d], [kv_heads][dv], or null for 0
   const void* temperature;         // Acc [heads]: the factor of cosine scores, or null for plain scores
@@ -37,7 +44,7 @@ struct WindowProblem {
 struct WindowSums {
   void* bias;         // Acc [heads][N][padded]
   void* temperature;  // Acc [heads]: sum of dS a
-  void *k_pad, *v_pad;  // Acc [kv_heads][d], [kv_heads][dv]
+  void *k_pad, *v_pad;  // Acc [kv_heads][d] over the score unit, [kv_heads][dv]
 };
 
 // Bytes of scratch that one thread needs, and the work on windows [first, last) of all images (image-major) and
