@@ -40,7 +40,8 @@ bool is_double(const MapView& t) { return t.dtype == Dtype::f64; }
 struct Prepared {
   WindowProblem p{};
   std::vector<int64_t> lengths;
-  std::vector<char> bias, k_pad, v_pad, temperature;
+  std::vector<char> bias, k_pad, v_pad;
+  std::vector<double> temperature;
   const WindowKernels* kernels;
   int64_t element;  // bytes of Acc
 };
@@ -136,9 +137,11 @@ void set_options(Prepared& c, const Options& o) {
   if (o.k_pad) p.k_pad = converted<Acc>(*o.k_pad, c.k_pad);
   if (o.v_pad) p.v_pad = converted<Acc>(*o.v_pad, c.v_pad);
   if (o.logit_scale) {
-    p.temperature = converted<Acc>(*o.logit_scale, c.temperature);
-    Acc* t = reinterpret_cast<Acc*>(c.temperature.data());
-    for (int32_t h = 0; h < p.heads; ++h) t[h] = std::exp(t[h] > Acc(o.cosine_max) ? Acc(o.cosine_max) : t[h]);
+    for (int32_t h = 0; h < p.heads; ++h) {
+      const double tau = scalar<double>(o.logit_scale->const_data_ptr(), h * o.logit_scale->stride(0), dtype_of(*o.logit_scale, kOp));
+      c.temperature.push_back(std::exp(tau > o.cosine_max ? o.cosine_max : tau));
+    }
+    p.temperature = c.temperature.data();
   }
   p.pad_visible = o.pad_visible;
   p.scale = o.scale;
@@ -298,8 +301,8 @@ OptionGradients run_backward(const Prepared& c, const Options& o, int64_t need) 
   if (all.temperature) {
     Acc* t = static_cast<Acc*>(all.temperature);
     for (int32_t h = 0; h < p.heads; ++h) {
-      const Acc tau = scalar<Acc>(o.logit_scale->const_data_ptr(), h * o.logit_scale->stride(0), dtype_of(*o.logit_scale, kOp));
-      if (tau > Acc(o.cosine_max)) t[h] = 0;
+      const double tau = scalar<double>(o.logit_scale->const_data_ptr(), h * o.logit_scale->stride(0), dtype_of(*o.logit_scale, kOp));
+      if (tau > o.cosine_max) t[h] = 0;
     }
     std::get<1>(grads) = vector_gradient<Acc>(*o.logit_scale, t, Acc(1));
   }

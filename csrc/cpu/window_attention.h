@@ -35,7 +35,7 @@ struct WindowProblem {
   int64_t bias_head, bias_row;     // its strides, 0 where broadcast
   bool pad_visible;
   const void *k_pad, *v_pad;       // Acc [kv_heads][d], [kv_heads][dv], or null for 0
-  const void* temperature;         // Acc [heads]: the factor of cosine scores, or null for plain scores
+  const double* temperature;       // [heads]: the factor of cosine scores, or null for plain scores
   double scale, mask_value, eps, dropout_p;
   uint64_t seed;
 };
