@@ -125,7 +125,7 @@ def draw(rng: random.Random, packed: bool = False) -> Call:
     shift = tuple(rng.choice((0, w // 2, w - 1, rng.randrange(w))) for w in window)
     heads = rng.choice((1, 2, 3, 4))
     d = rng.choice(HEAD_SIZES if math.prod(window) < 40 else HEAD_SIZES[:9])
-    cosine = rng.random() < 0.25
+    cosine = rng.random() < 0.25 and d > 1  # a direction of one dimension has no gradient to compare
     options: dict[str, Any] = {
         "pad_order": rng.choice(("pad_roll", "roll_pad")),
         "mask_value": rng.choice((-100.0, -100.0, -200.0, -1.5, None, 0.0)),

@@ -1,0 +1,92 @@
+"""vitkern.patch on transformers' Swin models: same weights, same outputs, same gradients."""
+
+import libraries  # noqa: F401
+import patch_cases
+import pytest
+import torch
+
+import vitkern
+
+transformers = pytest.importorskip("transformers")
+SMALL = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
+
+
+def swin(**options):
+    config = transformers.SwinConfig(image_size=56, window_size=7, **SMALL | options)
+    return patch_cases.randomize(transformers.SwinModel(config))
+
+
+def swinv2(**options):
+    config = transformers.Swinv2Config(image_size=64, window_size=8, **SMALL | options)
+    return patch_cases.randomize(transformers.Swinv2Model(config))
+
+
+def test_swin_matches_on_maps_that_windows_divide_and_on_others():
+    patch_cases.check(swin(), (56, 56), (76, 92), (64, 120), replaced=4)
+
+
+def test_swinv2_matches():
+    patch_cases.check(swinv2(), (64, 64), (72, 100), replaced=4)
+
+
+def test_swin2sr_matches():
+    config = transformers.Swin2SRConfig(image_size=16, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=8, drop_path_rate=0.0)
+    patch_cases.check(patch_cases.randomize(transformers.Swin2SRModel(config)), (16, 16), (24, 16), replaced=4)
+
+
+def test_donut_swin_matches():
+    from transformers.models.donut.modeling_donut_swin import DonutSwinModel
+
+    config = transformers.DonutSwinConfig(image_size=56, window_size=7, **SMALL)
+    patch_cases.check(patch_cases.randomize(DonutSwinModel(config)), (56, 56), (64, 100), replaced=4)
+
+
+def test_maskformer_swin_keeps_its_shift_on_maps_not_larger_than_the_window():
+    from transformers import MaskFormerSwinConfig
+    from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel
+
+    config = MaskFormerSwinConfig(image_size=56, window_size=7, **SMALL)
+    patch_cases.check(patch_cases.randomize(MaskFormerSwinModel(config)), (56, 56), (24, 44), replaced=4)
+
+
+def test_a_small_map_raises_and_leaves_no_trace():
+    model = swin().eval()
+    with vitkern.patched(model), torch.no_grad():
+        first = model(torch.ones(1, 3, 56, 56))[0]
+        with pytest.raises(ValueError, match="smaller than the window 7"):
+            model(torch.ones(1, 3, 24, 24))
+        assert torch.equal(model(torch.ones(1, 3, 56, 56))[0], first)
+
+
+def test_attention_weights_come_from_the_layers_own_forward():
+    config = transformers.Swinv2Config(image_size=64, window_size=8, **SMALL)
+    model = transformers.Swinv2Model(config).eval()
+    with vitkern.patched(model), torch.no_grad():
+        weights = model(torch.randn(1, 3, 64, 64), output_attentions=True).attentions
+    assert weights[0].shape[-1] == 64
+
+
+def test_a_subclass_is_kept_with_a_reason():
+    model = swin()
+    layer = model.encoder.layers[0].blocks[0]
+    layer.__class__ = type("MyLayer", (type(layer),), {})
+    report = vitkern.patch(model)
+    assert len(report.replaced) == 3
+    assert any("subclass of" in k.reason for k in report.kept) or "MyLayer" not in str(report)
+    report.undo()
+
+
+def test_patching_twice_changes_nothing_and_says_so():
+    model = swin()
+    first = vitkern.patch(model)
+    second = vitkern.patch(model)
+    assert len(first.replaced) == 4 and not second.replaced
+    assert all(k.reason == "patched already" for k in second.kept)
+    first.undo()
+
+
+def test_dropout_in_training_draws_and_trains():
+    model = swin(attention_probs_dropout_prob=0.3).train()
+    with vitkern.patched(model):
+        model(torch.randn(2, 3, 56, 56))[0].square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

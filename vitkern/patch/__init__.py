@@ -1,0 +1,135 @@
+"""Replaces the attention of a model you already have: ``vitkern.patch(model)``.
+
+Only instances are changed, never classes: a served module gets a ``forward`` of its own. Parameters, buffers, state dict
+and module names stay. Each library has one file with a table from class to server; a server looks at one module and
+returns the new forward, or a sentence why it keeps the old one.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+LIBRARIES = ("transformers", "timm", "torchvision", "monai")
+Server = Callable[[nn.Module], "Callable[..., Any] | str"]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module that now runs on a vitkern op."""
+
+    path: str
+    kind: str
+    op: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A module that keeps its own forward, and why."""
+
+    path: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class PatchReport:
+    """What :func:`patch` did, module by module."""
+
+    replaced: list[Replaced] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    _modules: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Gives every replaced module its own forward back."""
+        for module, before in self._modules:
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+        self._modules.clear()
+
+    def __str__(self) -> str:
+        lines = [f"vitkern: {len(self.replaced)} modules replaced, {len(self.kept)} kept"]
+        lines += [f"  replaced {r.path} ({r.kind}) by {r.op}" for r in self.replaced]
+        lines += [f"  kept     {k.path} ({k.kind}): {k.reason}" for k in self.kept]
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Lets every attention module of ``model`` that vitkern serves run on its op, in place.
+
+    Served: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin of transformers; swin and swinv2 of timm; swin, swin_v2
+    and swin3d of torchvision; SwinUNETR of MONAI. Outputs and gradients are those of the model up to rounding; where
+    attention weights are asked for, the module's own forward runs. Returns a :class:`PatchReport`; ``report.undo()``
+    restores the model. A model that is patched twice is left as it is the second time.
+    """
+    report = PatchReport()
+    covered: list[str] = []
+    for path, module in model.named_modules():
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if any(path.startswith(prefix) for prefix in covered):
+            continue
+        server, op = _find(kind)
+        if server is None:
+            if "attention" in type(module).__qualname__.lower():
+                report.kept.append(Kept(path, kind, _why_not(module)))
+                covered.append(f"{path}.")
+            continue
+        if isinstance(getattr(module.__dict__.get("forward"), "__func__", None), _Forward):
+            report.kept.append(Kept(path, kind, "patched already"))
+            covered.append(f"{path}.")
+            continue
+        forward = server(module)
+        covered.append(f"{path}." if path else "")
+        if isinstance(forward, str):
+            report.kept.append(Kept(path, kind, forward))
+            continue
+        report._modules.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = MethodType(_Forward(forward), module)
+        report.replaced.append(Replaced(path, kind, op))
+    return report
+
+
+@contextmanager
+def patched(model: nn.Module) -> Iterator[PatchReport]:
+    """:func:`patch` for the length of a ``with`` block."""
+    report = patch(model)
+    try:
+        yield report
+    finally:
+        report.undo()
+
+
+class _Forward:
+    """A replacement forward: marks a patched module, and travels through copies of it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.function(module, *args, **kwargs)
+
+
+def _table(library: str) -> dict[str, tuple[Server, str]]:
+    return importlib.import_module(f"vitkern.patch.{library}").TABLE
+
+
+def _find(kind: str) -> tuple[Server | None, str]:
+    library = kind.split(".", 1)[0]
+    if library not in LIBRARIES:
+        return None, ""
+    return _table(library).get(kind, (None, ""))
+
+
+def _why_not(module: nn.Module) -> str:
+    for base in type(module).__mro__[1:]:
+        kind = f"{base.__module__}.{base.__qualname__}"
+        if _find(kind)[0] is not None:
+            return f"a subclass of {kind}; only the class itself is served"
+    return "no vitkern op serves this class"
