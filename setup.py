@@ -28,6 +28,9 @@ CPU_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",
+    "csrc/cuda/window_attention_bwd.cu",
+    "csrc/cuda/window_attention_reduce.cu",
+    "csrc/cuda/window_attention_op.cpp",
 ]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
@@ -89,9 +92,11 @@ class Build(build_ext):
         for source, obj in zip(ext.sources, objects, strict=True):
             if obj.exists() and obj.stat().st_mtime > newest and not self.force:
                 continue
-            if cuda:
-                host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3", "-DUSE_CUDA", TARGET, *includes]
-                commands.append([nvcc(), *architectures(), *host, "-c", source, "-o", str(obj)])
+            if source.endswith(".cu"):
+                host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3", "--compress-mode=size"]
+                commands.append([nvcc(), *architectures(), *host, "-DUSE_CUDA", TARGET, *includes, "-c", source, "-o", str(obj)])
+            elif cuda:
+                commands.append([os.environ.get("CXX", "g++"), *plain, "-O2", "-DUSE_CUDA", "-c", source, "-o", str(obj)])
             else:
                 speed = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi", *sanitizer()]
                 commands.append([os.environ.get("CXX", "g++"), *plain, *speed, "-c", source, "-o", str(obj)])

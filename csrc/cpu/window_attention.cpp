@@ -261,11 +261,11 @@ Tensor bias_gradient(const WindowProblem& p, const Options& o, const Acc* sum) {
 }
 
 template <typename Acc>
-Tensor vector_gradient(const Tensor& like, const Acc* sum, Acc factor) {
+Tensor vector_gradient(const Tensor& like, const Acc* sum) {
   const Dtype dtype = dtype_of(like, kOp);
   const auto sizes = like.sizes();
   Tensor grad = new_tensor(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype);
-  for (int64_t i = 0; i < like.numel(); ++i) set_scalar<Acc>(grad.mutable_data_ptr(), i, dtype, sum[i] * factor);
+  for (int64_t i = 0; i < like.numel(); ++i) set_scalar<Acc>(grad.mutable_data_ptr(), i, dtype, sum[i]);
   return grad;
 }
 
@@ -304,10 +304,10 @@ OptionGradients run_backward(const Prepared& c, const Options& o, int64_t need) 
       const double tau = scalar<double>(o.logit_scale->const_data_ptr(), h * o.logit_scale->stride(0), dtype_of(*o.logit_scale, kOp));
       if (tau > o.cosine_max) t[h] = 0;
     }
-    std::get<1>(grads) = vector_gradient<Acc>(*o.logit_scale, t, Acc(1));
+    std::get<1>(grads) = vector_gradient<Acc>(*o.logit_scale, t);
   }
-  if (all.k_pad) std::get<2>(grads) = vector_gradient<Acc>(*o.k_pad, static_cast<const Acc*>(all.k_pad), Acc(score_unit<Acc>()));
-  if (all.v_pad) std::get<3>(grads) = vector_gradient<Acc>(*o.v_pad, static_cast<const Acc*>(all.v_pad), Acc(1));
+  if (all.k_pad) std::get<2>(grads) = vector_gradient<Acc>(*o.k_pad, static_cast<const Acc*>(all.k_pad));
+  if (all.v_pad) std::get<3>(grads) = vector_gradient<Acc>(*o.v_pad, static_cast<const Acc*>(all.v_pad));
   return grads;
 }
 

@@ -44,7 +44,7 @@ struct WindowProblem {
 struct WindowSums {
   void* bias;         // Acc [heads][N][padded]
   void* temperature;  // Acc [heads]: sum of dS a
-  void *k_pad, *v_pad;  // Acc [kv_heads][d] over the score unit, [kv_heads][dv]
+  void *k_pad, *v_pad;  // Acc [kv_heads][d], [kv_heads][dv]
 };
 
 // Bytes of scratch that one thread needs, and the work on windows [first, last) of all images (image-major) and

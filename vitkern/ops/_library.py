@@ -13,6 +13,8 @@ OPS = ("window_attention", "window_attention_qkvpacked")
 library.define("_cpu_capability() -> str")
 library.define("_cpu_capabilities() -> str")
 library.define("_cpu_set_capability(str name) -> str")
+library.define("_cpu_product_flops(SymInt repeats) -> float")
+library.define("_cpu_exps(SymInt repeats) -> float")
 
 
 def info() -> dict[str, Any]:

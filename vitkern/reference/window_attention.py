@@ -6,8 +6,8 @@
     P_ij  = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)     over the keys at s > -inf that exist
     o_i   = sum_j Z_ij P_ij v_j                                 Z: dropout keep / (1 - p), else 1
 
-A row that sees no key gives o = 0 and lse = -inf. A NaN or infinity in a value makes the rows that see its key NaN in that
-channel, and no other row. The geometry of one axis (length L, window w, shift s, P = ceil(L / w) w) is
+A row that sees no key gives o = 0 and lse = -inf. A NaN or infinity in a key makes the rows that see it NaN; one in a value
+makes them NaN in that channel; no other row, and no gradient of another row, knows of it. The geometry of one axis (length L, window w, shift s, P = ceil(L / w) w) is
 
     pad_roll: p = (r + s) mod P, a pad where p >= L;     roll_pad: (r + s) mod L for r < L, a pad beyond
     window = r div w, position = r mod w;  region = 0 if s = 0 or r < P - w;  1 if r < P - s;  2 otherwise
@@ -51,6 +51,8 @@ def window_attention(
     qw = gather(q, token, None).to(acc)                                         # [B, nW, H, N, D]
     kw = gather(k, token, k_pad).to(acc).repeat_interleave(group, 2)            # [B, nW, H, N, D]
     vw = gather(v, token, v_pad).to(acc).repeat_interleave(group, 2)            # [B, nW, H, N, Dv]
+    broken = ~kw.isfinite().all(-1)                                             # [B, nW, H, N]
+    kw = kw.masked_fill(~kw.isfinite(), 0.0)                                    # [B, nW, H, N, D]
     if logit_scale is not None:
         qw = normalize(qw, cosine_eps).to(q.dtype).to(acc)                      # [B, nW, H, N, D]
         kw = normalize(kw, cosine_eps).to(k.dtype).to(acc)                      # [B, nW, H, N, D]
@@ -58,6 +60,7 @@ def window_attention(
         s = qw @ kw.mT * tau[:, None, None]                                     # [B, nW, H, N, N]
     else:
         s = qw @ kw.mT * scale                                                  # [B, nW, H, N, N]
+    s = s.masked_fill(broken[:, :, :, None], math.nan)                          # [B, nW, H, N, N]
     if bias is not None:
         dense = dense_bias(bias, index).to(acc)                                 # [H|1, N|1, N|1]
         s = (s + dense).masked_fill(dense == -math.inf, -math.inf)              # [B, nW, H, N, N]

@@ -1,0 +1,72 @@
+# make demo · make test · make bench · make gpu · make asan · make compat · make lint
+PYTHON ?= python3
+PIP := --quiet --disable-pip-version-check
+
+.PHONY: demo test test-full bench gpu asan compat lint wheel clean
+.DELETE_ON_ERROR:
+.PRECIOUS: .venv/%/installed
+
+# Two environments: the tests' torchvision has no CPU build, and a torchvision that does not import breaks transformers.
+.venv/%/installed: requirements-%.txt
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/pip install $(PIP) torch==2.13.0
+	.venv/$*/bin/pip install $(PIP) -r requirements-$*.txt
+	touch $@
+
+# The editable install: python started here must not import a source tree without its libraries.
+SOURCES := $(shell find csrc triton_kernels vitkern -type f -not -name '*.so' -not -name '*.pyc') setup.py pyproject.toml
+
+.venv/%/built: .venv/%/installed $(SOURCES)
+	VITKERN_BUILD_CUDA=$(CUDA) .venv/$*/bin/pip install $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: CUDA ?= 0
+demo: .venv/demo/built
+	.venv/demo/bin/vitkern demo --out demo
+
+test: CUDA ?= auto
+test: .venv/test/built
+	.venv/test/bin/ruff check .
+	.venv/test/bin/python -m pytest -q
+
+test-full: CUDA ?= auto
+test-full: .venv/test/built
+	VITKERN_FULL=1 VITKERN_FUZZ=500 .venv/test/bin/python -m pytest -q
+
+bench: CUDA ?= 0
+bench: .venv/test/built
+	.venv/test/bin/vitkern bench
+
+# Runs where the device is, in the environment at hand: correctness, sanitizer, benchmark. SECTION=window,merge resumes.
+SECTION ?= all
+OUT ?= benchmarks/results
+gpu:
+	$(PYTHON) benchmarks/gpu.py --section $(SECTION) --out $(OUT)
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with the stock torch.
+asan: CUDA ?= 0
+asan: .venv/test/built
+	rm -rf build/asan-tree && mkdir -p build/asan-tree && cp -r csrc vitkern triton_kernels setup.py pyproject.toml README.md LICENSE build/asan-tree/
+	cd build/asan-tree && VITKERN_SANITIZE=1 VITKERN_BUILD_CUDA=0 ../../.venv/test/bin/python setup.py -q build_ext --inplace
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 PYTHONPATH=build/asan-tree \
+	.venv/test/bin/python -m pytest -q tests/test_ops.py tests/test_window_attention.py -k "not gradcheck and not compile"
+
+wheel: CUDA ?= auto
+wheel: .venv/test/installed
+	.venv/test/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# The built wheel on the oldest and the newest torch: large downloads, so not part of make test.
+compat: wheel
+	for version in 2.10.0 $(or $(NEWEST),2.15.0); do \
+	  $(PYTHON) -m venv build/compat-$$version && \
+	  build/compat-$$version/bin/pip install --quiet torch==$$version numpy && \
+	  build/compat-$$version/bin/pip install --quiet --force-reinstall --no-deps dist/vitkern-*.whl && \
+	  (cd build && compat-$$version/bin/python ../tests/compat.py) || exit 1; \
+	done
+
+lint: .venv/test/installed
+	.venv/test/bin/ruff check . && .venv/test/bin/ruff format --check .
+
+clean:
+	rm -rf build dist demo vitkern/*.so *.egg-info

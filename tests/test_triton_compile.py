@@ -1,0 +1,158 @@
+"""Ahead-of-time compilation of the Triton kernels: what the launch functions would launch, for machines not at hand.
+
+Each launch of a case is caught, its arguments are turned into the signature that Triton's launcher would give them, and
+the result is compiled for three architectures. No configuration that ships may spill registers to local memory.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from vitkern.triton_kernels import _reduce, _window_bwd_tiled, window_attention, window_attention_bwd  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"),
+]
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+SHARED_LIMIT = 99 * 1024                                    # what every GPU since compute capability 8.0 has
+STACK_LIMIT = {"_backward_window": 512}                     # bytes: invariants of its loop, read once per window
+SMALL_FRAME = 64                                            # for the others: a few scalars
+
+
+def describe(value, specialize: bool):
+    """Type, constant and attributes of one launch argument, as Triton's launcher sees it."""
+    if isinstance(value, tuple):
+        return [describe(x, specialize) for x in value]
+    if value is None:
+        return "constexpr", (None,), []
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype], None, [["tt.divisibility", 16]]
+    if isinstance(value, bool):
+        return "i1", None, []
+    if isinstance(value, int):
+        if specialize and value == 1:
+            return "constexpr", (1,), []
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return kind, None, [["tt.divisibility", 16]] if specialize and value % 16 == 0 else []
+    return "fp32", None, []
+
+
+def source(kernel, arguments: dict) -> ASTSource:
+    signature, constants, attributes = {}, {}, {}
+    for place, param in enumerate(kernel.params):
+        value = arguments[param.name]
+        if param.is_constexpr:
+            signature[param.name], constants[(place,)] = "constexpr", value
+            continue
+        found = describe(value, not param.do_not_specialize)
+        flat = [((place, n), x) for n, x in enumerate(found)] if isinstance(value, tuple) else [((place,), found)]
+        for path, (_, constant, attribute) in flat:
+            if constant is not None:
+                constants[path] = constant[0]
+            if attribute:
+                attributes[path] = attribute
+        signature[param.name] = tuple(x[0] for x in found) if isinstance(value, tuple) else found[0]
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+@contextlib.contextmanager
+def caught(family):
+    """Collects (kernel, arguments) of every launch instead of launching, configured for a family of devices."""
+    launches, patch = [], pytest.MonkeyPatch()
+    for module in (window_attention, window_attention_bwd):
+        patch.setattr(module, "family", lambda device: family)
+    for module in (window_attention, window_attention_bwd, _window_bwd_tiled, _reduce):
+        for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
+            def record(*args, grid, warmup, kernel=kernel, **kwargs):
+                launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+            patch.setattr(kernel, "run", record)
+    try:
+        yield launches
+    finally:
+        patch.undo()
+
+
+def resources(compiled) -> dict:
+    """Registers, stack and local bytes of a cubin, and the shared memory its launch asks for."""
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return found | {"shared": compiled.metadata.shared}
+
+
+def launches_of(
+    capability, window, shift, dtype, width, width_v=None, heads=2, key_heads=None, bias="table", cosine=False,
+    dropout=0.0, mask_value=-100.0, pads=True,
+):  # fmt: skip
+    """What fwd and bwd launch on a small map of two windows per axis, which the windows do not divide if pads."""
+    lengths = [2 * w - (1 if pads else 0) for w in window]
+    n, key_heads, width_v = math.prod(window), key_heads or heads, width_v or width
+    q = torch.zeros(1, *lengths, heads, width, dtype=dtype)
+    k = torch.zeros(1, *lengths, key_heads, width, dtype=dtype)
+    v = torch.zeros(1, *lengths, key_heads, width_v, dtype=dtype)
+    index = torch.zeros(n, n, dtype=torch.int32) if bias == "table" else None
+    values = {"table": torch.zeros(4 * n, heads), "dense": torch.zeros(heads, n, n), None: None}[bias]
+    pad = [torch.zeros(key_heads, n, dtype=dtype) if pads else None for n in (width, width_v)]
+    rest = (values, index, torch.zeros(heads) if cosine else None, *pad, torch.zeros(1, dtype=torch.int64),
+            list(window), list(shift), False, True, 0.1, mask_value, math.log(100.0), 1e-12, dropout)
+    with caught(f"sm{capability}") as launches:
+        out, lse = window_attention.fwd(q, k, v, *rest)
+        need = [True, True, True, bias is not None, cosine, pads, pads]
+        window_attention_bwd.bwd(out, None, lse, q, k, v, *rest, need)
+    return launches
+
+
+CASES = {
+    "swin": dict(window=(7, 7), shift=(3, 3), width=32),
+    "swin unshifted": dict(window=(7, 7), shift=(0, 0), width=32, pads=False, bias="dense"),
+    "swinv2 8": dict(window=(8, 8), shift=(4, 4), width=32, cosine=True, bias="dense"),
+    "swinv2 16": dict(window=(16, 16), shift=(8, 8), width=32, cosine=True, bias="dense", pads=False),
+    "video": dict(window=(8, 7, 7), shift=(4, 3, 3), width=32),
+    "unetr": dict(window=(7, 7, 7), shift=(3, 3, 3), width=16),
+    "sam": dict(window=(14, 14), shift=(0, 0), width=64, bias="dense"),
+    "wide 64": dict(window=(7, 7), shift=(3, 3), width=64, bias="dense"),
+    "wide 96": dict(window=(8, 8), shift=(0, 0), width=96, bias=None),
+    "wide 128": dict(window=(8, 8), shift=(4, 4), width=128),
+    "wide 256": dict(window=(8, 8), shift=(4, 4), width=256),
+    "tiny": dict(window=(4, 4), shift=(2, 2), width=32),
+    "small": dict(window=(4, 7), shift=(2, 3), width=30, width_v=40),
+    "dropout": dict(window=(7, 7), shift=(3, 3), width=32, dropout=0.1, mask_value=-math.inf),
+    "groups": dict(window=(7, 7), shift=(3, 3), width=64, heads=4, key_heads=2, dropout=0.1),
+}
+
+
+RUNS = [(name, 90, torch.bfloat16) for name in CASES] + [
+    ("swin", 90, torch.float32), ("wide 256", 90, torch.float32),
+    ("swin", 80, torch.bfloat16), ("swinv2 8", 80, torch.bfloat16), ("sam", 80, torch.bfloat16),
+    ("wide 128", 80, torch.bfloat16), ("swin", 100, torch.bfloat16), ("sam", 100, torch.float16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, capability, dtype", RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-"))
+def test_compiles_without_spills(name, capability, dtype):
+    seen = set()
+    for kernel, arguments in launches_of(capability, dtype=dtype, **CASES[name]):
+        options = {x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion") if x in arguments}
+        compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
+        used = resources(compiled)
+        print(f"{name} sm_{capability} {dtype} {kernel.__name__} warps={options['num_warps']} {used}")
+        where = f"{kernel.__name__} for {name}, sm_{capability}, {dtype}: {used}"
+        assert used["LOCAL"] == 0 and used["STACK"] <= STACK_LIMIT.get(kernel.__name__, SMALL_FRAME), f"spills: {where}"
+        assert used["shared"] <= SHARED_LIMIT, f"shared memory: {where}"
+        seen.add(kernel.__name__)
+    assert "_forward" in seen and len(seen) > 1

@@ -1,0 +1,1 @@
+"""Triton kernels of vitkern, one module per op: plain launch functions, no autograd and no torch.library."""
