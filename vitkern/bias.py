@@ -51,7 +51,7 @@ class RelativePosition:
 
 def table_rows(sides: tuple[int, ...], sign: str) -> int:
     """Rows of the table that ``sign`` needs on a window of these sides."""
-    return math.prod(w if sign == "abs" else 2 * w - 1 for w in sides)
+    return math.prod([w if sign == "abs" else 2 * w - 1 for w in sides])
 
 
 def offset_index(sides: tuple[int, ...], sign: str, device: torch.device) -> Tensor:

@@ -75,7 +75,7 @@ def check(
         raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
     if mask_value is None:
         mask_value = -math.inf
-    elif not isinstance(mask_value, (int, float)) or math.isnan(mask_value) or mask_value > 0:
+    elif not isinstance(mask_value, (int, float)) or not mask_value <= 0:
         raise ValueError(f"{NAME}: mask_value must be None or a number that is not positive, got {mask_value!r}")
     return list(window), list(shift), pad_order == "roll_pad", float(scale), float(mask_value)
 

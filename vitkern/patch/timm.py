@@ -1,1 +1,112 @@
-TABLE = {}
+"""timm: Swin and SwinV2, at the block that owns roll and partition.
+
+| class | versions | op | not served |
+|---|---|---|---|
+| swin_transformer.SwinTransformerBlock | 1.0.29 to 1.0.x | window_attention | blocks whose attention was replaced |
+| swin_transformer_v2.SwinTransformerV2Block | 1.0.29 to 1.0.x | window_attention, cosine | the same |
+
+Window and shift are read at each call, so set_input_size works on a patched model. A block with a static mask and a map
+other than its input_resolution runs its own forward. timm 1.0.29 cannot build a shifted SwinV2 block with a static mask
+for a map that windows do not divide.
+"""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitkern.bias import RelativePosition
+from vitkern.cosine import CosineScore
+from vitkern.patch._windows import (
+    dropout_rate,
+    index_refusal,
+    packed,
+    part_refusal,
+    shift_refusal,
+    thirds,
+    version_refusal,
+    without_key_bias,
+)
+from vitkern.patch.transformers import continuous_table
+
+
+def _refusal(block: nn.Module) -> str | None:
+    import timm
+
+    return (
+        version_refusal("timm", timm.__version__, (1, 0, 29), series=2)
+        or part_refusal(block)
+        or shift_refusal(block.window_size, block.shift_size)
+        or index_refusal(block.attn.relative_position_index, block.window_size)
+    )
+
+
+def _foreign_map(block: Any, x: Tensor) -> bool:
+    """Whether the static mask of a shifted block was made for another map."""
+    if not any(block.shift_size) or block.dynamic_mask:
+        return False
+    return tuple(x.shape[1:3]) != tuple(block.input_resolution)
+
+
+def _swin(block: nn.Module) -> Any:
+    def attend(self: Any, x: Tensor) -> Tensor:
+        attention = self.attn
+        _, k_bias, v_bias = thirds(attention.qkv.bias)
+        x = packed(
+            attention.qkv(x),
+            k_bias,
+            v_bias,
+            attention.num_heads,
+            self.window_size,
+            self.shift_size,
+            pad_order="roll_pad",
+            bias=RelativePosition(attention.relative_position_bias_table),
+            scale=attention.scale,
+            dropout_p=dropout_rate(attention.attn_drop),
+        )
+        return attention.proj_drop(attention.proj(x))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if _foreign_map(self, x):
+            return type(self).forward(self, x)
+        x = x + self.drop_path1(attend(self, self.norm1(x)))
+        tokens = x.flatten(1, 2)
+        tokens = tokens + self.drop_path2(self.mlp(self.norm2(tokens)))
+        return tokens.view(x.shape)
+
+    return _refusal(block) or forward
+
+
+def _swinv2(block: nn.Module) -> Any:
+    def attend(self: Any, x: Tensor) -> Tensor:
+        attention = self.attn
+        bias = None if attention.q_bias is None else without_key_bias(attention.q_bias, attention.v_bias)
+        x = packed(
+            nn.functional.linear(x, attention.qkv.weight, bias),
+            None,
+            attention.v_bias,
+            attention.num_heads,
+            self.window_size,
+            self.shift_size,
+            pad_order="roll_pad",
+            bias=RelativePosition(continuous_table(attention.cpb_mlp, attention.relative_coords_table)),
+            cosine=CosineScore(attention.logit_scale, max=math.log(1.0 / 0.01)),
+            dropout_p=dropout_rate(attention.attn_drop),
+        )
+        return attention.proj_drop(attention.proj(x))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if _foreign_map(self, x):
+            return type(self).forward(self, x)
+        x = x + self.drop_path1(self.norm1(attend(self, x)))
+        tokens = x.flatten(1, 2)
+        tokens = tokens + self.drop_path2(self.norm2(self.mlp(tokens)))
+        return tokens.view(x.shape)
+
+    return _refusal(block) or forward
+
+
+TABLE = {
+    "timm.models.swin_transformer.SwinTransformerBlock": (_swin, "window_attention"),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": (_swinv2, "window_attention (cosine)"),
+}

@@ -137,7 +137,8 @@ def dense_bias(bias: Tensor, index: Tensor | None) -> Tensor:
     """[H|1, N|1, N|1]: the bias itself, or the rows of a table [R, H] that index [N, N] names."""
     if index is None:
         return bias
-    eager = not torch.compiler.is_compiling() and index.device.type == "cpu"
+    plain = type(index) is Tensor and index.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+    eager = not torch.compiler.is_compiling() and plain
     if eager and index.numel() and not (0 <= int(index.min()) and int(index.max()) < bias.shape[0]):
         raise ValueError(
             f"window_attention: bias.index must lie in [0, {bias.shape[0]}), the rows of the table, "
