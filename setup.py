@@ -2,7 +2,8 @@
 
 Both use LibTorch's stable ABI (target 2.10) and hold no Python symbol, so that one wheel serves every Python and every
 torch from 2.10. g++ and nvcc are called here: torch's BuildExtension refuses .cu files on a CPU-only torch. Switches:
-VITKERN_BUILD_CPU (1), VITKERN_BUILD_CUDA (auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS, VITKERN_SANITIZE (see `make asan`).
+VITKERN_BUILD_CPU (1), VITKERN_BUILD_CUDA (auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS, VITKERN_SANITIZE (see `make asan`),
+VITKERN_CXXFLAGS (tests).
 """
 
 import os
@@ -94,11 +95,21 @@ class Build(build_ext):
                 continue
             if source.endswith(".cu"):
                 host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3", "--compress-mode=size"]
-                commands.append([nvcc(), *architectures(), *host, "-DUSE_CUDA", TARGET, *includes, "-c", source, "-o", str(obj)])
+                commands.append([nvcc(), *architectures(), *host, "-c", source, "-o", str(obj)])
             elif cuda:
-                commands.append([os.environ.get("CXX", "g++"), *plain, "-O2", "-DUSE_CUDA", "-c", source, "-o", str(obj)])
+                commands.append(
+                    [os.environ.get("CXX", "g++"), *plain, "-O2", "-DUSE_CUDA", "-c", source, "-o", str(obj)]
+                )
             else:
-                speed = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd", "-Wno-psabi", *sanitizer()]
+                speed = [
+                    "-O3",
+                    "-ffp-contract=fast",
+                    "-fno-math-errno",
+                    "-fopenmp-simd",
+                    "-Wno-psabi",
+                    *sanitizer(),
+                    *os.environ.get("VITKERN_CXXFLAGS", "").split(),
+                ]
                 commands.append([os.environ.get("CXX", "g++"), *plain, *speed, "-c", source, "-o", str(obj)])
         with ThreadPoolExecutor(jobs()) as pool:
             list(pool.map(self.call, commands))

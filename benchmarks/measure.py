@@ -25,7 +25,11 @@ class Ceilings:
     def floor(self, work: dict[str, float], dtype: torch.dtype) -> tuple[float, str]:
         """The least seconds the work can take, and what binds."""
         rate = self.flops["float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")]
-        times = {"bytes": work["bytes"] / self.bandwidth, "flops": work["flops"] / rate, "exps": work["exps"] / self.exps}
+        times = {
+            "bytes": work["bytes"] / self.bandwidth,
+            "flops": work["flops"] / rate,
+            "exps": work["exps"] / self.exps,
+        }
         binds = max(times, key=lambda name: times[name])
         return times[binds], binds
 
@@ -64,7 +68,9 @@ def cpu_ceilings() -> Ceilings:
     flops = {str(dtype).removeprefix("torch."): product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     own = max(torch.ops.vitkern._cpu_product_flops(2000) for _ in range(5))
     exps = max(torch.ops.vitkern._cpu_exps(2000) for _ in range(5))
-    flops["bfloat16"] = max(flops["bfloat16"], own)  # a product loop that converts is faster where there is no bf16 unit
+    flops["bfloat16"] = max(
+        flops["bfloat16"], own
+    )  # a product loop that converts is faster where there is no bf16 unit
     return Ceilings(2 * source.numel() * 4 / copy, flops, own, exps)
 
 
@@ -73,7 +79,9 @@ def environment() -> dict[str, Any]:
     info = vitkern.info()
     info.pop("ops")
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
         with open("/proc/cpuinfo") as cpuinfo:
             model = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "")
     except OSError:

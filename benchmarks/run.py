@@ -25,7 +25,9 @@ ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def measure_case(cases: Any, baselines: Any, case: Any, dtype: torch.dtype, backward: bool, names: list[str]) -> dict[str, Any]:
+def measure_case(
+    cases: Any, baselines: Any, case: Any, dtype: torch.dtype, backward: bool, names: list[str]
+) -> dict[str, Any]:
     """Checks, then times one case. Returns a row of results."""
     inputs = case.inputs(dtype, grad=backward)
     leaves = [t for t in inputs.values() if t.requires_grad]
@@ -40,7 +42,11 @@ def measure_case(cases: Any, baselines: Any, case: Any, dtype: torch.dtype, back
     oracle = complete(lambda given: case.run(given, "reference"), oracle_inputs, upstream.double())
     eager = complete(lambda given: case.run(given, "reference"), inputs, upstream)
     wrong = measure.agreement(str(case), complete(case.run, inputs, upstream), oracle, eager)
-    row: dict[str, Any] = {"case": str(case), "dtype": str(dtype).removeprefix("torch."), "pass": "fwd+bwd" if backward else "fwd"}
+    row: dict[str, Any] = {
+        "case": str(case),
+        "dtype": str(dtype).removeprefix("torch."),
+        "pass": "fwd+bwd" if backward else "fwd",
+    }
     if wrong:
         return row | {"wrong": wrong}
     runs = {"vitkern": case.run}
@@ -101,7 +107,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"Copy {c['bandwidth'] / 1e9:.1f} GB/s, 2048³ product {c['flops']['float32'] / 1e9:.0f} GFLOP/s (float32), own product "
         f"loop {c['own_flops'] / 1e9:.0f} GFLOP/s, own exp {c['exps'] / 1e9:.2f} G/s. Medians of interleaved runs, in ms.",
         "",
-        "| " + " | ".join(["case", "dtype", "pass", "vitkern", *names, "best ÷ vitkern", "floor", "time ÷ floor", "binds"]) + " |",
+        "| "
+        + " | ".join(["case", "dtype", "pass", "vitkern", *names, "best ÷ vitkern", "floor", "time ÷ floor", "binds"])
+        + " |",
         "|" + "---|" * (8 + len(names)),
     ]
     for r in result["rows"]:
@@ -136,8 +144,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(good) + 1.5))
     for i, name in enumerate(names):
         places = [y + 0.8 * i / len(names) for y, r in enumerate(good) if name in r["seconds"]]
-        axes.barh(places, [r["seconds"][name] / r["floor"] for r in good if name in r["seconds"]], 0.8 / len(names), label=name)
-    axes.set_yticks([y + 0.4 for y in range(len(good))], [f"{r['case']}, {r['dtype']}, {r['pass']}" for r in good], fontsize=7)
+        axes.barh(
+            places,
+            [r["seconds"][name] / r["floor"] for r in good if name in r["seconds"]],
+            0.8 / len(names),
+            label=name,
+        )
+    axes.set_yticks(
+        [y + 0.4 for y in range(len(good))], [f"{r['case']}, {r['dtype']}, {r['pass']}" for r in good], fontsize=7
+    )
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("time ÷ floor (1 is the machine's limit)")
@@ -151,7 +166,9 @@ def compare(base: str, argv: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="vitkern-base-"))
     subprocess.run(["git", "worktree", "add", "--detach", str(folder), base], cwd=ROOT, check=True, capture_output=True)
     try:
-        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, capture_output=True
+        )
         found: dict[str, dict[str, list[float]]] = {}
         for turn in range(3):
             for side, tree in (("here", ROOT), ("base", folder)):
@@ -193,7 +210,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cases = importlib.import_module(f"benchmarks.cases.{options.op}")
     baselines = importlib.import_module(f"benchmarks.baselines.{options.op}")
-    names = [n for n in options.baselines.split(",") if n and n != "none"] or ([] if options.baselines == "none" else list(cases.BASELINES))
+    names = [n for n in options.baselines.split(",") if n and n != "none"] or (
+        [] if options.baselines == "none" else list(cases.BASELINES)
+    )
     torch.manual_seed(0)
     ceilings = measure.cpu_ceilings()
     chosen = [
@@ -208,7 +227,12 @@ def main(argv: list[str] | None = None) -> int:
         torch._dynamo.reset()
         rows.append(finish(measure_case(cases, baselines, case, dtype, backward, names), ceilings))
     Console(width=200).print(table(rows, names))
-    result = {"environment": measure.environment(), "ceilings": measure.as_json(ceilings), "baselines": names, "rows": rows}
+    result = {
+        "environment": measure.environment(),
+        "ceilings": measure.as_json(ceilings),
+        "baselines": names,
+        "rows": rows,
+    }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
     if options.markdown:

@@ -17,22 +17,22 @@ class Case:
     shift: tuple[int, ...] = (0, 0)
     batch: int = 2
     heads: int = 2
-    group: int = 1                     # query heads per key head
+    group: int = 1  # query heads per key head
     d: int = 32
     dv: int = 32
-    bias: str = ""                     # "", "dense", "row" (broadcast over heads and queries), "table"
+    bias: str = ""  # "", "dense", "row" (broadcast over heads and queries), "table"
     bias_dtype: torch.dtype = torch.float32
-    empty_rows: bool = False           # some rows of the bias are -inf
+    empty_rows: bool = False  # some rows of the bias are -inf
     cosine: bool = False
     cosine_max: float = math.log(100.0)
     roll_first: bool = False
-    pads: str = "hidden"               # "hidden", "zero", "vector"
+    pads: str = "hidden"  # "hidden", "zero", "vector"
     mask_value: float = -100.0
     scale: float = 0.3
     dropout_p: float = 0.0
-    layout: str = "plain"              # "plain", "packed", "unaligned", "heads_first"
+    layout: str = "plain"  # "plain", "packed", "unaligned", "heads_first"
     dlse: bool = True
-    poison: bool = False               # NaN in keys and values that some rows do not see
+    poison: bool = False  # NaN in keys and values that some rows do not see
 
 
 CASES = {

@@ -36,16 +36,43 @@ def outputs(model, x):
     return [t for t in parts if isinstance(t, torch.Tensor)]
 
 
-def run(model, x, dtype, grad, autocast=None):
-    """Outputs and gradients of every parameter, by name."""
+def run(model, x, dtype, grad, autocast=None, nudge=None):
+    """Outputs and gradients of every parameter, by name. `nudge` moves image and parameters by up to one unit in the
+    last place, another way for each value: what rounding alone can do to the result."""
     model = copy.deepcopy(model).to(dtype)
     x = x.to(dtype)
+    if nudge is not None:
+        generator = torch.Generator().manual_seed(nudge)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + torch.finfo(dtype).eps * (torch.rand(p.shape, generator=generator) * 2 - 1))
+        x = x * (1 + torch.finfo(dtype).eps * (torch.rand(x.shape, generator=generator) * 2 - 1))
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
         found = {f"output {i}": t for i, t in enumerate(outputs(model, x))}
     if grad:
-        sum(t.double().square().mean() for t in found.values()).backward()
+        generator = torch.Generator().manual_seed(
+            5
+        )  # random weights: the mean square of a LayerNorm's output is constant
+        sum((t.double() * torch.randn(t.shape, generator=generator)).mean() for t in found.values()).backward()
         found |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: t.detach() for n, t in found.items()}
+
+
+class Yardstick:
+    """A model's own results on one image: in float64, in float32 (or under autocast), and what rounding does to them."""
+
+    def __init__(self, model, x, grad=True, autocast=None):
+        self.oracle = run(model, x, torch.float64, grad)
+        self.eager = run(model, x, torch.float32, grad, autocast)
+        self.moved = [] if autocast else [run(model, x, torch.float32, grad, nudge=time) for time in (1, 2, 3, 4)]
+
+    def hold(self, title, got):
+        """Holds every output and gradient of another run to the oracle rule."""
+        assert got.keys() == self.eager.keys(), got.keys() ^ self.eager.keys()
+        for name, value in got.items():
+            moved = tuple(m[name] for m in self.moved)
+            is_grad = name.startswith("grad")
+            assert_close_to_oracle(f"{title} {name}", value, self.oracle[name], self.eager[name], is_grad, moved)
 
 
 def check(model, *sizes, grad=True, replaced=None, channels=3, batch=2, train=False):
@@ -54,14 +81,11 @@ def check(model, *sizes, grad=True, replaced=None, channels=3, batch=2, train=Fa
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for size in sizes:
         x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(3))
-        oracle = run(model, x, torch.float64, grad)
-        eager = run(model, x, torch.float32, grad)
+        yardstick = Yardstick(model, x, grad)
         with vitkern.patched(model) as report:
             assert replaced is None or len(report.replaced) == replaced, str(report)
             got = run(model, x, torch.float32, grad)
-        assert got.keys() == eager.keys(), got.keys() ^ eager.keys()
-        for name, value in got.items():
-            assert_close_to_oracle(f"{type(model).__name__} {size} {name}", value, oracle[name], eager[name], "grad" in name)
+        yardstick.hold(f"{type(model).__name__} {size}", got)
     assert not any("forward" in m.__dict__ for m in model.modules()), "undo left a forward behind"
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)

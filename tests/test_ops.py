@@ -73,7 +73,9 @@ def test_results_are_bitwise_equal_in_every_run_and_with_any_number_of_threads(e
                 found = gradients(call, torch.float32, backend)
                 first = first or found
                 for a, b in zip(first, found, strict=True):
-                    assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num()), f"{call}: {count} threads"
+                    assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num()), (
+                        f"{call}: {count} threads"
+                    )
     finally:
         torch.set_num_threads(threads)
 

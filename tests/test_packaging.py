@@ -33,7 +33,9 @@ def test_a_library_needs_no_symbol_newer_than_torch_2_10(library):
     torch_names = {n for n in needed if n.startswith(("aoti_torch", "torch_")) or "c10" in n or re.search(r"\bat::", n)}
     assert torch_names <= allowed, f"not in torch 2.10: {sorted(torch_names - allowed)}"
     assert not any(n.startswith(("Py", "_Py")) for n in needed), "a Python symbol ties the wheel to one Python"
-    assert not any(n.startswith(("_ZN3c10", "_ZNK3c10", "_ZN2at", "_ZNK2at")) for n in needed), "C++ names have no stable ABI"
+    assert not any(n.startswith(("_ZN3c10", "_ZNK3c10", "_ZN2at", "_ZNK2at")) for n in needed), (
+        "C++ names have no stable ABI"
+    )
 
 
 @needs_library
@@ -52,9 +54,22 @@ def test_the_wheel_serves_every_python_and_has_one_top_level_name(tmp_path):
     for name in ("csrc", "vitkern", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(source, tmp_path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tmp_path / name)
+        shutil.copytree(source, tmp_path / name, ignore=ignore) if source.is_dir() else shutil.copy(
+            source, tmp_path / name
+        )
     env = {"PATH": "/usr/bin:/bin", "VITKERN_BUILD_CPU": "0", "VITKERN_BUILD_CUDA": "0", "HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "dist"), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path / "dist"),
+        ".",
+    ]
     subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.name.startswith("vitkern-") and "-py3-none-" in wheel.name
@@ -86,7 +101,8 @@ with warnings.catch_warnings(record=True) as caught:
     vitkern.window_attention(q, q, q, 2, 1)
 assert len([w for w in caught if "reference" in str(w.message)]) == 1, [str(w.message) for w in caught]
 out.sum().backward()
-assert torch.ops.vitkern.window_attention_fwd(*[q.detach()] * 3, *[None] * 6, [2, 2], [1, 1], False, False, .5, -100., 0., 0., 0., "")[0].isfinite().all()
+numbers = ([2, 2], [1, 1], False, False, 0.5, -100.0, 0.0, 0.0, 0.0, "")
+assert torch.ops.vitkern.window_attention_fwd(*[q.detach()] * 3, *[None] * 6, *numbers)[0].isfinite().all()
 print("fine")
 """
 
@@ -113,7 +129,10 @@ def test_an_instruction_set_this_machine_lacks_is_an_error_with_the_sets_it_has(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "must be a set this machine has (" in done.stderr and "got 'avx9000'" in done.stderr
     env["VITKERN_CPU_CAPABILITY"] = "default"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.strip() == "default"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.strip()
+        == "default"
+    )
 
 
 def test_an_unknown_forced_back_end_is_refused_at_import():

@@ -30,7 +30,9 @@ def test_swinv2_matches():
 
 
 def test_swin2sr_matches():
-    config = transformers.Swin2SRConfig(image_size=16, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=8, drop_path_rate=0.0)
+    config = transformers.Swin2SRConfig(
+        image_size=16, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=8, drop_path_rate=0.0
+    )
     patch_cases.check(patch_cases.randomize(transformers.Swin2SRModel(config)), (16, 16), (24, 16), replaced=4)
 
 

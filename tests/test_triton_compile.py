@@ -26,9 +26,9 @@ pytestmark = [
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-SHARED_LIMIT = 99 * 1024                                    # what every GPU since compute capability 8.0 has
-STACK_LIMIT = {"_backward_window": 512}                     # bytes: invariants of its loop, read once per window
-SMALL_FRAME = 64                                            # for the others: a few scalars
+SHARED_LIMIT = 99 * 1024  # what every GPU since compute capability 8.0 has
+STACK_LIMIT = {"_backward_window": 512}  # bytes: invariants of its loop, read once per window
+SMALL_FRAME = 64  # for the others: a few scalars
 
 
 def describe(value, specialize: bool):
@@ -75,8 +75,10 @@ def caught(family):
         patch.setattr(module, "family", lambda device: family)
     for module in (window_attention, window_attention_bwd, _window_bwd_tiled, _reduce):
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
+
             def record(*args, grid, warmup, kernel=kernel, **kwargs):
                 launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
             patch.setattr(kernel, "run", record)
     try:
         yield launches
@@ -108,8 +110,22 @@ def launches_of(
     index = torch.zeros(n, n, dtype=torch.int32) if bias == "table" else None
     values = {"table": torch.zeros(4 * n, heads), "dense": torch.zeros(heads, n, n), None: None}[bias]
     pad = [torch.zeros(key_heads, n, dtype=dtype) if pads else None for n in (width, width_v)]
-    rest = (values, index, torch.zeros(heads) if cosine else None, *pad, torch.zeros(1, dtype=torch.int64),
-            list(window), list(shift), False, True, 0.1, mask_value, math.log(100.0), 1e-12, dropout)
+    rest = (
+        values,
+        index,
+        torch.zeros(heads) if cosine else None,
+        *pad,
+        torch.zeros(1, dtype=torch.int64),
+        list(window),
+        list(shift),
+        False,
+        True,
+        0.1,
+        mask_value,
+        math.log(100.0),
+        1e-12,
+        dropout,
+    )
     with caught(f"sm{capability}") as launches:
         out, lse = window_attention.fwd(q, k, v, *rest)
         need = [True, True, True, bias is not None, cosine, pads, pads]

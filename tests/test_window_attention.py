@@ -30,7 +30,9 @@ def by_sdpa(q, k, v, window, shift, bias, mask_value):
     batch, height, width, heads, d = q.shape
     (wh, ww), (sh, sw) = window, shift
     region = torch.zeros(height, width)
-    bounds = [[(0, n - w), (n - w, n - s), (n - s, n)] if s else [(0, n)] for n, w, s in ((height, wh, sh), (width, ww, sw))]
+    bounds = [
+        [(0, n - w), (n - w, n - s), (n - s, n)] if s else [(0, n)] for n, w, s in ((height, wh, sh), (width, ww, sw))
+    ]
     for code, ((top, bottom), (left, right)) in enumerate(itertools.product(*bounds)):
         region[top:bottom, left:right] = code
 
@@ -122,7 +124,9 @@ def test_the_two_pad_orders_differ_as_the_libraries_do(backend):
     v = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)
 
     def run(order):
-        return vitkern.window_attention(q, k, v, 2, 1, pad_order=order, mask_value=0.0, backend=backend).flatten().tolist()
+        return (
+            vitkern.window_attention(q, k, v, 2, 1, pad_order=order, mask_value=0.0, backend=backend).flatten().tolist()
+        )
 
     assert run("pad_roll") == [1.0, 3.0, 3.0]  # working row: 1 2 | pad 0
     assert run("roll_pad") == [1.0, 3.0, 3.0]  # working row: 1 2 | 0 pad
@@ -347,7 +351,11 @@ def test_a_named_back_end_that_cannot_run_gives_the_reasons_of_each():
     with pytest.raises(ValueError, match=r"backend='triton' cannot run") as refusal:
         vitkern.window_attention(Q, Q, Q, 3, backend="triton")
     text = str(refusal.value)
-    assert "reference: can run" in text and "triton: the tensors are on cpu" in text and "cuda: the tensors are on cpu" in text
+    assert (
+        "reference: can run" in text
+        and "triton: the tensors are on cpu" in text
+        and "cuda: the tensors are on cpu" in text
+    )
     assert "runs on" in vitkern.explain(vitkern.window_attention, Q, Q, Q, 3)
 
 

@@ -1,6 +1,6 @@
 """vitkern: fused attention kernels for vision transformers."""
 
-from vitkern import bias
+from vitkern import bias, nn
 from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
@@ -16,6 +16,7 @@ __all__ = [
     "bias",
     "explain",
     "info",
+    "nn",
     "patch",
     "patched",
     "use_backend",

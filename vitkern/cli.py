@@ -28,7 +28,10 @@ def bench(arguments: list[str]) -> int:
     if not (root / "benchmarks" / "run.py").exists():
         root = Path.cwd()
     if not (root / "benchmarks" / "run.py").exists():
-        print("vitkern bench: needs the repository: benchmarks/run.py is neither beside the package nor here", file=sys.stderr)
+        print(
+            "vitkern bench: needs the repository: benchmarks/run.py is neither beside the package nor here",
+            file=sys.stderr,
+        )
         return 2
     sys.path.insert(0, str(root))
     from benchmarks.run import main
@@ -37,7 +40,9 @@ def bench(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    missing = [m for m in ("transformers", "sklearn", "matplotlib", "PIL", "rich", "jinja2") if not importlib.util.find_spec(m)]
+    missing = [
+        m for m in ("transformers", "sklearn", "matplotlib", "PIL", "rich", "jinja2") if not importlib.util.find_spec(m)
+    ]
     if missing:
         print(f"vitkern demo: needs {', '.join(missing)}: pip install 'vitkern[demo]'", file=sys.stderr)
         return 2

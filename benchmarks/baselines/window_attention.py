@@ -54,7 +54,11 @@ class Baseline:
     def windows(self, qkv: Tensor) -> Tensor:
         case, rank = self.case, len(self.case.window)
         if self.padded != case.lengths:
-            widths = [w for length, p in zip(reversed(case.lengths), reversed(self.padded), strict=True) for w in (0, p - length)]
+            widths = [
+                w
+                for length, p in zip(reversed(case.lengths), reversed(self.padded), strict=True)
+                for w in (0, p - length)
+            ]
             qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, *widths))
         if any(case.shift):
             qkv = qkv.roll([-s for s in case.shift], tuple(range(1, 1 + rank)))

@@ -12,7 +12,7 @@ from vitkern.reference.window_attention import window_attention as reference
 from vitkern.testing import assert_close_to_oracle, poisoned
 
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dlogit_scale", "dk_pad", "dv_pad")
-INPUTS = (0, 1, 2, 3, 5, 6, 7)                              # their places among the arguments
+INPUTS = (0, 1, 2, 3, 5, 6, 7)  # their places among the arguments
 ONE_TILE = {
     "forward": [{"block_m": 64, "block_n": 64, "warps": 4, "stages": 2, "programs": 3}],
     "backward_window": [{"block": 64, "warps": 4, "stages": 1, "programs": 3}],
@@ -39,13 +39,31 @@ def tuned(monkeypatch):
     def use(table):
         monkeypatch.setattr(_window_host, "tables", lambda: {"default": shipped | tiles | table})
         _window_host.config.cache_clear()
+
     yield use
     _window_host.config.cache_clear()
 
 
-def arguments(L=(7, 9), window=(4, 5), shift=(2, 2), H=2, Hk=None, D=16, Dv=None, B=1, dtype=torch.float32,
-              bias="dense", bias_dtype=torch.float32, roll_first=False, pads="vectors", mask_value=-100.0, tau=None,
-              dropout=0.0, scale=None, seed=0):
+def arguments(
+    L=(7, 9),
+    window=(4, 5),
+    shift=(2, 2),
+    H=2,
+    Hk=None,
+    D=16,
+    Dv=None,
+    B=1,
+    dtype=torch.float32,
+    bias="dense",
+    bias_dtype=torch.float32,
+    roll_first=False,
+    pads="vectors",
+    mask_value=-100.0,
+    tau=None,
+    dropout=0.0,
+    scale=None,
+    seed=0,
+):
     """The arguments of fwd, in its order."""
     g = torch.Generator().manual_seed(seed)
     n, Hk, Dv = math.prod(window), Hk or H, Dv or D
@@ -65,9 +83,26 @@ def arguments(L=(7, 9), window=(4, 5), shift=(2, 2), H=2, Hk=None, D=16, Dv=None
     }[bias]()
     tau = None if tau is None else torch.tensor(tau).expand(H) if isinstance(tau, float) else torch.tensor(tau)
     k_pad, v_pad = (random(Hk, D), random(Hk, Dv)) if pads == "vectors" else (None, None)
-    return [q, k, v, values, index, tau, k_pad, v_pad, torch.tensor([0x123456789ABCDEF + seed]) if dropout else None,
-            list(window), list(shift), roll_first, pads is not None, D**-0.5 if scale is None else scale, mask_value,
-            math.log(100.0), 1e-12, dropout]
+    return [
+        q,
+        k,
+        v,
+        values,
+        index,
+        tau,
+        k_pad,
+        v_pad,
+        torch.tensor([0x123456789ABCDEF + seed]) if dropout else None,
+        list(window),
+        list(shift),
+        roll_first,
+        pads is not None,
+        D**-0.5 if scale is None else scale,
+        mask_value,
+        math.log(100.0),
+        1e-12,
+        dropout,
+    ]
 
 
 def wide(args):
@@ -170,14 +205,16 @@ def test_options(name, tuned):
 
 
 @pytest.mark.parametrize(
-    "name", ["no bias", "table", "bias hides", "mask hides", "pads zero", "cosine", "dropout", "groups"])
+    "name", ["no bias", "table", "bias hides", "mask hides", "pads zero", "cosine", "dropout", "groups"]
+)
 def test_options_in_small_tiles(name, tuned):
     tuned(SMALL_TILES)
     check(arguments(**{"L": (5, 7), "H": 1, "dtype": torch.float16} | OPTIONS[name]), repeat=name == "table")
 
 
-@pytest.mark.parametrize("D, Dv", [(1, 8), (8, 1), (15, 24), (24, 15), (32, 48), (48, 32), (64, 96), (128, 64),
-                                   (256, 256)])
+@pytest.mark.parametrize(
+    "D, Dv", [(1, 8), (8, 1), (15, 24), (24, 15), (32, 48), (48, 32), (64, 96), (128, 64), (256, 256)]
+)
 def test_widths(D, Dv, tuned):
     tuned(ONE_TILE)
     check(arguments(D=D, Dv=Dv, H=1, L=(7, 6), dtype=torch.float16))
@@ -188,11 +225,15 @@ def test_shipped_configuration(dtype):
     check(arguments(H=1, L=(5, 5), D=32, bias="table", dtype=dtype), repeat=True)
 
 
-@pytest.mark.parametrize("case", [
-    dict(L=(13,), window=(70,), shift=(9,), pads=None, H=1),
-    dict(L=(10, 13), window=(9, 8), shift=(4, 4), bias="table", H=1, dropout=0.1),
-    dict(L=(9, 9), window=(12, 12), shift=(6, 0), tau=(2.0,), H=1, roll_first=True),
-], ids=["70", "72", "144"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(L=(13,), window=(70,), shift=(9,), pads=None, H=1),
+        dict(L=(10, 13), window=(9, 8), shift=(4, 4), bias="table", H=1, dropout=0.1),
+        dict(L=(9, 9), window=(12, 12), shift=(6, 0), tau=(2.0,), H=1, roll_first=True),
+    ],
+    ids=["70", "72", "144"],
+)
 def test_several_tiles(case, tuned):
     tuned({})
     check(arguments(**case))
@@ -236,7 +277,7 @@ def test_strides(table, tuned):
     """Packed inputs, packed gradients, an expanded dout, a channels-first view, a broadcast image."""
     tuned(table)
     args = arguments(dtype=torch.float16, D=8, B=2, L=(4, 6))
-    packed = torch.stack(args[:3], 3)                                                  # [B, L0, L1, 3, H, D]
+    packed = torch.stack(args[:3], 3)  # [B, L0, L1, 3, H, D]
     args[:3] = packed.unbind(3)
     grads = torch.full_like(packed, math.nan)
     out = forward.fwd(*args)[0]
@@ -245,8 +286,11 @@ def test_strides(table, tuned):
     first = [torch.empty_like(x.permute(0, 3, 4, 1, 2).contiguous()).copy_(x.permute(0, 3, 4, 1, 2)) for x in args[:3]]
     args[:3] = [x.permute(0, 3, 4, 1, 2) for x in first]
     args[2] = args[2][:1].expand_as(args[2])
-    check(args, dout=torch.randn(2, 2, 8, 4, 6).half().permute(0, 3, 4, 1, 2),
-          dlse=torch.randn(2, 2, 4, 6).permute(0, 2, 3, 1))
+    check(
+        args,
+        dout=torch.randn(2, 2, 8, 4, 6).half().permute(0, 3, 4, 1, 2),
+        dlse=torch.randn(2, 2, 4, 6).permute(0, 2, 3, 1),
+    )
 
 
 @pytest.mark.parametrize("table", [ONE_TILE, SMALL_TILES], ids=["one tile", "small tiles"])
@@ -277,13 +321,14 @@ def test_no_images():
 def test_hidden_nan(hides, table, tuned):
     """NaN and infinity in keys and values that a row does not see change nothing for that row."""
     tuned(table)
-    dirty = arguments(mask_value=-math.inf, bias="hiding" if hides == "bias" else "dense", pads=None, B=2, H=1,
-                      dtype=torch.float16)
+    dirty = arguments(
+        mask_value=-math.inf, bias="hiding" if hides == "bias" else "dense", pads=None, B=2, H=1, dtype=torch.float16
+    )
     clean_args = list(dirty)
     q, k, v = dirty[:3]
     if hides == "bias":
         dirty[3] = dirty[3].clone()
-        dirty[3][:, :, 3] = -math.inf                                                  # position 3 is seen by nobody
+        dirty[3][:, :, 3] = -math.inf  # position 3 is seen by nobody
         clean_args[3] = dirty[3]
         slots = torch.zeros(7, 9, dtype=torch.bool)
         r0, r1 = (torch.arange(8)[:, None] + 2) % 8, (torch.arange(10)[None] + 2) % 10
@@ -296,7 +341,7 @@ def test_hidden_nan(hides, table, tuned):
         dirty[2][:, slots] = math.inf
     else:
         dirty[2] = v.clone()
-        dirty[2][0, 0, 0, 0, 4] = math.nan                                             # the corner: its region is small
+        dirty[2][0, 0, 0, 0, 4] = math.nan  # the corner: its region is small
         dirty[2][1, 6, 8, 0, 2] = -math.inf
     out, lse = forward.fwd(*dirty)
     want, want_lse = reference(*dirty)

@@ -78,7 +78,9 @@ def per_axis(op: str, name: str, value: Any, axes: int) -> tuple[int, ...]:
         entries = (value,) * axes
     for entry in entries:
         if entry is None or isinstance(entry, Tensor):
-            raise NotImplementedError(f"{op}: {name} holding {type(entry).__name__} is not implemented yet, got {value!r}")
+            raise NotImplementedError(
+                f"{op}: {name} holding {type(entry).__name__} is not implemented yet, got {value!r}"
+            )
         if isinstance(entry, bool) or not isinstance(entry, (int, torch.SymInt)):
             raise TypeError(f"{op}: {name} must hold ints, got {value!r}")
     return entries

@@ -19,7 +19,12 @@ _C = torch._C
 library = torch.library.Library("vitkern", "FRAGMENT")
 _OWN_KERNEL = all(
     hasattr(_C, name)
-    for name in ("_AutoDispatchBelowAutograd", "_any_requires_grad", "_after_autograd_keyset", "_ExcludeDispatchKeyGuard")
+    for name in (
+        "_AutoDispatchBelowAutograd",
+        "_any_requires_grad",
+        "_after_autograd_keyset",
+        "_ExcludeDispatchKeyGuard",
+    )
 )
 
 
@@ -143,7 +148,9 @@ class Op:
         with torch.enable_grad():
             gout, glse, *nodes = _own_nodes([dout, dlse, *tensors], again)
             first = self._differentiate(gout, glse, [*nodes, *options], need, create_graph=True)
-            pairs = [(f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None and f.requires_grad]
+            pairs = [
+                (f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None and f.requires_grad
+            ]
             where = [i for i in (0, 1, *range(3, count)) if ctx.needs_input_grad[i]]
             sources = [(gout, glse, None, *nodes)[i] for i in where]
             if pairs and sources:
@@ -217,7 +224,9 @@ def _register_autograd(name: str, save: Callable[..., None], backward: Callable[
     def gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return (*backward(ctx, *grads), None)
 
-    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(gradient)})
+    function = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    )
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if _C.is_grad_enabled() and _C._any_requires_grad(*args):

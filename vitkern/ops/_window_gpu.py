@@ -52,7 +52,9 @@ def cuda_refusals(args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"a window may hold {CUDA_MAX_TOKENS} tokens, it holds {tokens}")
     for name, t in (("q and k", q), ("v", v)):
         if t.shape[-1] % 8 or t.shape[-1] > CUDA_MAX_HEAD:
-            reasons.append(f"the head size of {name} must be a multiple of 8 up to {CUDA_MAX_HEAD}, it is {t.shape[-1]}")
+            reasons.append(
+                f"the head size of {name} must be a multiple of 8 up to {CUDA_MAX_HEAD}, it is {t.shape[-1]}"
+            )
     for name, t in zip("qkv", args[:3], strict=False):
         if t.stride(-1) != 1:
             reasons.append(f"the last dimension of {name} must be contiguous, its stride is {t.stride(-1)}")
@@ -138,7 +140,10 @@ def _cuda_backward(
         None if k_pad is None else k_pad.shape,
         None if v_pad is None else v_pad.shape,
     )
-    sums = [q.new_empty(s, dtype=torch.float32) if s is not None and w else None for s, w in zip(shapes, wanted[3:], strict=True)]
+    sums = [
+        q.new_empty(s, dtype=torch.float32) if s is not None and w else None
+        for s, w in zip(shapes, wanted[3:], strict=True)
+    ]
     if dout is None:
         dout = v.new_zeros((*q.shape[:-1], v.shape[-1]))
     with torch.cuda.device(q.device):
@@ -149,4 +154,6 @@ def _cuda_backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     torch.ops.vitkern._window_attention_cuda_bwd(dout, dlse, lse, *_as_kernel(inputs), *into, *sums, workspace)
-    return tuple(None if s is None else s.to(like.dtype) for s, like in zip(sums, (bias, logit_scale, k_pad, v_pad), strict=True))
+    return tuple(
+        None if s is None else s.to(like.dtype) for s, like in zip(sums, (bias, logit_scale, k_pad, v_pad), strict=True)
+    )

@@ -1,7 +1,6 @@
 """window_attention: argument checks, lowering of the options, and the two ops (separate and packed q, k, v)."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,14 @@ from vitkern.ops._window_checks import NAME, check, refuse_unbuilt, signature
 from vitkern.reference.window_attention import window_attention as definition
 from vitkern.stats import Stats
 
-OPTION_TENSORS = ("Tensor? bias", "Tensor? index", "Tensor? logit_scale", "Tensor? k_pad", "Tensor? v_pad", "Tensor? seed")
+OPTION_TENSORS = (
+    "Tensor? bias",
+    "Tensor? index",
+    "Tensor? logit_scale",
+    "Tensor? k_pad",
+    "Tensor? v_pad",
+    "Tensor? seed",
+)
 OPTIONS = (
     "SymInt[] window, SymInt[] shift, bool roll_first, bool pad_visible, float scale, float mask_value, "
     "float cosine_max, float cosine_eps, float dropout_p, str gpu"
@@ -185,7 +191,17 @@ def _lower(
     seed = None
     if dropout_p:
         seed = _seed(dropout_p, dropout_seed, q.device)
-    options = (window, shift, roll_first, pad_kv is not None, scale, mask_value, cosine_max, cosine_eps, float(dropout_p))
+    options = (
+        window,
+        shift,
+        roll_first,
+        pad_kv is not None,
+        scale,
+        mask_value,
+        cosine_max,
+        cosine_eps,
+        float(dropout_p),
+    )
     return (q, k, v, table, index, tau, k_pad, v_pad, seed, *options)
 
 
@@ -288,7 +304,9 @@ def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[st
     return _explanation(PLAIN, _lower(*args, **options), backend)
 
 
-def _explain_packed(qkv: Tensor, *args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
+def _explain_packed(
+    qkv: Tensor, *args: Any, backend: str | None = None, **options: Any
+) -> tuple[str, dict[str, list[str]]]:
     lowered = _lower(*qkv.unbind(-3), *args, **options)
     return _explanation(PACKED, (qkv, *lowered[3:]), backend)
 

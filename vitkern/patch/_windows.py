@@ -135,3 +135,8 @@ def _leading_index(configured: tuple[int, ...], tokens: int, device: torch.devic
 def _cached_leading_index(configured: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor born in inference mode could not be used in training later
         return _leading_index(configured, tokens, device)
+
+
+def continuous_table(mlp: nn.Module, coordinates: Tensor) -> Tensor:
+    """The table 16 sigmoid(MLP(log-spaced offsets)) of Swin V2, [R, H]: one row per offset, so that the MLP runs on few rows."""
+    return 16 * torch.sigmoid(mlp(coordinates).flatten(0, -2))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
 from vitkern.patch._windows import (
+    continuous_table,
     dropout_rate,
     index_refusal,
     packed,
@@ -27,7 +28,6 @@ from vitkern.patch._windows import (
     version_refusal,
     without_key_bias,
 )
-from vitkern.patch.transformers import continuous_table
 
 
 def _refusal(block: nn.Module) -> str | None:

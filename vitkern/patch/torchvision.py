@@ -19,6 +19,7 @@ from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
 from vitkern.patch._windows import (
     clamp_window,
+    continuous_table,
     index_refusal,
     leading_table,
     packed,
@@ -27,7 +28,6 @@ from vitkern.patch._windows import (
     version_refusal,
     without_key_bias,
 )
-from vitkern.patch.transformers import continuous_table
 
 
 def _refusal(module: nn.Module) -> str | None:

@@ -14,19 +14,18 @@ for, the layer's own forward runs.
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch._windows import separate
+from vitkern.patch._windows import continuous_table, separate
 
 
 def _library_refusal() -> str | None:
     import transformers
 
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    known = (4, 40) <= (major, minor) and major <= 5
+    known = (major, minor) >= (4, 40) and major <= 5
     return None if known else f"transformers {transformers.__version__} is not a known version (4.40 to 5.x)"
 
 
@@ -51,9 +50,13 @@ def _swin(layer: nn.Module) -> Any:
         return refusal or _swin_older(layer)
     configured, shift = layer.attention.relative_position_bias.window_size[0], int(layer.shift_size)
 
-    def forward(self: Any, hidden_states: Tensor, input_dimensions: Any, always_partition: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, hidden_states: Tensor, input_dimensions: Any, always_partition: bool = False, **kwargs: Any
+    ) -> Any:
         if kwargs.get("output_attentions"):
-            return type(self).forward(self, hidden_states, input_dimensions, always_partition=always_partition, **kwargs)
+            return type(self).forward(
+                self, hidden_states, input_dimensions, always_partition=always_partition, **kwargs
+            )
         attention = self.attention
         window, moved = _window_and_shift(self, configured, shift, input_dimensions, not always_partition)
         shortcut = hidden_states
@@ -153,11 +156,6 @@ def _swinv2(layer: nn.Module) -> Any:
         return (hidden_states + self.drop_path(self.layernorm_after(x)),)
 
     return forward
-
-
-def continuous_table(mlp: nn.Module, coordinates: Tensor) -> Tensor:
-    """The table 16 sigmoid(MLP(log-spaced offsets)) of Swin V2, [R, H]: one row per offset, so that the MLP runs on few rows."""
-    return 16 * torch.sigmoid(mlp(coordinates).flatten(0, -2))
 
 
 _MODELS = "transformers.models"

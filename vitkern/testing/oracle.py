@@ -49,7 +49,9 @@ def assert_close_to_oracle(
         wrong = test(got64) != test(oracle)
         if kind == "+inf" and got.dtype == torch.float16:
             wrong = wrong & (test(eager64) != test(got64))  # beyond float16, where the oracle is still finite
-        assert not wrong.any(), f"{name}: {kind} at {int(wrong.sum())} places where the oracle differs, first {_first(wrong)}"
+        assert not wrong.any(), (
+            f"{name}: {kind} at {int(wrong.sum())} places where the oracle differs, first {_first(wrong)}"
+        )
     finite = oracle.isfinite() & got64.isfinite() & eager64.isfinite()
     if not finite.any():
         return
@@ -97,7 +99,9 @@ def _run(entry: Entry, call: Call, dtype: torch.dtype, backend: str, grad: bool)
     outputs = call.run(tensors, backend)
     result = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     if grad:
-        loss: Any = sum((out.double() * weight).sum() for out, weight in zip(outputs, call.weights(outputs), strict=True))
+        loss: Any = sum(
+            (out.double() * weight).sum() for out, weight in zip(outputs, call.weights(outputs), strict=True)
+        )
         wanted = [name for name in tensors if tensors[name].requires_grad]
         grads = torch.autograd.grad(loss, [tensors[name] for name in wanted], allow_unused=True)
         for name, g in zip(wanted, grads, strict=True):

@@ -33,7 +33,9 @@ class Call:
 
     def rounded(self, dtype: torch.dtype) -> "Call":
         """The call with its inputs rounded to what a run in `dtype` sees, so that this rounding is nobody's error."""
-        kept = {n: t.to(self._dtype(n, dtype)).double() if t.is_floating_point() else t for n, t in self.tensors.items()}
+        kept = {
+            n: t.to(self._dtype(n, dtype)).double() if t.is_floating_point() else t for n, t in self.tensors.items()
+        }
         return replace(self, tensors=kept)
 
     def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,75 @@
+// Exposes the vector functions and the product loop of one instruction-set unit to pytest. Compiled once per width.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#define VITKERN_ISA internals
+#include "../../csrc/cpu/kernels.inc"
+
+namespace py = pybind11;
+using vitkern::kernels_internals;
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+// y = f(x) on arrays whose size is a multiple of the vector length.
+template <typename T>
+Array<T> map(void (*f)(const T*, T*, int64_t), const Array<T>& x) {
+  Array<T> y(x.size());
+  f(x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+PYBIND11_MODULE(VITKERN_MODULE, m) {
+  m.attr("lanes") = kernels_internals.lanes;
+  m.def("exp_f32", [](const Array<float>& x) { return map<float>(kernels_internals.exp_f32, x); });
+  m.def("exp_f64", [](const Array<double>& x) { return map<double>(kernels_internals.exp_f64, x); });
+  m.def("log_f32", [](const Array<float>& x) { return map<float>(kernels_internals.log_f32, x); });
+  m.def("log_f64", [](const Array<double>& x) { return map<double>(kernels_internals.log_f64, x); });
+  m.def("exp2_score", [](const Array<float>& x) {
+    Array<float> y(x.size());
+    for (py::ssize_t i = 0; i < x.size(); i += VITKERN_LANES)
+      vitkern::internals::vstore<float>(y.mutable_data() + i,
+                                        vitkern::internals::vexp2_score(vitkern::internals::vload<float>(x.data() + i)));
+    return y;
+  });
+  m.def("gemm", [](const Array<float>& a, const Array<float>& b) {
+    Array<float> c({a.shape(0), b.shape(1)});
+    kernels_internals.gemm_f32(a.data(), b.data(), c.mutable_data(), int(a.shape(0)), int(b.shape(1)), int(a.shape(1)));
+    return c;
+  });
+  m.def("half_round_trip", [](const Array<float>& x) {
+    Array<float> y(x.size());
+    for (py::ssize_t i = 0; i < x.size(); ++i)
+      y.mutable_data()[i] = vitkern::internals::half_to_float(vitkern::internals::float_to_half(x.data()[i]));
+    return y;
+  });
+  m.def("bfloat_round_trip", [](const Array<float>& x) {
+    Array<float> y(x.size());
+    for (py::ssize_t i = 0; i < x.size(); ++i)
+      y.mutable_data()[i] = vitkern::internals::bfloat_to_float(vitkern::internals::float_to_bfloat(x.data()[i]));
+    return y;
+  });
+  m.def("geometry", [](std::vector<int> lengths, std::vector<int> window, std::vector<int> shift, bool roll_first) {
+    vitkern::WindowMap map{};
+    map.rank = int(lengths.size());
+    map.roll_first = roll_first;
+    map.size = map.windows = 1;
+    for (int a = 0; a < map.rank; ++a) {
+      const int count = (lengths[a] + window[a] - 1) / window[a];
+      map.axis[a] = {lengths[a], window[a], shift[a], count};
+      map.size *= window[a];
+      map.windows *= count;
+    }
+    py::list tokens, regions;
+    for (int w = 0; w < map.windows; ++w)
+      for (int i = 0; i < map.size; ++i) {
+        int32_t c[vitkern::kMaxAxes], region, token = 0;
+        const bool real = vitkern::window_slot(map, w, i, c, &region);
+        for (int a = 0; a < map.rank; ++a) token = token * lengths[a] + c[a];
+        tokens.append(real ? token : -1);
+        regions.append(region);
+      }
+    return py::make_tuple(tokens, regions);
+  });
+}
