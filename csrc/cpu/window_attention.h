@@ -48,7 +48,8 @@ struct WindowSums {
 };
 
 // Bytes of scratch that one thread needs, and the work on windows [first, last) of all images (image-major) and
-// kv heads [head_first, head_last). `scratch` is aligned to 64 bytes and holds scratch_bytes(p, backward).
+// kv heads [head_first, head_last). `scratch` is aligned to 64 bytes, holds
+// scratch_bytes(p, backward), and is zero before its first use with p.
 struct WindowKernels {
   int64_t (*scratch_bytes)(const WindowProblem& p, bool backward);
   void (*forward)(const WindowProblem& p, int64_t first, int64_t last, int32_t head_first, int32_t head_last, void* scratch);
