@@ -1,0 +1,132 @@
+"""The demo's arguments, models and pictures."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import vitkern
+from vitkern.demo.measure import Result, compare, logits
+from vitkern.demo.report import write_report
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def photographs(files: list[str]) -> list[tuple[str, Any]]:
+    """The user's pictures, or the two photographs that scikit-learn ships."""
+    from PIL import Image
+
+    if files:
+        return [(Path(f).name, Image.open(f).convert("RGB")) for f in files]
+    from sklearn.datasets import load_sample_images
+
+    found = load_sample_images()
+    return [(Path(n).name, Image.fromarray(i)) for n, i in zip(found.filenames, found.images, strict=True)]
+
+
+def pixels(pictures: list[tuple[str, Any]], size: tuple[int, int]) -> Tensor:
+    """[B, 3, H, W], resized and normalised as ImageNet models expect."""
+    import numpy
+
+    batch = [torch.from_numpy(numpy.asarray(p.resize((size[1], size[0])), dtype="float32") / 255) for _, p in pictures]
+    x = torch.stack(batch).movedim(-1, 1)
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+
+
+def models(name: str | None) -> dict[str, Callable[[], nn.Module]]:
+    """Swin-T and SwinV2-T from the library's own configurations with random weights, or the user's own model."""
+    import transformers
+
+    if name is None:
+        return {
+            "Swin-T": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(num_labels=1000)),
+            "SwinV2-T": lambda: transformers.Swinv2ForImageClassification(transformers.Swinv2Config(num_labels=1000)),
+        }
+    if Path(name).is_dir():
+        return {Path(name).name: lambda: transformers.AutoModelForImageClassification.from_pretrained(name, local_files_only=True)}
+    try:
+        config = transformers.AutoConfig.for_model(name)
+    except ValueError as error:
+        raise SystemExit(
+            f"vitkern demo: --model must be a local model directory or an architecture of transformers, got {name!r}"
+        ) from error
+    return {name: lambda: transformers.AutoModelForImageClassification.from_config(config)}
+
+
+def table(results: list[Result]) -> Table:
+    shown = Table(
+        title="milliseconds per batch (medians of interleaved runs); peak MB of each; errors against the model in float64"
+    )
+    heads = ("model", "pixels", "dtype", "eager", "compiled", "vitkern", "× eager", "× compiled", "peak MB", "difference", "error eager", "error vitkern", "same top 1", "same top 5")
+    for head in heads:
+        shown.add_column(head, justify="left" if head in ("model", "pixels", "dtype") else "right")
+    for r in results:
+        times = [f"{r.milliseconds[k]:.1f}" if k in r.milliseconds else "–" for k in ("eager", "compiled", "vitkern")]
+        memory = [f"{m:.0f}" if m is not None else "?" for m in r.megabytes.values()]
+        over = f"{r.ratio_compiled:.2f}" if r.ratio_compiled else "–"
+        shown.add_row(
+            r.model, f"{r.size[0]}×{r.size[1]}", r.dtype, *times, f"{r.ratio:.2f}", over, " / ".join(memory),
+            f"{r.difference:.1e}", f"{r.errors['eager']:.1e}", f"{r.errors['vitkern']:.1e}", "yes" if r.same_best else "no", f"{r.same_five:.0%}",
+        )  # fmt: skip
+    return shown
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vitkern demo", description="Swin models on photographs, with and without vitkern.")
+    parser.add_argument("--model", help="a local model directory, or an architecture name of transformers")
+    parser.add_argument("--image", action="append", default=[], help="a picture of yours (may be given several times)")
+    parser.add_argument("--sizes", default="224x224,256x320", help="height x width, comma-separated")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="float32, bfloat16")
+    parser.add_argument("--batch", type=int, default=2, help="pictures per batch (they repeat)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute per model)")
+    parser.add_argument("--quick", action="store_true", help="one size, no torch.compile: under a minute")
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long to measure each line")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the HTML report")
+    options = parser.parse_args(argv)
+    pictures = photographs(options.image)
+    pictures = (pictures * options.batch)[: max(options.batch, len(options.image))]
+    sizes = [tuple(int(n) for n in s.split("x")) for s in options.sizes.split(",")][: 1 if options.quick else None]
+    dtypes = [DTYPES[d] for d in options.dtypes.split(",")]
+    made = models(options.model)
+    console = Console()
+    wide = Console(width=max(console.width, 170))
+    bar = Progress(TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    results: list[Result] = []
+    reports: dict[str, str] = {}
+    with bar:
+        task = bar.add_task("starting", total=len(made) * len(sizes) * len(dtypes))
+        for name, make in made.items():
+            torch.manual_seed(0)
+            model = make().eval()
+            weights = {key: value.clone() for key, value in model.state_dict().items()}
+            with vitkern.patched(model) as report:
+                reports[name] = str(report)
+            bar.update(task, description=f"{name}: the result in float64")
+            with torch.inference_mode():
+                exact = {size: logits(model.double(), pixels(pictures, size).double()).float() for size in sizes}
+            for dtype in dtypes:
+                model.float().load_state_dict(weights)  # the last dtype may have rounded them
+                compiled = None
+                if not (options.no_compile or options.quick):
+                    torch._dynamo.reset()
+                    compiled = torch.compile(model, dynamic=False)
+                for size in sizes:
+                    x = pixels(pictures, size)
+                    step = lambda text: bar.update(task, description=text)  # noqa: E731
+                    results.append(compare(name, model, x, exact[size], dtype, compiled, options.seconds, step))
+                    bar.advance(task)
+                    compiled = None  # compiling takes about a minute: one size shows it
+    wide.print(table(results))
+    path = write_report(options.out, results, reports, pictures, options.model is None)
+    console.print(f"Report with plots: {path}")
+    wrong = [r for r in results if r.dtype == "float32" and r.difference > 1e-3 * max(r.scale, 1.0)]
+    for r in wrong:
+        console.print(f"[red]{r.model} {r.size}: outputs differ by {r.difference:.2e}")
+    return 1 if wrong else 0
