@@ -19,14 +19,16 @@ h1 { margin-bottom: 0; } .lead { color: #555; margin-top: .25rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; white-space: nowrap; }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid #ddd; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; } td.best { font-weight: 600; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; } pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; }
+figure { margin: 1.5rem 0; } figure img { max-width: 100%; }
+pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; }
 </style></head><body>
 <h1>vitkern demo</h1>
 <p class="lead">{{ subtitle }}</p>
 <div class="photos">{% for name, data in photos %}<img src="data:image/jpeg;base64,{{ data }}" alt="{{ name }}">{% endfor %}</div>
 <p>{{ explanation }}</p>
 <div class="scroll"><table><tr><th>model</th><th>pixels</th><th>dtype</th><th>eager ms</th><th>compiled ms</th><th>vitkern ms</th>
-<th>× eager</th><th>× compiled</th><th>peak MB eager</th><th>peak MB vitkern</th><th>difference</th><th>error eager</th><th>error vitkern</th><th>same top 1</th><th>same top 5</th></tr>
+<th>× eager</th><th>× compiled</th><th>peak MB eager</th><th>peak MB vitkern</th><th>difference</th><th>error eager</th>
+<th>error vitkern</th><th>same top 1</th><th>same top 5</th></tr>
 {% for r in results %}<tr><td>{{ r.model }}</td><td>{{ r.size[0] }}×{{ r.size[1] }}</td><td>{{ r.dtype }}</td>
 <td>{{ "%.1f"|format(r.milliseconds.eager) }}</td>
 <td>{{ "%.1f"|format(r.milliseconds.compiled) if r.milliseconds.compiled else "–" }}</td>
@@ -34,7 +36,8 @@ figure { margin: 1.5rem 0; } figure img { max-width: 100%; } pre { overflow-x: a
 <td>{{ "%.2f"|format(r.ratio_compiled) if r.ratio_compiled else "–" }}</td>
 <td>{{ "%.0f"|format(r.megabytes.eager) if r.megabytes.eager is not none else "?" }}</td>
 <td>{{ "%.0f"|format(r.megabytes.vitkern) if r.megabytes.vitkern is not none else "?" }}</td>
-<td>{{ "%.1e"|format(r.difference) }}</td><td>{{ "%.1e"|format(r.errors.eager) }}</td><td>{{ "%.1e"|format(r.errors.vitkern) }}</td><td>{{ "yes" if r.same_best else "no" }}</td>
+<td>{{ "%.1e"|format(r.difference) }}</td><td>{{ "%.1e"|format(r.errors.eager) }}</td>
+<td>{{ "%.1e"|format(r.errors.vitkern) }}</td><td>{{ "yes" if r.same_best else "no" }}</td>
 <td>{{ "%.0f"|format(100 * r.same_five) }} %</td></tr>{% endfor %}</table></div>
 <figure><img src="data:image/png;base64,{{ times }}" alt="Milliseconds per batch"></figure>
 <figure><img src="data:image/png;base64,{{ memory }}" alt="Peak memory"></figure>
@@ -51,22 +54,28 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     info = vitkern.info()
     info.pop("ops")
-    weights = "The weights are random: agreement is that of two computations of one function, not of a trained classifier. "
+    weights = (
+        "The weights are random: agreement is that of two computations of one function, not of a trained classifier. "
+    )
     explanation = (
         (weights if random_weights else "")
         + "Each line runs the same pictures through the model's own code, through torch.compile, and with its window attention "
-        "replaced by vitkern.patch. Times are medians of interleaved runs. Peak memory is what one forward adds to the process. The difference is the largest between "
-        "vitkern and eager; the errors are the largest of each against the model in float64."
+        "replaced by vitkern.patch. Times are medians of interleaved runs. Peak memory is what one forward adds "
+        "to the process. The difference is the largest between vitkern and eager; the errors are the largest of each against the model in float64."
     )
-    page = jinja2.Environment(autoescape=True).from_string(TEMPLATE).render(
-        subtitle=f"vitkern {vitkern.__version__}, torch {info['torch']}, {info['threads']} threads, {info['instruction set']}",
-        photos=[(name, _picture(p)) for name, p in dict(pictures).items()],
-        explanation=explanation,
-        results=results,
-        times=_bars(results, "milliseconds", "milliseconds per batch (less is better)"),
-        memory=_bars(results, "megabytes", "peak megabytes of one forward (less is better)"),
-        reports=reports,
-        info=info,
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(TEMPLATE)
+        .render(
+            subtitle=f"vitkern {vitkern.__version__}, torch {info['torch']}, {info['threads']} threads, {info['instruction set']}",
+            photos=[(name, _picture(p)) for name, p in dict(pictures).items()],
+            explanation=explanation,
+            results=results,
+            times=_bars(results, "milliseconds", "milliseconds per batch (less is better)"),
+            memory=_bars(results, "megabytes", "peak megabytes of one forward (less is better)"),
+            reports=reports,
+            info=info,
+        )
     )
     path = folder / "index.html"
     path.write_text(page)
@@ -94,7 +103,9 @@ def _bars(results: list[Result], attribute: str, label: str) -> str:
         places = [y + 0.8 * (i + 0.5) / len(kinds) - 0.4 for y in range(len(results))]
         values = [getattr(r, attribute).get(kind) or 0.0 for r in results]
         bars = axes.barh(places, values, 0.8 / len(kinds), color=colors[kind], label=kind)
-        axes.bar_label(bars, [f"{v:.0f}" if v >= 10 else f"{v:.1f}" if v else "" for v in values], padding=3, fontsize=8)
+        axes.bar_label(
+            bars, [f"{v:.0f}" if v >= 10 else f"{v:.1f}" if v else "" for v in values], padding=3, fontsize=8
+        )
     names = [f"{r.model}, {r.size[0]}×{r.size[1]}, {r.dtype}" for r in results]
     axes.set_yticks(range(len(results)), names, fontsize=9)
     axes.invert_yaxis()

@@ -50,7 +50,11 @@ def models(name: str | None) -> dict[str, Callable[[], nn.Module]]:
             "SwinV2-T": lambda: transformers.Swinv2ForImageClassification(transformers.Swinv2Config(num_labels=1000)),
         }
     if Path(name).is_dir():
-        return {Path(name).name: lambda: transformers.AutoModelForImageClassification.from_pretrained(name, local_files_only=True)}
+        return {
+            Path(name).name: lambda: transformers.AutoModelForImageClassification.from_pretrained(
+                name, local_files_only=True
+            )
+        }
     try:
         config = transformers.AutoConfig.for_model(name)
     except ValueError as error:
@@ -64,28 +68,47 @@ def table(results: list[Result]) -> Table:
     shown = Table(
         title="milliseconds per batch (medians of interleaved runs); peak MB of each; errors against the model in float64"
     )
-    heads = ("model", "pixels", "dtype", "eager", "compiled", "vitkern", "× eager", "× compiled", "peak MB", "difference", "error eager", "error vitkern", "same top 1", "same top 5")
+    heads = (
+        "model",
+        "pixels",
+        "dtype",
+        "eager",
+        "compiled",
+        "vitkern",
+        "× eager",
+        "× compiled",
+        "peak MB",
+        "difference",
+        "error eager",
+        "error vitkern",
+        "same top 1",
+        "same top 5",
+    )
     for head in heads:
         shown.add_column(head, justify="left" if head in ("model", "pixels", "dtype") else "right")
     for r in results:
         times = [f"{r.milliseconds[k]:.1f}" if k in r.milliseconds else "–" for k in ("eager", "compiled", "vitkern")]
         memory = [f"{m:.0f}" if m is not None else "?" for m in r.megabytes.values()]
         over = f"{r.ratio_compiled:.2f}" if r.ratio_compiled else "–"
-        shown.add_row(
-            r.model, f"{r.size[0]}×{r.size[1]}", r.dtype, *times, f"{r.ratio:.2f}", over, " / ".join(memory),
-            f"{r.difference:.1e}", f"{r.errors['eager']:.1e}", f"{r.errors['vitkern']:.1e}", "yes" if r.same_best else "no", f"{r.same_five:.0%}",
-        )  # fmt: skip
+        agreement = [f"{x:.1e}" for x in (r.difference, r.errors["eager"], r.errors["vitkern"])]
+        agreement += ["yes" if r.same_best else "no", f"{r.same_five:.0%}"]
+        size = f"{r.size[0]}×{r.size[1]}"
+        shown.add_row(r.model, size, r.dtype, *times, f"{r.ratio:.2f}", over, " / ".join(memory), *agreement)
     return shown
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vitkern demo", description="Swin models on photographs, with and without vitkern.")
+    parser = argparse.ArgumentParser(
+        prog="vitkern demo", description="Swin models on photographs, with and without vitkern."
+    )
     parser.add_argument("--model", help="a local model directory, or an architecture name of transformers")
     parser.add_argument("--image", action="append", default=[], help="a picture of yours (may be given several times)")
     parser.add_argument("--sizes", default="224x224,256x320", help="height x width, comma-separated")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="float32, bfloat16")
     parser.add_argument("--batch", type=int, default=2, help="pictures per batch (they repeat)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute per model)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out (it takes a minute per model)"
+    )
     parser.add_argument("--quick", action="store_true", help="one size, no torch.compile: under a minute")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long to measure each line")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the HTML report")
@@ -97,7 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     made = models(options.model)
     console = Console()
     wide = Console(width=max(console.width, 170))
-    bar = Progress(TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    bar = Progress(
+        TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
     results: list[Result] = []
     reports: dict[str, str] = {}
     with bar:
