@@ -61,7 +61,8 @@ def write_report(
         (weights if random_weights else "")
         + "Each line runs the same pictures through the model's own code, through torch.compile, and with its window attention "
         "replaced by vitkern.patch. Times are medians of interleaved runs. Peak memory is what one forward adds "
-        "to the process. The difference is the largest between vitkern and eager; the errors are the largest of each against the model in float64."
+        "to the process. The difference is the largest between vitkern and eager; the errors are the largest "
+        "of each against the model in float64."
     )
     page = (
         jinja2.Environment(autoescape=True)
