@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCAN_LIMIT = 2**23  # table rows x index entries; above it the index is sorted
+SCAN_LIMIT = 2**23                                          # table rows x index entries; above it the index is sorted
 
 
 @triton.jit(do_not_specialize=("parts", "size"))
@@ -17,11 +17,8 @@ def _add_parts(part_ptr, out_ptr, parts, size, BLOCK_P: tl.constexpr, BLOCK: tl.
     acc = tl.zeros([BLOCK_P, BLOCK], tl.float32)
     for first in tl.range(0, parts, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        acc += tl.load(
-            part_ptr + p[:, None].to(tl.int64) * size + at[None, :],
-            mask=(p < parts)[:, None] & (at < size)[None, :],
-            other=0.0,
-        )
+        acc += tl.load(part_ptr + p[:, None].to(tl.int64) * size + at[None, :],
+                       mask=(p < parts)[:, None] & (at < size)[None, :], other=0.0)
     tl.store(out_ptr + at, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
@@ -39,14 +36,11 @@ def _scan_table(
     acc = tl.zeros([BLOCK_R, BLOCK], tl.float32)
     for first in tl.range(0, entries, BLOCK):
         e = first + tl.arange(0, BLOCK)
-        named = tl.load(
-            index_ptr + (e // n).to(tl.int64) * index_stride0 + (e % n).to(tl.int64) * index_stride1,
-            mask=e < entries,
-            other=0,
-        )
+        named = tl.load(index_ptr + (e // n).to(tl.int64) * index_stride0 + (e % n).to(tl.int64) * index_stride1,
+                        mask=e < entries, other=0)
         named = tl.minimum(tl.maximum(named, 0), rows - 1)
         value = tl.load(dense_ptr + head * entries + e, mask=e < entries, other=0.0)
-        acc += tl.where(row[:, None] == named[None, :], value[None, :], 0.0)  # [BLOCK_R, BLOCK]
+        acc += tl.where(row[:, None] == named[None, :], value[None, :], 0.0)           # [BLOCK_R, BLOCK]
     tl.store(out_ptr + row.to(tl.int64) * heads + head, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
@@ -73,8 +67,7 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     size, count = out.numel(), parts.shape[0]
     block_p = min(64, triton.next_power_of_2(count))
     _add_parts[(triton.cdiv(size, 64),)](
-        parts, out, count, size, BLOCK_P=block_p, BLOCK=64, num_warps=4, enable_fp_fusion=True
-    )
+        parts, out, count, size, BLOCK_P=block_p, BLOCK=64, num_warps=4, enable_fp_fusion=True)
     return out
 
 
@@ -84,24 +77,11 @@ def table_gradient(dense: Tensor, index: Tensor, rows: int, dtype: torch.dtype) 
     out = torch.empty((rows, heads), dtype=dtype, device=dense.device)
     if rows * n * n <= SCAN_LIMIT:
         _scan_table[(heads * triton.cdiv(rows, 16),)](
-            dense,
-            index,
-            out,
-            n * n,
-            rows,
-            heads,
-            n,
-            index.stride(0),
-            index.stride(1),
-            BLOCK_R=16,
-            BLOCK=256,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+            dense, index, out, n * n, rows, heads, n, index.stride(0), index.stride(1),
+            BLOCK_R=16, BLOCK=256, num_warps=4, enable_fp_fusion=True)
         return out
     named, order = torch.sort(index.clamp(0, rows - 1).flatten(), stable=True)
     first = torch.searchsorted(named, torch.arange(rows + 1, dtype=named.dtype, device=named.device))
     _gather_table[(heads * rows,)](
-        dense, order, first, out, n * n, heads, BLOCK=512, num_warps=4, enable_fp_fusion=True
-    )
+        dense, order, first, out, n * n, heads, BLOCK=512, num_warps=4, enable_fp_fusion=True)
     return out

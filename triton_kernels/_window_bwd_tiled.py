@@ -42,36 +42,10 @@ def _backward_queries(
     sides_i = sides(i, shifts, WINDOW, AXES, SHIFTED)
     factor = row_factor(tau_ptr, tau_stride, head, scale, cosine_max)
     q_raw, dout, lse, dlse, coords_i, tokens, flat, real_i = query_side(
-        image,
-        window,
-        head,
-        i,
-        heads,
-        q_ptr,
-        dout_ptr,
-        lse_ptr,
-        dlse_ptr,
-        q_strides,
-        dout_strides,
-        dlse_strides,
-        d_strides,
-        dout_d_stride,
-        lengths,
-        counts,
-        shifts,
-        WINDOW,
-        AXES,
-        N,
-        D,
-        DV,
-        BLOCK_D,
-        BLOCK_DV,
-        PADS,
-        SHIFTED,
-        ROLL_FIRST,
-        ALIGN,
-    )
-    q = q_raw  # [BLOCK_M, BLOCK_D]
+        image, window, head, i, heads, q_ptr, dout_ptr, lse_ptr, dlse_ptr,
+        q_strides, dout_strides, dlse_strides, d_strides, dout_d_stride, lengths, counts, shifts,
+        WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
+    q = q_raw                                                                          # [BLOCK_M, BLOCK_D]
     if tau_ptr is not None:
         q = unit_rows(q_raw, cosine_eps)
 
@@ -82,64 +56,15 @@ def _backward_queries(
         j = start + tl.arange(0, BLOCK_N)
         sides_j = sides(j, shifts, WINDOW, AXES, SHIFTED)
         k, v, _, _, _, visible = key_side(
-            image,
-            window,
-            head // GROUP,
-            j,
-            k_ptr,
-            v_ptr,
-            k_pad_ptr,
-            v_pad_ptr,
-            k_strides,
-            v_strides,
-            d_strides,
-            pad_strides,
-            lengths,
-            counts,
-            shifts,
-            WINDOW,
-            AXES,
-            N,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            PADS,
-            SHIFTED,
-            ROLL_FIRST,
-            ALIGN,
-        )
+            image, window, head // GROUP, j, k_ptr, v_ptr, k_pad_ptr, v_pad_ptr, k_strides, v_strides, d_strides,
+            pad_strides, lengths, counts, shifts,
+            WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
         if tau_ptr is not None:
             k = unit_rows(k, cosine_eps)
         bias = load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head, i, j, N)
         _, p, _, dp = weights(
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            low,
-            bias,
-            sides_i,
-            sides_j,
-            seam,
-            visible,
-            seed_ptr,
-            image,
-            head,
-            tokens,
-            start,
-            factor,
-            mask_value,
-            threshold,
-            keep_scale,
-            BLOCK_N,
-            N,
-            PADS,
-            SHIFTED,
-            HIDE,
-            bias_ptr is not None,
-        )
+            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+            start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
         delta += tl.sum(p * dp, 1)
         norm += tl.sum(p, 1)
     if low_ptr is not None:
@@ -157,65 +82,16 @@ def _backward_queries(
             j = start + tl.arange(0, BLOCK_N)
             sides_j = sides(j, shifts, WINDOW, AXES, SHIFTED)
             k, v, _, _, _, visible = key_side(
-                image,
-                window,
-                head // GROUP,
-                j,
-                k_ptr,
-                v_ptr,
-                k_pad_ptr,
-                v_pad_ptr,
-                k_strides,
-                v_strides,
-                d_strides,
-                pad_strides,
-                lengths,
-                counts,
-                shifts,
-                WINDOW,
-                AXES,
-                N,
-                D,
-                DV,
-                BLOCK_D,
-                BLOCK_DV,
-                PADS,
-                SHIFTED,
-                ROLL_FIRST,
-                ALIGN,
-            )
+                image, window, head // GROUP, j, k_ptr, v_ptr, k_pad_ptr, v_pad_ptr, k_strides, v_strides, d_strides,
+                pad_strides, lengths, counts, shifts,
+                WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
             if tau_ptr is not None:
                 k = unit_rows(k, cosine_eps)
             bias = load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head, i, j, N)
             a, p, _, dp = weights(
-                q,
-                k,
-                v,
-                dout,
-                lse,
-                low,
-                bias,
-                sides_i,
-                sides_j,
-                seam,
-                visible,
-                seed_ptr,
-                image,
-                head,
-                tokens,
-                start,
-                factor,
-                mask_value,
-                threshold,
-                keep_scale,
-                BLOCK_N,
-                N,
-                PADS,
-                SHIFTED,
-                HIDE,
-                bias_ptr is not None,
-            )
-            ds = p * (dp - delta[:, None])  # [BLOCK_M, BLOCK_N]
+                q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+                start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
+            ds = p * (dp - delta[:, None])                                             # [BLOCK_M, BLOCK_N]
             if dtau_ptr is not None:
                 dtau += tl.sum(tl.where(ds == 0.0, 0.0, ds * a), 1)
             if dq_ptr is not None:
@@ -266,34 +142,10 @@ def _backward_keys(
     seam = seams(window, counts, AXES, SHIFTED)
     sides_j = sides(j, shifts, WINDOW, AXES, SHIFTED)
     k_raw, v, coords_j, real_j, pad, visible = key_side(
-        image,
-        window,
-        key_head,
-        j,
-        k_ptr,
-        v_ptr,
-        k_pad_ptr,
-        v_pad_ptr,
-        k_strides,
-        v_strides,
-        d_strides,
-        pad_strides,
-        lengths,
-        counts,
-        shifts,
-        WINDOW,
-        AXES,
-        N,
-        D,
-        DV,
-        BLOCK_D,
-        BLOCK_DV,
-        PADS,
-        SHIFTED,
-        ROLL_FIRST,
-        ALIGN,
-    )
-    k = k_raw  # [BLOCK_N, BLOCK_D]
+        image, window, key_head, j, k_ptr, v_ptr, k_pad_ptr, v_pad_ptr, k_strides, v_strides, d_strides, pad_strides,
+        lengths, counts, shifts,
+        WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
+    k = k_raw                                                                          # [BLOCK_N, BLOCK_D]
     if tau_ptr is not None:
         k = unit_rows(k_raw, cosine_eps)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -305,36 +157,10 @@ def _backward_keys(
         sides_i = sides(i, shifts, WINDOW, AXES, SHIFTED)
         factor = row_factor(tau_ptr, tau_stride, head, scale, cosine_max)
         q, dout, lse, _, _, tokens, flat, real_i = query_side(
-            image,
-            window,
-            head,
-            i,
-            heads,
-            q_ptr,
-            dout_ptr,
-            lse_ptr,
-            None,
-            q_strides,
-            dout_strides,
-            q_strides,
-            d_strides,
-            dout_d_stride,
-            lengths,
-            counts,
-            shifts,
-            WINDOW,
-            AXES,
-            N,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            PADS,
-            SHIFTED,
-            ROLL_FIRST,
-            ALIGN,
-        )
-        delta = tl.load(delta_ptr + flat, mask=real_i, other=0.0)  # [BLOCK_M]
+            image, window, head, i, heads, q_ptr, dout_ptr, lse_ptr, None,
+            q_strides, dout_strides, q_strides, d_strides, dout_d_stride, lengths, counts, shifts,
+            WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
+        delta = tl.load(delta_ptr + flat, mask=real_i, other=0.0)                      # [BLOCK_M]
         low = tl.zeros_like(delta)
         if low_ptr is not None:
             low = tl.load(low_ptr + flat, mask=real_i, other=0.0)
@@ -342,46 +168,20 @@ def _backward_keys(
             q = unit_rows(q, cosine_eps)
         bias = load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head, i, j, N)
         _, p, dropped, dp = weights(
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            low,
-            bias,
-            sides_i,
-            sides_j,
-            seam,
-            visible,
-            seed_ptr,
-            image,
-            head,
-            tokens,
-            start,
-            factor,
-            mask_value,
-            threshold,
-            keep_scale,
-            BLOCK_N,
-            N,
-            PADS,
-            SHIFTED,
-            HIDE,
-            bias_ptr is not None,
-        )
+            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+            start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
         if dv_ptr is not None or dv_pad_ptr is not None:
             dv += tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision="ieee")
         if dk_ptr is not None or dk_pad_ptr is not None:
-            ds = p * (dp - delta[:, None]) * factor  # [BLOCK_M, BLOCK_N]
+            ds = p * (dp - delta[:, None]) * factor                                    # [BLOCK_M, BLOCK_N]
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
     if dv_ptr is not None:
         at = row_offsets(coords_j, image, key_head, dv_strides, AXES, ALIGN)
         store_rows(dv_ptr, at, real_j, dv_d_stride, dv, DV, BLOCK_DV)
     if dv_pad_ptr is not None:
         d = tl.arange(0, BLOCK_DV)
-        tl.store(
-            dv_pad_ptr + (part * key_heads + key_head) * DV + d, tl.sum(tl.where(pad[:, None], dv, 0.0), 0), mask=d < DV
-        )
+        tl.store(dv_pad_ptr + (part * key_heads + key_head) * DV + d, tl.sum(tl.where(pad[:, None], dv, 0.0), 0),
+                 mask=d < DV)
     if dk_ptr is not None or dk_pad_ptr is not None:
         if tau_ptr is not None:
             dk = unit_rows_grad(k_raw, dk, cosine_eps)
@@ -390,11 +190,8 @@ def _backward_keys(
             store_rows(dk_ptr, at, real_j, dk_d_stride, dk, D, BLOCK_D)
         if dk_pad_ptr is not None:
             d = tl.arange(0, BLOCK_D)
-            tl.store(
-                dk_pad_ptr + (part * key_heads + key_head) * D + d,
-                tl.sum(tl.where(pad[:, None], dk, 0.0), 0),
-                mask=d < D,
-            )
+            tl.store(dk_pad_ptr + (part * key_heads + key_head) * D + d, tl.sum(tl.where(pad[:, None], dk, 0.0), 0),
+                     mask=d < D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -435,98 +232,23 @@ def _backward_bias(
         image, window = work // windows, work % windows
         seam = seams(window, counts, AXES, SHIFTED)
         q, dout, lse, _, _, tokens, flat, real_i = query_side(
-            image,
-            window,
-            head,
-            i,
-            heads,
-            q_ptr,
-            dout_ptr,
-            lse_ptr,
-            None,
-            q_strides,
-            dout_strides,
-            q_strides,
-            d_strides,
-            dout_d_stride,
-            lengths,
-            counts,
-            shifts,
-            WINDOW,
-            AXES,
-            N,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            PADS,
-            SHIFTED,
-            ROLL_FIRST,
-            ALIGN,
-        )
+            image, window, head, i, heads, q_ptr, dout_ptr, lse_ptr, None,
+            q_strides, dout_strides, q_strides, d_strides, dout_d_stride, lengths, counts, shifts,
+            WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
         k, v, _, _, _, visible = key_side(
-            image,
-            window,
-            head // GROUP,
-            j,
-            k_ptr,
-            v_ptr,
-            k_pad_ptr,
-            v_pad_ptr,
-            k_strides,
-            v_strides,
-            d_strides,
-            pad_strides,
-            lengths,
-            counts,
-            shifts,
-            WINDOW,
-            AXES,
-            N,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            PADS,
-            SHIFTED,
-            ROLL_FIRST,
-            ALIGN,
-        )
+            image, window, head // GROUP, j, k_ptr, v_ptr, k_pad_ptr, v_pad_ptr, k_strides, v_strides, d_strides,
+            pad_strides, lengths, counts, shifts,
+            WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
         if tau_ptr is not None:
             q = unit_rows(q, cosine_eps)
             k = unit_rows(k, cosine_eps)
-        delta = tl.load(delta_ptr + flat, mask=real_i, other=0.0)  # [BLOCK_M]
+        delta = tl.load(delta_ptr + flat, mask=real_i, other=0.0)                      # [BLOCK_M]
         low = tl.zeros_like(delta)
         if low_ptr is not None:
             low = tl.load(low_ptr + flat, mask=real_i, other=0.0)
         _, p, _, dp = weights(
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            low,
-            bias,
-            sides_i,
-            sides_j,
-            seam,
-            visible,
-            seed_ptr,
-            image,
-            head,
-            tokens,
-            start,
-            factor,
-            mask_value,
-            threshold,
-            keep_scale,
-            BLOCK_N,
-            N,
-            PADS,
-            SHIFTED,
-            HIDE,
-            True,
-        )
+            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+            start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, True)
         dbias += p * (dp - delta[:, None])
     part = dbias_ptr + (chunk * heads + head) * N * N
     tl.store(part + (i[:, None] * N + j[None, :]), dbias, mask=(i < N)[:, None] & (j < N)[None, :])

@@ -39,11 +39,10 @@ def query_side(
     coords, real = window_slots(window, i, lengths, counts, shifts, WINDOW, AXES, N, PADS, SHIFTED, ROLL_FIRST)
     tokens = token_numbers(coords, lengths)
     image_tokens = lengths[0].to(tl.int64) * lengths[1] * lengths[2] * lengths[3]
-    flat = (image * image_tokens + tokens) * heads + head  # [i] into [B, T, H]
+    flat = (image * image_tokens + tokens) * heads + head                              # [i] into [B, T, H]
     q = load_rows(q_ptr, row_offsets(coords, image, head, q_strides, AXES, ALIGN), real, d_strides[0], D, BLOCK_D)
-    dout = load_rows(
-        dout_ptr, row_offsets(coords, image, head, dout_strides, AXES, ALIGN), real, dout_d_stride, DV, BLOCK_DV
-    )
+    dout = load_rows(dout_ptr, row_offsets(coords, image, head, dout_strides, AXES, ALIGN), real, dout_d_stride,
+                     DV, BLOCK_DV)
     lse = tl.load(lse_ptr + flat, mask=real, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     dlse = tl.zeros_like(lse)
@@ -67,32 +66,10 @@ def key_side(
     visible = real
     if PADS == PADS_VISIBLE:
         visible = j < N
-    k = load_keys(
-        k_ptr,
-        row_offsets(coords, image, head, k_strides, AXES, ALIGN),
-        real,
-        pad,
-        d_strides[1],
-        k_pad_ptr,
-        (pad_strides[0], pad_strides[1]),
-        head,
-        D,
-        BLOCK_D,
-        PADS,
-    )
-    v = load_keys(
-        v_ptr,
-        row_offsets(coords, image, head, v_strides, AXES, ALIGN),
-        real,
-        pad,
-        d_strides[2],
-        v_pad_ptr,
-        (pad_strides[2], pad_strides[3]),
-        head,
-        DV,
-        BLOCK_DV,
-        PADS,
-    )
+    k = load_keys(k_ptr, row_offsets(coords, image, head, k_strides, AXES, ALIGN), real, pad, d_strides[1],
+                  k_pad_ptr, (pad_strides[0], pad_strides[1]), head, D, BLOCK_D, PADS)
+    v = load_keys(v_ptr, row_offsets(coords, image, head, v_strides, AXES, ALIGN), real, pad, d_strides[2],
+                  v_pad_ptr, (pad_strides[2], pad_strides[3]), head, DV, BLOCK_DV, PADS)
     return k, clean(v).to(v.dtype), coords, real, pad, visible
 
 
@@ -105,19 +82,8 @@ def weights(
 ):  # fmt: skip
     """Scaled products a, P, P after dropout and dP, all [i, j] in float32; low is what lse lacks, in base 2."""
     a = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    s = mask_scores(
-        a,
-        bias,
-        sides_i,
-        sides_j,
-        seam,
-        visible,
-        mask_value,
-        HAS_BIAS,
-        SHIFTED,
-        HIDE,
-        N % BLOCK_N != 0 or PADS == PADS_HIDDEN,
-    )
+    s = mask_scores(a, bias, sides_i, sides_j, seam, visible, mask_value, HAS_BIAS, SHIFTED, HIDE,
+                    N % BLOCK_N != 0 or PADS == PADS_HIDDEN)
     p = tl.exp2((s - lse[:, None]) * LOG2E - low[:, None])
     p = tl.where((lse < float("inf"))[:, None], p, 0.0)  # a NaN may be seen by such rows only
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")

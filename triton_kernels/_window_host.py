@@ -8,8 +8,8 @@ import pathlib
 import torch
 from torch import Tensor
 
-MAX_TOKENS = 1024  # of one window
-MAX_WIDTH = 256  # D and Dv
+MAX_TOKENS = 1024                       # of one window
+MAX_WIDTH = 256                         # D and Dv
 MAX_AXES = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
@@ -91,25 +91,8 @@ def config(name: str, kernel: str, n: int, width: int, itemsize: int) -> dict:
 
 
 def arguments(
-    q,
-    k,
-    v,
-    bias,
-    index,
-    logit_scale,
-    k_pad,
-    v_pad,
-    seed,
-    window,
-    shift,
-    roll_first,
-    pad_visible,
-    scale,
-    mask_value,
-    cosine_max,
-    cosine_eps,
-    dropout_p,
-    others=(),
+    q, k, v, bias, index, logit_scale, k_pad, v_pad, seed, window, shift, roll_first, pad_visible, scale, mask_value,
+    cosine_max, cosine_eps, dropout_p, others=(),
 ) -> dict:
     """The arguments that all kernels share, by name; `others` are further maps whose strides count for ALIGN."""
     axes = len(window)
@@ -123,7 +106,7 @@ def arguments(
     if bias is not None and index is None:
         bias = bias.expand(heads, math.prod(window), math.prod(window))
     if bias is not None and sum((n - 1) * s for n, s in zip(bias.shape, bias.stride(), strict=True)) >= 2**31:
-        bias = bias.contiguous()  # kernels count inside a bias in 32 bits
+        bias = bias.contiguous()                            # kernels count inside a bias in 32 bits
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias, "index_ptr": index if bias is not None else None,
         "tau_ptr": logit_scale, "k_pad_ptr": k_pad, "v_pad_ptr": v_pad, "seed_ptr": seed if dropout_p > 0.0 else None,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-NO_PADS = tl.constexpr(0)  # PADS: the windows divide the map
+NO_PADS = tl.constexpr(0)                                   # PADS: the windows divide the map
 PADS_HIDDEN = tl.constexpr(1)
 PADS_VISIBLE = tl.constexpr(2)
 
@@ -36,25 +36,23 @@ def window_slots(
 ):  # fmt: skip
     """Coordinates of each position of a window, and whether a token stands there."""
     inside = position < N
-    c3, window, position = axis_slot(window, position, lengths[3], counts[3], shifts[3], WINDOW[3], SHIFTED, ROLL_FIRST)
+    c3, window, position = axis_slot(
+        window, position, lengths[3], counts[3], shifts[3], WINDOW[3], SHIFTED, ROLL_FIRST)
     token = c3 < lengths[3]
     c2 = c3 * 0
     c1 = c2
     c0 = c2
     if AXES > 1:
         c2, window, position = axis_slot(
-            window, position, lengths[2], counts[2], shifts[2], WINDOW[2], SHIFTED, ROLL_FIRST
-        )
+            window, position, lengths[2], counts[2], shifts[2], WINDOW[2], SHIFTED, ROLL_FIRST)
         token &= c2 < lengths[2]
     if AXES > 2:
         c1, window, position = axis_slot(
-            window, position, lengths[1], counts[1], shifts[1], WINDOW[1], SHIFTED, ROLL_FIRST
-        )
+            window, position, lengths[1], counts[1], shifts[1], WINDOW[1], SHIFTED, ROLL_FIRST)
         token &= c1 < lengths[1]
     if AXES > 3:
         c0, window, position = axis_slot(
-            window, position, lengths[0], counts[0], shifts[0], WINDOW[0], SHIFTED, ROLL_FIRST
-        )
+            window, position, lengths[0], counts[0], shifts[0], WINDOW[0], SHIFTED, ROLL_FIRST)
         token &= c0 < lengths[0]
     if PADS != NO_PADS:
         inside &= token
@@ -139,24 +137,15 @@ def store_rows(ptr, rows, real, d_stride, x, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def load_keys(
-    ptr,
-    rows,
-    real,
-    pad,
-    d_stride,
-    pad_ptr,
-    pad_strides,
-    head,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PADS: tl.constexpr,
+    ptr, rows, real, pad, d_stride, pad_ptr, pad_strides, head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr,
 ):
     """load_rows of keys or values, with the pad vector of the head where `pad` says so: [rows, BLOCK_D]."""
     x = load_rows(ptr, rows, real, d_stride, D, BLOCK_D)
     if PADS == PADS_VISIBLE and pad_ptr is not None:
         d = tl.arange(0, BLOCK_D)
         at = head.to(tl.int64) * pad_strides[0] + d * pad_strides[1]
-        vector = tl.load(pad_ptr + at, mask=d < D, other=0.0)  # [BLOCK_D]
+        vector = tl.load(pad_ptr + at, mask=d < D, other=0.0)                          # [BLOCK_D]
         x = tl.where(pad[:, None], vector[None, :].to(x.dtype), x)
     return x
 
@@ -190,9 +179,8 @@ def load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head
     else:
         inside = (i < N)[:, None] & (j < N)[None, :]
         if index_ptr is not None:
-            at = tl.load(
-                index_ptr + (i[:, None] * index_strides[0] + j[None, :] * index_strides[1]), mask=inside, other=0
-            )
+            at = tl.load(index_ptr + (i[:, None] * index_strides[0] + j[None, :] * index_strides[1]),
+                         mask=inside, other=0)
             at = tl.minimum(tl.maximum(at, 0), table_rows - 1) * bias_strides[0]
             base = bias_ptr + head.to(tl.int64) * bias_strides[1]
         else:
@@ -204,17 +192,8 @@ def load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head
 
 @triton.jit
 def mask_scores(
-    s,
-    bias,
-    sides_i,
-    sides_j,
-    seam,
-    visible_j,
-    mask_value,
-    HAS_BIAS: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    HIDE: tl.constexpr,
-    CLIP: tl.constexpr,
+    s, bias, sides_i, sides_j, seam, visible_j, mask_value,
+    HAS_BIAS: tl.constexpr, SHIFTED: tl.constexpr, HIDE: tl.constexpr, CLIP: tl.constexpr,
 ):
     """Adds bias and region mask to scaled scores [i, j]; what a row must not see becomes -inf whatever k holds."""
     if HAS_BIAS:
@@ -231,11 +210,10 @@ def mask_scores(
 def keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N: tl.constexpr):
     """True where dropout keeps a weight: Philox on (image, head, query token, key slot div 4), lane = slot mod 4."""
     quads = start // 4 + tl.arange(0, BLOCK_N // 4)
-    shape = (tokens[:, None] + quads[None, :]) * 0  # [i, BLOCK_N / 4]
+    shape = (tokens[:, None] + quads[None, :]) * 0                                     # [i, BLOCK_N / 4]
     lane0, lane1, lane2, lane3 = tl.philox(
-        tl.load(seed_ptr), shape + image, shape + head, shape + tokens[:, None], shape + quads[None, :]
-    )
-    lanes = tl.interleave(tl.interleave(lane0, lane2), tl.interleave(lane1, lane3))  # [i, BLOCK_N]
+        tl.load(seed_ptr), shape + image, shape + head, shape + tokens[:, None], shape + quads[None, :])
+    lanes = tl.interleave(tl.interleave(lane0, lane2), tl.interleave(lane1, lane3))    # [i, BLOCK_N]
     return lanes.to(tl.int64) >= threshold
 
 

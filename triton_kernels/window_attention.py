@@ -46,38 +46,27 @@ def _key_tile(
 ):  # fmt: skip
     """Scores of the query tile against keys start.., and their values: [BLOCK_M, BLOCK_N], [BLOCK_N, BLOCK_DV]."""
     j = start + tl.arange(0, BLOCK_N)
-    coords, real = window_slots(window, j, lengths, counts, shifts, WINDOW, AXES, N, PADS, SHIFTED, ROLL_FIRST)
+    coords, real = window_slots(
+        window, j, lengths, counts, shifts, WINDOW, AXES, N, PADS, SHIFTED, ROLL_FIRST)
     pad = (j < N) & ~real
     visible = real
     if PADS == PADS_VISIBLE:
         visible = j < N
     key_head = head // GROUP
     at = row_offsets(coords, image, key_head, k_strides, AXES, ALIGN)
-    k = load_keys(
-        k_ptr, at, real, pad, d_strides[1], k_pad_ptr, (pad_strides[0], pad_strides[1]), key_head, D, BLOCK_D, PADS
-    )  # [BLOCK_N, BLOCK_D]
+    k = load_keys(k_ptr, at, real, pad, d_strides[1], k_pad_ptr, (pad_strides[0], pad_strides[1]), key_head,
+                  D, BLOCK_D, PADS)                                                    # [BLOCK_N, BLOCK_D]
     at = row_offsets(coords, image, key_head, v_strides, AXES, ALIGN)
-    v = load_keys(
-        v_ptr, at, real, pad, d_strides[2], v_pad_ptr, (pad_strides[2], pad_strides[3]), key_head, DV, BLOCK_DV, PADS
-    )  # [BLOCK_N, BLOCK_DV]
+    v = load_keys(v_ptr, at, real, pad, d_strides[2], v_pad_ptr, (pad_strides[2], pad_strides[3]), key_head,
+                  DV, BLOCK_DV, PADS)                                                  # [BLOCK_N, BLOCK_DV]
     if tau_ptr is not None:
         k = unit_rows(k, cosine_eps)
     if N > BLOCK_N:
         bias = load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head, i, j, N)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * row_scale  # [BLOCK_M, BLOCK_N]
-    s = mask_scores(
-        s,
-        bias,
-        sides_i,
-        sides(j, shifts, WINDOW, AXES, SHIFTED),
-        seams(window, counts, AXES, SHIFTED),
-        visible,
-        mask_value,
-        bias_ptr is not None,
-        SHIFTED,
-        HIDE,
-        N % BLOCK_N != 0 or PADS == PADS_HIDDEN,
-    )
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * row_scale                     # [BLOCK_M, BLOCK_N]
+    s = mask_scores(s, bias, sides_i, sides(j, shifts, WINDOW, AXES, SHIFTED), seams(window, counts, AXES, SHIFTED),
+                    visible, mask_value, bias_ptr is not None, SHIFTED, HIDE,
+                    N % BLOCK_N != 0 or PADS == PADS_HIDDEN)
     return s, v
 
 
@@ -117,10 +106,11 @@ def _forward(
     last = ((chunk + 1) * total // chunks).to(tl.int32)
     for work in tl.range(first, last, num_stages=STAGES):
         image, window = work // windows, work % windows
-        coords, real = window_slots(window, i, lengths, counts, shifts, WINDOW, AXES, N, PADS, SHIFTED, ROLL_FIRST)
+        coords, real = window_slots(
+            window, i, lengths, counts, shifts, WINDOW, AXES, N, PADS, SHIFTED, ROLL_FIRST)
         tokens = token_numbers(coords, lengths)
         at = row_offsets(coords, image, head, q_strides, AXES, ALIGN)
-        q = load_rows(q_ptr, at, real, d_strides[0], D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        q = load_rows(q_ptr, at, real, d_strides[0], D, BLOCK_D)                       # [BLOCK_M, BLOCK_D]
         if tau_ptr is not None:
             q = unit_rows(q, cosine_eps)
 
@@ -129,52 +119,14 @@ def _forward(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         for start in tl.range(0, N, BLOCK_N, num_stages=STAGES):
             s, v = _key_tile(
-                q,
-                start,
-                bias,
-                sides_i,
-                image,
-                window,
-                head,
-                row_scale,
-                k_ptr,
-                v_ptr,
-                bias_ptr,
-                index_ptr,
-                tau_ptr,
-                k_pad_ptr,
-                v_pad_ptr,
-                i,
-                k_strides,
-                v_strides,
-                d_strides,
-                bias_strides,
-                index_strides,
-                pad_strides,
-                lengths,
-                counts,
-                shifts,
-                table_rows,
-                mask_value,
-                cosine_eps,
-                WINDOW,
-                AXES,
-                N,
-                D,
-                DV,
-                BLOCK_D,
-                BLOCK_DV,
-                BLOCK_N,
-                GROUP,
-                PADS,
-                SHIFTED,
-                ROLL_FIRST,
-                HIDE,
-                ALIGN,
-            )
+                q, start, bias, sides_i, image, window, head, row_scale,
+                k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, i,
+                k_strides, v_strides, d_strides, bias_strides, index_strides, pad_strides, lengths, counts, shifts,
+                table_rows, mask_value, cosine_eps,
+                WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, GROUP, PADS, SHIFTED, ROLL_FIRST, HIDE, ALIGN)
             higher = tl.maximum(top, tl.max(s, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
-            p = tl.exp2(s * LOG2E - base[:, None])  # [BLOCK_M, BLOCK_N]
+            p = tl.exp2(s * LOG2E - base[:, None])                                     # [BLOCK_M, BLOCK_N]
             shrink = tl.exp2(top * LOG2E - base)
             norm = norm * shrink + tl.sum(p, 1)
             if seed_ptr is not None:
@@ -189,49 +141,11 @@ def _forward(
             bad = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             for start in tl.range(0, N, BLOCK_N, num_stages=1):
                 s, v = _key_tile(
-                    q,
-                    start,
-                    bias,
-                    sides_i,
-                    image,
-                    window,
-                    head,
-                    row_scale,
-                    k_ptr,
-                    v_ptr,
-                    bias_ptr,
-                    index_ptr,
-                    tau_ptr,
-                    k_pad_ptr,
-                    v_pad_ptr,
-                    i,
-                    k_strides,
-                    v_strides,
-                    d_strides,
-                    bias_strides,
-                    index_strides,
-                    pad_strides,
-                    lengths,
-                    counts,
-                    shifts,
-                    table_rows,
-                    mask_value,
-                    cosine_eps,
-                    WINDOW,
-                    AXES,
-                    N,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    BLOCK_N,
-                    GROUP,
-                    PADS,
-                    SHIFTED,
-                    ROLL_FIRST,
-                    HIDE,
-                    ALIGN,
-                )
+                    q, start, bias, sides_i, image, window, head, row_scale,
+                    k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, i,
+                    k_strides, v_strides, d_strides, bias_strides, index_strides, pad_strides, lengths, counts, shifts,
+                    table_rows, mask_value, cosine_eps,
+                    WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, GROUP, PADS, SHIFTED, ROLL_FIRST, HIDE, ALIGN)
                 p = tl.exp2(s * LOG2E - base[:, None])
                 if seed_ptr is not None:
                     p = tl.where(keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N), p, 0.0)
@@ -243,99 +157,40 @@ def _forward(
 
         full = tl.where(norm == 0.0, 1.0, norm)
         lse = tl.where(norm == 0.0, float("-inf"), top + tl.log2(full) * LN2)
-        o = acc * (keep_scale / full)[:, None]  # [BLOCK_M, BLOCK_DV]
+        o = acc * (keep_scale / full)[:, None]                                         # [BLOCK_M, BLOCK_DV]
         image_tokens = lengths[0].to(tl.int64) * lengths[1] * lengths[2] * lengths[3]
-        at = (image * image_tokens + tokens) * heads + head  # [BLOCK_M]
+        at = (image * image_tokens + tokens) * heads + head                            # [BLOCK_M]
         store_rows(out_ptr, at * DV, real, 1, o, DV, BLOCK_DV)
         tl.store(lse_ptr + at, lse, mask=real)
 
 
 def supported(
-    q,
-    k,
-    v,
-    bias,
-    index,
-    logit_scale,
-    k_pad,
-    v_pad,
-    seed,
-    window,
-    shift,
-    roll_first,
-    pad_visible,
-    scale,
-    mask_value,
-    cosine_max,
-    cosine_eps,
-    dropout_p,
+    q, k, v, bias, index, logit_scale, k_pad, v_pad, seed, window, shift, roll_first, pad_visible, scale, mask_value,
+    cosine_max, cosine_eps, dropout_p,
 ) -> list[str]:
     """Why fwd and bwd cannot run these arguments, one sentence each; [] if they can."""
     return reasons(q, k, v, bias, index, window, dropout_p, not isinstance(_forward, triton.JITFunction))
 
 
 def fwd(
-    q,
-    k,
-    v,
-    bias,
-    index,
-    logit_scale,
-    k_pad,
-    v_pad,
-    seed,
-    window,
-    shift,
-    roll_first,
-    pad_visible,
-    scale,
-    mask_value,
-    cosine_max,
-    cosine_eps,
-    dropout_p,
+    q, k, v, bias, index, logit_scale, k_pad, v_pad, seed, window, shift, roll_first, pad_visible, scale, mask_value,
+    cosine_max, cosine_eps, dropout_p,
 ) -> tuple[Tensor, Tensor]:
     """out [B, *L, H, Dv] in v's dtype and lse [B, *L, H] in float32, both contiguous."""
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    shared = arguments(
-        q,
-        k,
-        v,
-        bias,
-        index,
-        logit_scale,
-        k_pad,
-        v_pad,
-        seed,
-        window,
-        shift,
-        roll_first,
-        pad_visible,
-        scale,
-        mask_value,
-        cosine_max,
-        cosine_eps,
-        dropout_p,
-    )
+    shared = arguments(q, k, v, bias, index, logit_scale, k_pad, v_pad, seed, window, shift, roll_first, pad_visible,
+                       scale, mask_value, cosine_max, cosine_eps, dropout_p)
     n, width = shared["N"], max(shared["BLOCK_D"], shared["BLOCK_DV"])
     tuned = config(family(q.device), "forward", n, width, q.element_size())
     block_m, block_n = min(tuned["block_m"], power(n)), min(tuned["block_n"], power(n))
     total = q.shape[0] * shared["windows"]
-    fans = shared["heads"] * -(-n // block_m)  # programs per chunk
+    fans = shared["heads"] * -(-n // block_m)                                          # programs per chunk
     chunks = min(total, max(1, tuned["programs"] // fans)) if n <= block_n else total
     _forward[(fans * chunks,)](
-        **shared,
-        out_ptr=out,
-        lse_ptr=lse,
-        total=total,
-        chunks=chunks,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=tuned["stages"],
-        num_warps=tuned["warps"],
-        num_stages=tuned["stages"],
-        enable_fp_fusion=True,
+        **shared, out_ptr=out, lse_ptr=lse, total=total, chunks=chunks, BLOCK_M=block_m, BLOCK_N=block_n,
+        STAGES=tuned["stages"], num_warps=tuned["warps"], num_stages=tuned["stages"], enable_fp_fusion=True,
     )
     return out, lse

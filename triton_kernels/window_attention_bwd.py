@@ -59,108 +59,34 @@ def _backward_window(
     for work in tl.range(first, last, num_stages=STAGES):
         image, window = work // windows, work % windows
         q_raw, dout, lse, dlse, coords, tokens, _, real = query_side(
-            image,
-            window,
-            head,
-            i,
-            heads,
-            q_ptr,
-            dout_ptr,
-            lse_ptr,
-            dlse_ptr,
-            q_strides,
-            dout_strides,
-            dlse_strides,
-            d_strides,
-            dout_d_stride,
-            lengths,
-            counts,
-            shifts,
-            WINDOW,
-            AXES,
-            N,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            PADS,
-            SHIFTED,
-            ROLL_FIRST,
-            ALIGN,
-        )
+            image, window, head, i, heads, q_ptr, dout_ptr, lse_ptr, dlse_ptr,
+            q_strides, dout_strides, dlse_strides, d_strides, dout_d_stride, lengths, counts, shifts,
+            WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
         k_raw, v, _, _, pad, visible = key_side(
-            image,
-            window,
-            head,
-            i,
-            k_ptr,
-            v_ptr,
-            k_pad_ptr,
-            v_pad_ptr,
-            k_strides,
-            v_strides,
-            d_strides,
-            pad_strides,
-            lengths,
-            counts,
-            shifts,
-            WINDOW,
-            AXES,
-            N,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            PADS,
-            SHIFTED,
-            ROLL_FIRST,
-            ALIGN,
-        )
-        q = q_raw  # [BLOCK_N, BLOCK_D]
-        k = k_raw  # [BLOCK_N, BLOCK_D]
+            image, window, head, i, k_ptr, v_ptr, k_pad_ptr, v_pad_ptr, k_strides, v_strides, d_strides, pad_strides,
+            lengths, counts, shifts,
+            WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, PADS, SHIFTED, ROLL_FIRST, ALIGN)
+        q = q_raw                                                                      # [BLOCK_N, BLOCK_D]
+        k = k_raw                                                                      # [BLOCK_N, BLOCK_D]
         if tau_ptr is not None:
             q = unit_rows(q_raw, cosine_eps)
             k = unit_rows(k_raw, cosine_eps)
         a, p, dropped, dp = weights(
-            q,
-            k,
-            v,
-            dout,
-            lse,
-            tl.zeros_like(lse),
-            bias,
-            side,
-            side,
-            seams(window, counts, AXES, SHIFTED),
-            visible,
-            seed_ptr,
-            image,
-            head,
-            tokens,
-            0,
-            factor,
-            mask_value,
-            threshold,
-            keep_scale,
-            BLOCK_N,
-            N,
-            PADS,
-            SHIFTED,
-            HIDE,
-            bias_ptr is not None,
-        )
-        if q_ptr.dtype.element_ty == tl.float32:  # lse has been rounded
+            q, k, v, dout, lse, tl.zeros_like(lse), bias, side, side, seams(window, counts, AXES, SHIFTED), visible,
+            seed_ptr, image, head, tokens, 0, factor, mask_value, threshold, keep_scale,
+            BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
+        if q_ptr.dtype.element_ty == tl.float32:                                       # lse has been rounded
             norm = tl.sum(p, 1)
             norm = 1.0 / tl.where(norm == 0.0, 1.0, norm)
             p *= norm[:, None]
             dropped *= norm[:, None]
-        delta = tl.sum(p * dp, 1) - dlse  # [BLOCK_N]
-        ds = p * (dp - delta[:, None])  # [BLOCK_N, BLOCK_N]
+        delta = tl.sum(p * dp, 1) - dlse                                               # [BLOCK_N]
+        ds = p * (dp - delta[:, None])                                                 # [BLOCK_N, BLOCK_N]
         if dbias_ptr is not None:
             dbias += ds
         if dtau_ptr is not None:
             dtau += tl.sum(tl.where(ds == 0.0, 0.0, ds * a), 1)
-        ds = ds.to(q.dtype)  # before the products: registers
+        ds = ds.to(q.dtype)                                                            # before the products: registers
         dropped = dropped.to(q.dtype)
         if dv_ptr is not None or dv_pad_ptr is not None:
             dv = tl.dot(tl.trans(dropped), dout, input_precision="ieee")
@@ -201,31 +127,8 @@ def _backward_window(
 
 
 def bwd(
-    dout,
-    dlse,
-    lse,
-    q,
-    k,
-    v,
-    bias,
-    index,
-    logit_scale,
-    k_pad,
-    v_pad,
-    seed,
-    window,
-    shift,
-    roll_first,
-    pad_visible,
-    scale,
-    mask_value,
-    cosine_max,
-    cosine_eps,
-    dropout_p,
-    need,
-    dq=None,
-    dk=None,
-    dv=None,
+    dout, dlse, lse, q, k, v, bias, index, logit_scale, k_pad, v_pad, seed, window, shift, roll_first, pad_visible,
+    scale, mask_value, cosine_max, cosine_eps, dropout_p, need, dq=None, dk=None, dv=None,
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dbias, dlogit_scale, dk_pad, dv_pad), None where `need` says False; dq, dk, dv may be given."""
     dq = _output(need[0], dq, q)
@@ -236,35 +139,15 @@ def bwd(
         for x in (dq, dk, dv):
             if x is not None:
                 x.zero_()
-        rest = [
-            torch.zeros_like(x) if s else None for x, s in zip((bias, logit_scale, k_pad, v_pad), sums, strict=True)
-        ]
+        rest = [torch.zeros_like(x) if s else None
+                for x, s in zip((bias, logit_scale, k_pad, v_pad), sums, strict=True)]
         return dq, dk, dv, *rest
     if dout is None:
         dout = v.new_zeros(()).expand(*q.shape[:-1], v.shape[-1])
     dout = dout.to(v.dtype)
     given = [x for x in (dq, dk, dv) if x is not None]
-    shared = arguments(
-        q,
-        k,
-        v,
-        bias,
-        index,
-        logit_scale,
-        k_pad,
-        v_pad,
-        seed,
-        window,
-        shift,
-        roll_first,
-        pad_visible,
-        scale,
-        mask_value,
-        cosine_max,
-        cosine_eps,
-        dropout_p,
-        [dout, *given],
-    )
+    shared = arguments(q, k, v, bias, index, logit_scale, k_pad, v_pad, seed, window, shift, roll_first, pad_visible,
+                       scale, mask_value, cosine_max, cosine_eps, dropout_p, [dout, *given])
     axes = len(window)
     shared |= {
         "dout_ptr": dout, "lse_ptr": lse.contiguous(), "dout_strides": row_strides(dout, axes),
@@ -315,18 +198,9 @@ def _one_pass(shared: dict, grads: dict, sums: list[bool], q: Tensor):
     shapes = ((chunks, heads, n, n), (chunks, heads), (chunks, heads, shared["D"]), (chunks, heads, shared["DV"]))
     parts = [q.new_empty(s, dtype=torch.float32) if wanted else None for s, wanted in zip(shapes, sums, strict=True)]
     _backward_window[(heads * chunks,)](
-        **shared,
-        **grads,
-        dbias_ptr=parts[0],
-        dtau_ptr=parts[1],
-        dk_pad_ptr=parts[2],
-        dv_pad_ptr=parts[3],
-        total=total,
-        chunks=chunks,
-        BLOCK_N=power(n),
-        STAGES=tuned["stages"],
-        num_warps=tuned["warps"],
-        num_stages=tuned["stages"],
+        **shared, **grads, dbias_ptr=parts[0], dtau_ptr=parts[1], dk_pad_ptr=parts[2], dv_pad_ptr=parts[3],
+        total=total, chunks=chunks, BLOCK_N=power(n),
+        STAGES=tuned["stages"], num_warps=tuned["warps"], num_stages=tuned["stages"],
     )
     return parts
 
@@ -345,39 +219,22 @@ def _three_passes(shared: dict, grads: dict, sums: list[bool], q: Tensor):
     def launch(kernel, tuned, programs, names, **rest):
         block_m, block_n = min(tuned["block_m"], power(n)), min(tuned["block_n"], power(n))
         kernel[(programs,)](
-            **shared,
-            **{x: grads[x] for x in names},
-            **rest,
-            delta_ptr=delta,
-            low_ptr=low,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            STAGES=tuned["stages"],
-            num_warps=tuned["warps"],
-            num_stages=tuned["stages"],
+            **shared, **{x: grads[x] for x in names}, **rest, delta_ptr=delta, low_ptr=low,
+            BLOCK_M=block_m, BLOCK_N=block_n,
+            STAGES=tuned["stages"], num_warps=tuned["warps"], num_stages=tuned["stages"],
         )
 
     tiles = total * -(-n // min(by_query["block_m"], power(n)))
     dtau = part(sums[1], tiles, heads)
-    launch(
-        _backward_queries,
-        by_query,
-        tiles * heads,
-        ("dlse_ptr", "dlse_strides", "dq_ptr", "dq_strides", "dq_d_stride"),
-        dtau_ptr=dtau,
-    )
+    launch(_backward_queries, by_query, tiles * heads,
+           ("dlse_ptr", "dlse_strides", "dq_ptr", "dq_strides", "dq_d_stride"), dtau_ptr=dtau)
 
     tiles = total * -(-n // min(by_key["block_n"], power(n)))
     dk_pad, dv_pad = part(sums[2], tiles, key_heads, shared["D"]), part(sums[3], tiles, key_heads, shared["DV"])
     if grads["dk_ptr"] is not None or grads["dv_ptr"] is not None or sums[2] or sums[3]:
-        launch(
-            _backward_keys,
-            by_key,
-            tiles * key_heads,
-            ("dk_ptr", "dk_d_stride", "dv_ptr", "dv_d_stride", "dq_strides", "dk_strides", "dv_strides"),
-            dk_pad_ptr=dk_pad,
-            dv_pad_ptr=dv_pad,
-        )
+        launch(_backward_keys, by_key, tiles * key_heads,
+               ("dk_ptr", "dk_d_stride", "dv_ptr", "dv_d_stride", "dq_strides", "dk_strides", "dv_strides"),
+               dk_pad_ptr=dk_pad, dv_pad_ptr=dv_pad)
 
     dense = None
     if sums[0]:
