@@ -1,24 +1,20 @@
-"""Run by `make compat` with the built wheel on another torch: a few ops, forward and backward, and torch.compile."""
+"""Run by `make compat` with the built wheel on another torch: the registry's small calls, then torch.compile."""
 
 import torch
 
 import vitkern
-from vitkern.bias import RelativePosition
+from vitkern import testing
 
-q, k, v = torch.randn(3, 2, 9, 11, 2, 8).unbind()
-table = torch.randn(169, 2, requires_grad=True)
-q.requires_grad_()
+for entry in testing.entries().values():
+    for call in entry.small():
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            testing.assert_matches(entry, call, dtype, "cpu")
+    for call in entry.small()[:3]:
+        tensors = call.leaves(torch.float32)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda t, call=call: call.run(t, "cpu"), backend="aot_eager", fullgraph=True)(tensors)
+        assert all(torch.equal(a, b) for a, b in zip(compiled, call.run(tensors, "cpu"), strict=True)), str(call)
 
-
-def call(backend=None):
-    return vitkern.window_attention(q, k, v, 7, 3, bias=RelativePosition(table), backend=backend)
-
-
-got, want = call("cpu"), call("reference")
-assert torch.allclose(got, want, atol=1e-5), (got - want).abs().max()
-grads = [torch.autograd.grad(out.square().sum(), (q, table)) for out in (got, want)]
-assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
-compiled = torch.compile(call, backend="aot_eager", fullgraph=True)()
-assert torch.allclose(compiled, want, atol=1e-5)
 info = vitkern.info()
-print(f"torch {info['torch']}: window_attention forward, backward and compiled agree ({info['instruction set']})")
+names = ", ".join(testing.entries())
+print(f"torch {info['torch']}: {names}: forward, backward and compiled agree ({info['instruction set']})")

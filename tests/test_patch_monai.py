@@ -42,15 +42,24 @@ def compare(model, *size, batch=2, autocast=None, grad=True):
     return len(report.replaced)
 
 
+def smooth(model):
+    """SiLU in place of LeakyReLU, inplace ones too. A gradient jumps where a rounding takes a value over a kink: two runs
+    of the float32 model then differ by a hundred times their rounding, which says nothing about attention."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.LeakyReLU):
+                setattr(module, name, torch.nn.SiLU())
+    return model
+
+
 @pytest.mark.parametrize("options", [{}, {"depths": (2, 1, 1, 1), "spatial_dims": 3}], ids=["image", "volume"])
 def test_swin_unetr(options):
-    """A convolution's kink amplifies a rounding a hundredfold on some images, hence the moved runs."""
     options = {"spatial_dims": 2, "depths": (2, 2, 1, 1)} | options
     model = swin_unetr.SwinUNETR(in_channels=1, out_channels=2, num_heads=(2, 2, 4, 4), feature_size=12, **options)
+    patch_cases.randomize(model).eval()
     size, batch = ((64, 96), 2) if options["spatial_dims"] == 2 else ((32, 32, 64), 1)
-    assert compare(patch_cases.randomize(model).eval(), *size, batch=batch, grad=size[2:] == ()) == sum(
-        options["depths"]
-    )
+    assert compare(model, *size, batch=batch, grad=False) == sum(options["depths"])
+    compare(smooth(model), *size, batch=batch)
 
 
 def test_the_encoder_in_2d_on_maps_that_windows_divide_and_on_others():
