@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from . import measure
+from . import measure, tables
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,31 +96,6 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
             f"{r['floor'] * 1e3:.2f}", f"{r['over_floor']:.2f}", r["binds"],
         )  # fmt: skip
     return t
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The committed table of a result."""
-    names = result["baselines"]
-    env, c = result["environment"], result["ceilings"]
-    lines = [
-        f"{env['cpu']}, {env['threads']} threads, {env['instruction set']}; torch {env['torch']}; commit {env['commit']}. "
-        f"Copy {c['bandwidth'] / 1e9:.1f} GB/s, 2048³ product {c['flops']['float32'] / 1e9:.0f} GFLOP/s (float32), own product "
-        f"loop {c['own_flops'] / 1e9:.0f} GFLOP/s, own exp {c['exps'] / 1e9:.2f} G/s. Medians of interleaved runs, in ms.",
-        "",
-        "| "
-        + " | ".join(["case", "dtype", "pass", "vitkern", *names, "best ÷ vitkern", "floor", "time ÷ floor", "binds"])
-        + " |",
-        "|" + "---|" * (8 + len(names)),
-    ]
-    for r in result["rows"]:
-        if "wrong" in r:
-            lines.append(f"| {r['case']} | {r['dtype']} | {r['pass']} | wrong |" + " |" * (4 + len(names)))
-            continue
-        cells = [f"{r['seconds'][n] * 1e3:.2f}" if n in r["seconds"] else "–" for n in ("vitkern", *names)]
-        ratio = f"{r['ratio']:.2f}" if r["ratio"] else "–"
-        tail = [ratio, f"{r['floor'] * 1e3:.2f}", f"{r['over_floor']:.2f}", r["binds"]]
-        lines.append("| " + " | ".join([r["case"], r["dtype"], r["pass"], *cells, *tail]) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
@@ -236,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
     if options.markdown:
-        options.markdown.write_text(markdown(result))
+        options.markdown.write_text(tables.markdown(result))
     if options.csv:
         write_csv(rows, options.csv)
     if options.plot:
