@@ -83,12 +83,22 @@ inline torch::stable::Tensor new_map(const std::vector<int64_t>& lengths, std::v
   return new_tensor(others, dtype);
 }
 
+// body(element) with an element of the C++ type of a dtype; `widened` makes it an Acc.
+template <typename Body>
+auto with_element(Dtype t, Body body) {
+  if (t == Dtype::f32) return body(float());
+  if (t == Dtype::f64) return body(double());
+  if (t == Dtype::bf16) return body(torch::headeronly::BFloat16());
+  return body(torch::headeronly::Half());
+}
+template <typename Acc, typename T>
+Acc widened(T x) {
+  if constexpr (std::is_same_v<T, double>) return Acc(x);
+  else return Acc(float(x));
+}
 template <typename Acc>
 Acc scalar(const void* data, int64_t at, Dtype t) {
-  if (t == Dtype::f32) return Acc(static_cast<const float*>(data)[at]);
-  if (t == Dtype::f64) return Acc(static_cast<const double*>(data)[at]);
-  if (t == Dtype::bf16) return Acc(float(static_cast<const torch::headeronly::BFloat16*>(data)[at]));
-  return Acc(float(static_cast<const torch::headeronly::Half*>(data)[at]));
+  return with_element(t, [&](auto element) { return widened<Acc>(static_cast<const decltype(element)*>(data)[at]); });
 }
 template <typename Acc>
 void set_scalar(void* data, int64_t at, Dtype t, Acc x) {

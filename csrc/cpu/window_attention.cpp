@@ -66,6 +66,20 @@ void set_geometry(Prepared& c, const Options& o) {
   m.windows = int32_t(windows);
 }
 
+void check_index(const int32_t* index, int64_t row, int64_t column, int64_t n, int64_t table_rows) {
+  int32_t low = 0, high = 0;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      const int32_t entry = index[i * row + j * column];
+      low = std::min(low, entry);
+      high = std::max(high, entry);
+    }
+  check(low >= 0 && high < table_rows, kOp,
+        "bias.index must lie in [0, " + std::to_string(table_rows) + "), the rows of the table, got entries from " +
+            std::to_string(low) + " to " + std::to_string(high));
+}
+
+// The bias of every head, in score units, as rows of p.padded: gathered from the table or copied from a dense tensor.
 template <typename Acc>
 void set_bias(Prepared& c, const Options& o) {
   WindowProblem& p = c.p;
@@ -82,38 +96,40 @@ void set_bias(Prepared& c, const Options& o) {
     return;
   }
   const Tensor& bias = *o.bias;
-  const Dtype dtype = dtype_of(bias, kOp);
-  const void* data = bias.const_data_ptr();
   const auto stride = bias.strides();
+  const Acc* table = nullptr;  // [heads][table_rows]
+  std::vector<Acc> kept;
   const int32_t* index = nullptr;
-  int64_t index_row = 0, index_col = 0;
+  int64_t index_row = 0, index_col = 0, table_rows = 0;
   if (o.index) {
     index = static_cast<const int32_t*>(o.index->const_data_ptr());
     index_row = o.index->stride(0);
     index_col = o.index->stride(1);
-    const int64_t table_rows = bias.size(0);
-    int64_t low = 0, high = 0;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t entry = index[i * index_row + j * index_col];
-        low = std::min(low, entry);
-        high = std::max(high, entry);
-      }
-    check(low >= 0 && high < table_rows, kOp,
-          "bias.index must lie in [0, " + std::to_string(table_rows) + "), the rows of the table, got entries from " +
-              std::to_string(low) + " to " + std::to_string(high));
+    table_rows = bias.size(0);
+    check_index(index, index_row, index_col, n, table_rows);
+    kept.resize(size_t(heads * table_rows));
+    table = kept.data();
   }
-  torch::stable::parallel_for(0, heads * n, std::max<int64_t>(1, 16384 / n), [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      const int64_t h = r / n, i = r % n;
-      Acc* row = out + r * padded;
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = index ? index[i * index_row + j * index_col] * stride[0] + h * stride[1]
-                                 : h * stride[0] + i * stride[1] + j * stride[2];
-        row[j] = scalar<Acc>(data, at, dtype) * unit;
+  with_element(dtype_of(bias, kOp), [&](auto element) {
+    using T = decltype(element);
+    const T* data = static_cast<const T*>(bias.const_data_ptr());
+    for (int64_t h = 0; table && h < heads; ++h)
+      for (int64_t r = 0; r < table_rows; ++r)
+        kept[size_t(h * table_rows + r)] = widened<Acc>(data[r * stride[0] + h * stride[1]]) * unit;
+    torch::stable::parallel_for(0, heads * n, std::max<int64_t>(1, 65536 / n), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const int64_t h = r / n, i = r % n;
+        Acc* row = out + r * padded;
+        if (table) {
+          const int32_t* entry = index + i * index_row;
+          for (int64_t j = 0; j < n; ++j) row[j] = table[h * table_rows + entry[j * index_col]];
+        } else {
+          const T* from = data + h * stride[0] + i * stride[1];
+          for (int64_t j = 0; j < n; ++j) row[j] = widened<Acc>(from[j * stride[2]]) * unit;
+        }
+        for (int64_t j = n; j < padded; ++j) row[j] = none;
       }
-      for (int64_t j = n; j < padded; ++j) row[j] = none;
-    }
+    });
   });
 }
 
@@ -190,8 +206,9 @@ std::tuple<Tensor, Tensor> forward(const Map& q, const Map& k, const Map& v, con
   p.view[kOut] = as_map(out, 1, kOp).view;
   p.view[kLse] = as_map(lse, 0, kOp).view;
   const int64_t windows = p.batch * p.map.windows;
-  // A task is some windows and all heads, or one kv head where windows are too few to occupy the threads.
-  const int64_t blocks = windows >= 64 ? 1 : p.kv_heads, groups = std::min<int64_t>(windows, 256);
+  // A task is some windows and all heads, or some heads where windows are too few to occupy the threads.
+  const int64_t groups = std::min<int64_t>(windows, 256);
+  const int64_t blocks = std::clamp<int64_t>(64 / std::max<int64_t>(windows, 1), 1, p.kv_heads);
   const int64_t bytes = c.kernels->scratch_bytes(p, false);
   torch::stable::parallel_for(0, groups * blocks, 1, [&](int64_t first, int64_t last) {
     Scratch scratch(bytes);
