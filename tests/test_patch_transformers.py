@@ -1,5 +1,7 @@
 """vitkern.patch on transformers' Swin models: same weights, same outputs, same gradients."""
 
+import copy
+
 import libraries  # noqa: F401
 import patch_cases
 import pytest
@@ -92,3 +94,33 @@ def test_dropout_in_training_draws_and_trains():
     with vitkern.patched(model):
         model(torch.randn(2, 3, 56, 56))[0].square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def small_swin():
+    swin = transformers.models.swin.modeling_swin
+    config = swin.SwinConfig(image_size=32, embed_dim=12, depths=[2], num_heads=[2], window_size=4)
+    return patch_cases.randomize(swin.SwinModel(config)).eval()
+
+
+def test_what_other_tools_did_to_a_module_is_kept_and_said():
+    model = small_swin()
+    first, second = model.encoder.layers[0].blocks
+    first.forward = lambda *args, **kwargs: type(first).forward(first, *args, **kwargs)
+    handle = second.attention.register_forward_hook(lambda *_: None)
+    reasons = [k.reason for k in vitkern.patch(model).kept]
+    assert reasons == ["another tool gave it a forward of its own", "attention has hooks, which the op would pass by"]
+    handle.remove()
+    assert [r.path for r in vitkern.patch(model).replaced] == ["encoder.layers.0.blocks.1"]
+
+
+def test_a_patched_model_is_copied_patched_and_saved_unpatched(tmp_path):
+    model, x = small_swin(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), vitkern.patched(model):
+        want = model(x)[0]
+        clone = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+    with torch.no_grad():
+        assert torch.equal(clone(x)[0], want) and len(vitkern.patch(clone).kept) == 2
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(loaded(x)[0], model(x)[0])
+        assert len(vitkern.patch(loaded).replaced) == 2 and torch.equal(loaded(x)[0], want)

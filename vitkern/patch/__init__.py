@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 LIBRARIES = ("transformers", "timm", "torchvision", "monai")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Server = Callable[[nn.Module], "Callable[..., Any] | str"]
 
 
@@ -42,15 +43,12 @@ class PatchReport:
 
     replaced: list[Replaced] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
-    _modules: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
+    _modules: list[nn.Module] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Gives every replaced module its own forward back."""
-        for module, before in self._modules:
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = before
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
         self._modules.clear()
 
     def __str__(self) -> str:
@@ -66,7 +64,8 @@ def patch(model: nn.Module) -> PatchReport:
     Served: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin of transformers; swin and swinv2 of timm; swin, swin_v2
     and swin3d of torchvision; SwinUNETR of MONAI. Outputs and gradients are those of the model up to rounding; where
     attention weights are asked for, the module's own forward runs. Returns a :class:`PatchReport`; ``report.undo()``
-    restores the model. A model that is patched twice is left as it is the second time.
+    restores the model. A model that is patched twice is left as it is the second time; a module that another tool has
+    given a forward, or hooks that the op would pass by, is kept. ``torch.save(model)`` saves the model unpatched.
     """
     report = PatchReport()
     covered: list[str] = []
@@ -80,16 +79,12 @@ def patch(model: nn.Module) -> PatchReport:
                 report.kept.append(Kept(path, kind, _why_not(module)))
                 covered.append(f"{path}.")
             continue
-        if isinstance(getattr(module.__dict__.get("forward"), "__func__", None), _Forward):
-            report.kept.append(Kept(path, kind, "patched already"))
-            covered.append(f"{path}.")
-            continue
-        forward = server(module)
+        forward = _foreign(module) or server(module)
         covered.append(f"{path}." if path else "")
         if isinstance(forward, str):
             report.kept.append(Kept(path, kind, forward))
             continue
-        report._modules.append((module, module.__dict__.get("forward")))
+        report._modules.append(module)
         module.__dict__["forward"] = MethodType(_Forward(forward), module)
         report.replaced.append(Replaced(path, kind, op))
     return report
@@ -114,6 +109,20 @@ class _Forward:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.function(module, *args, **kwargs)
+
+
+def _foreign(module: nn.Module) -> str | None:
+    """Why this module must keep its forward, whatever its class: somebody else already runs through it."""
+    given = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
+    if isinstance(given, _Forward):
+        return "patched already"
+    if given not in (None, type(module).forward):
+        return "another tool gave it a forward of its own"
+    for name, part in module.named_modules():
+        inside = name and type(part).__module__ == type(module).__module__ and "Attention" in type(part).__qualname__
+        if inside and any(getattr(part, hooks) for hooks in _HOOKS):
+            return f"{name} has hooks, which the op would pass by"
+    return None
 
 
 def _table(library: str) -> dict[str, tuple[Server, str]]:
