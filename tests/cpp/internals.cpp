@@ -20,7 +20,7 @@ Array<T> map(void (*f)(const T*, T*, int64_t), const Array<T>& x) {
   return y;
 }
 
-PYBIND11_MODULE(VITKERN_MODULE, m) {
+PYBIND11_MODULE(internals, m) {
   m.attr("lanes") = kernels_internals.lanes;
   m.def("exp_f32", [](const Array<float>& x) { return map<float>(kernels_internals.exp_f32, x); });
   m.def("exp_f64", [](const Array<double>& x) { return map<double>(kernels_internals.exp_f64, x); });
