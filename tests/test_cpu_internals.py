@@ -84,9 +84,10 @@ def test_geometry_is_that_of_the_reference(unit):
     for lengths, window, shift in maps:
         for roll_first in (False, True):
             token, region, slot = geometry(list(lengths), list(window), list(shift), roll_first, torch.device("cpu"))
-            tokens, regions = unit.geometry(list(lengths), list(window), list(shift), roll_first)
+            tokens, regions, walk_agrees = unit.geometry(list(lengths), list(window), list(shift), roll_first)
             assert tokens == token.flatten().tolist() and regions == region.flatten().tolist()
             assert token.flatten()[slot].tolist() == list(range(slot.numel()))
+            assert walk_agrees
 
 
 def test_kernels_of_sixteen_lanes_match_the_reference_on_any_machine(tmp_path):

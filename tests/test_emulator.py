@@ -1,6 +1,7 @@
 """The CUDA emulator of tests/cpp/emulator: its collectives give the right values, its errors name the culprit."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -119,3 +120,15 @@ def test_the_sanitizers_name_the_line_of_a_stray_access(kernel):
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr and f"{kernel}_kernel" in done.stderr, done.stderr[-3000:]
     assert "emulator_selftest.cu:" in done.stderr, done.stderr[-3000:]
+
+
+def test_ptx_and_launches_stand_in_one_place_each():
+    """And each function that hides PTX has a twin in the emulator."""
+    code = {f.name: re.sub(r"//.*", "", f.read_text()) for f in (native.ROOT / "csrc/cuda").iterdir()}
+    assert [name for name, text in code.items() if re.search(r"\basm\b", text)] == ["intrinsics.cuh"]
+    assert [name for name, text in code.items() if "<<<" in text] == ["launch.cuh"]
+    twins = (native.ROOT / "tests/cpp/emulator/intrinsics.h").read_text()
+    functions = set(re.findall(r"__forceinline__ [\w ]+?[ *](\w+)(?:<\w+>)?\(", code["intrinsics.cuh"])) - {
+        "shared_address"
+    }
+    assert len(functions) > 10 and [f for f in sorted(functions) if not re.search(rf"\b{f}\(", twins)] == []

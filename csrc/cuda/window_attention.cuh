@@ -31,10 +31,11 @@ constexpr int kPadBit = 128;
 struct Lane {
   int thread, warp, lane, g, t;  // g = lane / 4 and t = lane % 4: the place of a lane in a fragment
 };
-__device__ __forceinline__ Lane this_lane() {
-  const int thread = threadIdx.x, lane = thread & 31;
+__device__ __forceinline__ Lane lane_of(int thread) {
+  const int lane = thread & 31;
   return {thread, thread >> 5, lane, lane >> 2, lane & 3};
 }
+__device__ __forceinline__ Lane this_lane() { return lane_of(threadIdx.x); }
 
 __device__ __forceinline__ int64_t offset_of(const TokenView& x, int32_t image, const int32_t* at, int rank) {
   int64_t offset = int64_t(image) * x.batch;
@@ -151,14 +152,17 @@ __device__ __forceinline__ const unsigned char* transposed_row(const unsigned ch
   return b + (me.lane & 15) * S::kRowBytes + (me.lane >> 4) * 16;
 }
 
-// Element (i, j) of the bias as float, the index clamped into the table.
+// The row of the bias table for (i, j), the index clamped into the table.
+__device__ __forceinline__ int64_t table_row(const WindowParams& p, int i, int j) {
+  const int64_t row = p.index[i * p.index_stride[0] + j * p.index_stride[1]];
+  return row < 0 ? 0 : row < p.table_rows ? row : p.table_rows - 1;
+}
+
+// Element (i, j) of the bias as float.
 __device__ __forceinline__ float read_bias(const WindowParams& p, int head, int i, int j) {
   if (p.bias_type == BiasType::none) return 0.0f;
   int64_t at = head * p.bias_stride[0] + i * p.bias_stride[1] + j * p.bias_stride[2];
-  if (p.index != nullptr) {
-    const int64_t row = p.index[i * p.index_stride[0] + j * p.index_stride[1]];
-    at = head * p.bias_stride[1] + (row < 0 ? 0 : row < p.table_rows ? row : p.table_rows - 1) * p.bias_stride[0];
-  }
+  if (p.index != nullptr) at = head * p.bias_stride[1] + table_row(p, i, j) * p.bias_stride[0];
   if (p.bias_type == BiasType::float32) return static_cast<const float*>(p.bias)[at];
   const uint32_t bits = static_cast<const uint16_t*>(p.bias)[at];
   return p.bias_type == BiasType::bfloat16 ? unpack2<Bf16>(bits).x : unpack2<Half>(bits).x;
