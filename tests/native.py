@@ -40,11 +40,12 @@ class Unit:
 def build(name: str, units: Sequence[Unit], link: Sequence[str] = ()) -> Path:
     """The library `name` of these units."""
     text = RULES
+    extra = shlex.split(os.environ.get("VITKERN_TEST_CXXFLAGS", ""))  # "-O0 -g" for a debugger
     objects = []
     for unit in units:
-        digest = hashlib.sha256(repr((unit.source, unit.flags)).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(repr((unit.source, unit.flags, extra)).encode()).hexdigest()[:12]
         objects.append(f"{unit.source.stem}_{digest}.o")
-        text += f"build {objects[-1]}: compile {_path(unit.source)}\n  flags = {_flags((*FLAGS, *unit.flags))}\n"
+        text += f"build {objects[-1]}: compile {_path(unit.source)}\n  flags = {_flags((*FLAGS, *unit.flags, *extra))}\n"
     text += f"build {name}.so: link {' '.join(objects)}\n  flags = {_flags(link)}\n"
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:

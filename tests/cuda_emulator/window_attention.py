@@ -1,5 +1,5 @@
 """window_attention in CUDA C++, emulated on the CPU: every case, dtype and schedule. test_cuda_emulated.py runs this file
-under the sanitizers, in parts; without them (`pytest tests/cuda_emulator`) it is for debugging.
+under the sanitizers, in parts; without them (`pytest tests/cuda_emulator/window_attention.py`) it is for debugging.
 """
 
 import os
