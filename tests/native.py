@@ -45,7 +45,9 @@ def build(name: str, units: Sequence[Unit], link: Sequence[str] = ()) -> Path:
     for unit in units:
         digest = hashlib.sha256(repr((unit.source, unit.flags, extra)).encode()).hexdigest()[:12]
         objects.append(f"{unit.source.stem}_{digest}.o")
-        text += f"build {objects[-1]}: compile {_path(unit.source)}\n  flags = {_flags((*FLAGS, *unit.flags, *extra))}\n"
+        text += (
+            f"build {objects[-1]}: compile {_path(unit.source)}\n  flags = {_flags((*FLAGS, *unit.flags, *extra))}\n"
+        )
     text += f"build {name}.so: link {' '.join(objects)}\n  flags = {_flags(link)}\n"
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
