@@ -35,6 +35,7 @@ class Case:
     layout: str = "plain"  # "plain", "packed", "unaligned", "heads_first"
     dlse: bool = True
     poison: bool = False  # NaN in keys and values that some rows do not see
+    broken: bool = False  # NaN and infinity in values that rows see
 
 
 CASES = {
@@ -58,6 +59,11 @@ CASES = {
     "heads first": Case((9, 4), (3, 4), (1, 0), layout="heads_first", bias="dense", bias_dtype=torch.bfloat16),
     "dropout": Case((8, 5), (4, 5), (2, 0), dropout_p=0.3, bias="dense", dlse=False),
     "rows that see no key": Case((8, 4), bias="dense", empty_rows=True, poison=True),
+    "broken values": Case((8, 12), (4, 6), (2, 3), bias="dense", broken=True),
+    "broken values, exact mask": Case((8, 12), (4, 6), (2, 3), mask_value=-math.inf, broken=True),
+    "broken values, grouped, dropout": Case(
+        (7, 14), (7, 7), (3, 3), bias="table", heads=4, group=2, dropout_p=0.2, broken=True, batch=1
+    ),
     "one token": Case((3,), (1,), (0,), heads=1, bias="dense"),
     "empty batch": Case(batch=0, bias="table"),
 }
@@ -96,6 +102,8 @@ class Inputs:
             self.k[0, 0, 0] = math.nan
             self.v[0, 0, 0, :, 1] = math.nan
             self.v[0, 0, 0, :, 2] = -math.inf
+        if c.broken:
+            self.v[0, 0, 0, :, 1], self.v[-1, 3, 2, :, 5] = math.nan, math.inf
         if c.cosine:
             self.logit_scale = normal(c.heads) * 0.5 + 0.3
         if c.pads == "vector":

@@ -121,8 +121,31 @@ __device__ __forceinline__ void stage_rows(const float (&c)[S::kWidth / 8][4], u
   }
 }
 
-// acc = A B^T: the own 16 rows of A against the first 8 kTiles rows of B, over the first `width` columns.
-template <class T, class S>
+template <class T>
+constexpr uint32_t kOne = 0;  // 1.0 in the format T
+template <>
+constexpr uint32_t kOne<Bf16> = 0x3F80;
+template <>
+constexpr uint32_t kOne<Half> = 0x3C00;
+template <class T>
+constexpr uint32_t kExponent = 0;  // the exponent bits, all set in NaN and infinity
+template <>
+constexpr uint32_t kExponent<Bf16> = 0x7F80;
+template <>
+constexpr uint32_t kExponent<Half> = 0x7C00;
+
+// A pair of elements with NaN and infinity replaced by 0 (`keep_finite`), or 1.0 where they stand and 0 elsewhere.
+template <class T>
+__device__ __forceinline__ uint32_t split_finite(uint32_t both, bool keep_finite) {
+  const uint32_t low = both & 0xFFFFu, high = both >> 16;
+  const bool low_bad = (low & kExponent<T>) == kExponent<T>, high_bad = (high & kExponent<T>) == kExponent<T>;
+  if (keep_finite) return (low_bad ? 0u : low) | (high_bad ? 0u : high) << 16;
+  return (low_bad ? kOne<T> : 0u) | (high_bad ? kOne<T> : 0u) << 16;
+}
+
+// acc = A B^T: the own 16 rows of A against the first 8 kTiles rows of B, over the first `width` columns. kFinite: with
+// zeros where B is not finite.
+template <class T, class S, bool kFinite = false>
 __device__ __forceinline__ void product_with_rows(float (&acc)[S::kTiles][4], const unsigned char* a,
                                                   const unsigned char* b, int width, const Lane& me) {
 #pragma unroll
@@ -140,6 +163,9 @@ __device__ __forceinline__ void product_with_rows(float (&acc)[S::kTiles][4], co
     for (int pair = 0; pair < S::kSteps; ++pair) {
       uint32_t bf[4];
       load_matrix_x4(bf, b_row + pair * 16 * S::kRowBytes + step * 32);
+      if (kFinite)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bf[i] = split_finite<T>(bf[i], true);
       mma_16x8x16<T>(acc[2 * pair], af, bf[0], bf[1]);
       if (2 * pair + 1 < S::kTiles) mma_16x8x16<T>(acc[2 * pair + 1], af, bf[2], bf[3]);
     }
@@ -285,26 +311,34 @@ __device__ __forceinline__ void normalize_own_rows(const WindowParams& p, unsign
   if (inverse_norm != nullptr && (me.lane & 1) == 0) inverse_norm[row] = small ? -inverse : inverse;
 }
 
-template <class T>
-constexpr uint32_t kOne = 0;  // 1.0 in the format T
-template <>
-constexpr uint32_t kOne<Bf16> = 0x3F80;
-template <>
-constexpr uint32_t kOne<Half> = 0x3C00;
-template <class T>
-constexpr uint32_t kExponent = 0;  // the exponent bits, all set in NaN and infinity
-template <>
-constexpr uint32_t kExponent<Bf16> = 0x7F80;
-template <>
-constexpr uint32_t kExponent<Half> = 0x7C00;
+enum class Values { all, finite, not_finite };
 
-// A pair of elements with NaN and infinity replaced by 0 (`keep_finite`), or 1.0 where they stand and 0 elsewhere.
+// acc = A V over 16 channels: the own rows of weights, of which fragment(step, a) gives 16 columns, against all keys.
+template <class T, class S, Values kValues, class Fragment>
+__device__ __forceinline__ void weigh_values(float (&acc)[2][4], const unsigned char* v, Fragment fragment) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < S::kSteps; ++step) {
+    uint32_t a[4], b[4];
+    fragment(step, a);
+    load_matrix_x4_transposed(b, v + step * 16 * S::kRowBytes);
+    if (kValues != Values::all)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = split_finite<T>(b[i], kValues == Values::finite);
+    mma_16x8x16<T>(acc[0], a, b[0], b[1]);
+    mma_16x8x16<T>(acc[1], a, b[2], b[3]);
+  }
+}
+
+// Ones where the own rows see one of the 16 keys of a step, zeros elsewhere, as a fragment of A.
 template <class T>
-__device__ __forceinline__ uint32_t split_finite(uint32_t both, bool keep_finite) {
-  const uint32_t low = both & 0xFFFFu, high = both >> 16;
-  const bool low_bad = (low & kExponent<T>) == kExponent<T>, high_bad = (high & kExponent<T>) == kExponent<T>;
-  if (keep_finite) return (low_bad ? 0u : low) | (high_bad ? 0u : high) << 16;
-  return (low_bad ? kOne<T> : 0u) | (high_bad ? kOne<T> : 0u) << 16;
+__device__ __forceinline__ void seen_keys(uint32_t hidden, int step, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t two = ~hidden >> (step * 8 + i * 2);
+    a[i] = (two & 1 ? kOne<T> : 0u) | (two & 2 ? kOne<T> << 16 : 0u);
+  }
 }
 
 // Zeroes `bytes` (a multiple of 16) of shared memory with all threads, and fills the table of packed positions.
