@@ -40,11 +40,11 @@ class Emulated:
     """One build. Its ops are found in a namespace of their own; inside `active` the CUDA back-end is this build."""
 
     def __init__(self, edits: tuple[Edit, ...] = (), sanitize: bool = False):
-        namespace = f"vitkern_emulated_{_digest(edits)}" if edits else "vitkern_emulated"
+        namespace = _namespace(edits)
         self._fragment = torch.library.Library(namespace, "FRAGMENT")
         for schema in _window_gpu.SCHEMAS:
             self._fragment.define(schema)
-        module = native.load(build(namespace, edits, sanitize), "emulated")  # loading it registers the ops
+        module = native.load(build(edits, sanitize), "emulated")  # loading it registers the ops
         self._set_seed = module.seed
         self.ops = getattr(torch.ops, namespace)
 
@@ -71,7 +71,8 @@ class Emulated:
 emulated = functools.cache(Emulated)  # ops are registered once
 
 
-def build(namespace: str, edits: tuple[Edit, ...] = (), sanitize: bool = False) -> Path:
+def build(edits: tuple[Edit, ...] = (), sanitize: bool = False) -> Path:
+    namespace = _namespace(edits)
     flags = (*FLAGS, "-O1", *(native.SANITIZERS if sanitize else ()))
     torch_folder = Path(torch.__file__).parent
     stable = ("-isystem", str(torch_folder / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -104,6 +105,10 @@ def plant(edits: tuple[Edit, ...]) -> dict[str, Path]:
             path.write_text(content)
     header = any(Path(edit.file).suffix in (".h", ".cuh") for edit in edits)
     return {source: folder / source for source in SOURCES if header or any(edit.file == source for edit in edits)}
+
+
+def _namespace(edits: tuple[Edit, ...]) -> str:
+    return f"vitkern_emulated_{_digest(edits)}" if edits else "vitkern_emulated"
 
 
 def _digest(edits: tuple[Edit, ...]) -> str:

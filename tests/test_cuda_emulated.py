@@ -22,7 +22,7 @@ pytestmark = pytest.mark.compile
 
 def test_every_case_dtype_and_schedule_under_the_sanitizers():
     """cuda_emulator/window_attention.py, in as many processes as there are cores."""
-    build("vitkern_emulated", sanitize=True)
+    build(sanitize=True)  # here, where the compiler itself is not sanitized
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     environment = native.sanitized_environment()
     running = [
@@ -211,6 +211,7 @@ with emulated(STRAY, sanitize=True).active():
 )
 def test_a_write_beyond_a_tensor_is_reported_with_its_line(buffer, file):
     """torch allocates exactly what a tensor holds, and the sanitizer guards the byte behind it."""
+    build(STRAY, sanitize=True)
     done = subprocess.run(
         [sys.executable, "-c", STRAY_PROGRAM, buffer],
         env=native.sanitized_environment(),
