@@ -5,7 +5,9 @@ import math
 
 import torch
 
+from vitkern.ops import _window_gpu
 from vitkern.reference.window_attention import window_attention as reference
+from vitkern.testing import assert_close_to_oracle, poisoned
 
 GRADIENTS = ("q", "k", "v", "bias", "logit_scale", "k_pad", "v_pad")
 
@@ -33,6 +35,7 @@ class Case:
     layout: str = "plain"  # "plain", "packed", "unaligned", "heads_first"
     dlse: bool = True
     poison: bool = False  # NaN in keys and values that some rows do not see
+    broken: bool = False  # NaN and infinity in values that rows see
 
 
 CASES = {
@@ -56,6 +59,11 @@ CASES = {
     "heads first": Case((9, 4), (3, 4), (1, 0), layout="heads_first", bias="dense", bias_dtype=torch.bfloat16),
     "dropout": Case((8, 5), (4, 5), (2, 0), dropout_p=0.3, bias="dense", dlse=False),
     "rows that see no key": Case((8, 4), bias="dense", empty_rows=True, poison=True),
+    "broken values": Case((8, 12), (4, 6), (2, 3), bias="dense", broken=True),
+    "broken values, exact mask": Case((8, 12), (4, 6), (2, 3), mask_value=-math.inf, broken=True),
+    "broken values, grouped, dropout": Case(
+        (7, 14), (7, 7), (3, 3), bias="table", heads=4, group=2, dropout_p=0.2, broken=True, batch=1
+    ),
     "one token": Case((3,), (1,), (0,), heads=1, bias="dense"),
     "empty batch": Case(batch=0, bias="table"),
 }
@@ -94,6 +102,8 @@ class Inputs:
             self.k[0, 0, 0] = math.nan
             self.v[0, 0, 0, :, 1] = math.nan
             self.v[0, 0, 0, :, 2] = -math.inf
+        if c.broken:
+            self.v[0, 0, 0, :, 1], self.v[-1, 3, 2, :, 5] = math.nan, math.inf
         if c.cosine:
             self.logit_scale = normal(c.heads) * 0.5 + 0.3
         if c.pads == "vector":
@@ -146,30 +156,41 @@ def oracle(inputs: Inputs, dtype: torch.dtype | None) -> dict[str, torch.Tensor]
     return result
 
 
-def run(ops, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """The kernels, forward and backward; whatever they must write starts as NaN."""
-    c = inputs.case
-    options = inputs.options()
-    n, kv = math.prod(c.window), c.heads // c.group
-    nan = math.nan
-    out = arrange(inputs.dout.new_full(inputs.dout.shape, nan), c.layout)
-    lse = torch.full(inputs.q.shape[:-1], nan)
-    ops.forward(inputs.q, inputs.k, inputs.v, *options, out, lse)
-    dq, dk, dv = (arrange(x.new_full(x.shape, nan), c.layout) for x in (inputs.q, inputs.k, inputs.v))
-    dbias = None
-    if inputs.bias is not None:
-        dbias = torch.full(inputs.bias.shape if inputs.index is not None else (c.heads, n, n), nan)
-    dlogit_scale = None if inputs.logit_scale is None else torch.full((c.heads,), nan)
-    dk_pad = None if inputs.k_pad is None else torch.full((kv, c.d), nan)
-    dv_pad = None if inputs.v_pad is None else torch.full((kv, c.dv), nan)
-    windows = c.batch * math.prod(-(-length // w) for length, w in zip(c.map, c.window, strict=True))
-    workspace = torch.full((ops.workspace(c.heads, kv, windows, n, c.d, c.dv),), nan)
-    ops.backward(
-        inputs.dout, inputs.dlse, lse, inputs.q, inputs.k, inputs.v, *options, dq, dk, dv, dbias, dlogit_scale, dk_pad,
-        dv_pad, workspace,
-    )  # fmt: skip
-    if dbias is not None and dbias.shape != inputs.bias.shape:
-        dbias = dbias.sum_to_size(inputs.bias.shape)
-    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "dlogit_scale": dlogit_scale}
-    results |= {"dk_pad": dk_pad, "dv_pad": dv_pad}
+def check(build, case: Case, dtype: torch.dtype, seeds) -> None:
+    """Every seed gives the same bits, and they agree with the oracle."""
+    inputs, first = Inputs(case, dtype), None
+    for seed in seeds:
+        with build.schedule(seed):
+            results = run(build, inputs)
+            if first is None:
+                first = results
+                check_against_oracle(inputs, results)
+            for name, x in results.items():
+                same = torch.equal(x.nan_to_num(-7.0), first[name].nan_to_num(-7.0))
+                assert same, f"{name} differs from that of the first seed"
+
+
+def check_against_oracle(inputs: Inputs, results: dict[str, torch.Tensor]) -> None:
+    exact, eager = oracle(inputs, torch.float64), oracle(inputs, None)
+    rows = slice(None)
+    for name in ("out", "lse"):
+        assert_close_to_oracle(name, results[name], exact[name], eager[name])
+    if inputs.case.poison:
+        # Tokens whose log-sum-exp is not NaN neither see a NaN key nor share a key with a row that does: their
+        # gradients are those of a map without it.
+        clean = Inputs(inputs.case, inputs.dtype).without_poison()
+        exact, eager, rows = oracle(clean, torch.float64), oracle(clean, None), ~results["lse"].isnan()
+    for name in ("dq", "dk", "dv") if inputs.case.poison else results.keys() - {"out", "lse"}:
+        assert_close_to_oracle(name, results[name][rows], exact[name][rows], eager[name][rows], gradient=True)
+
+
+def run(build, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The kernels of a build, forward and backward; whatever they must write starts as NaN."""
+    layout, options = inputs.case.layout, inputs.options()
+    with build.active(), poisoned():
+        args = (inputs.q, inputs.k, inputs.v, *options)
+        out, lse = _window_gpu.forward(None, *args, "cuda")
+        into = tuple(arrange(torch.empty(x.shape, dtype=x.dtype), layout) for x in args[:3])
+        rest = _window_gpu.backward(None, into, inputs.dout, inputs.dlse, lse, *args, "cuda", 0b1111111)
+    results = {"out": out, "lse": lse} | {f"d{name}": x for name, x in zip(GRADIENTS, (*into, *rest), strict=True)}
     return {name: x for name, x in results.items() if x is not None}

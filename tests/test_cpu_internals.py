@@ -1,13 +1,12 @@
 """The CPU kernels' own functions, at every vector width: exp, log, products, conversions, window geometry."""
 
-import importlib.util
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import sysconfig
 
+import native
 import numpy
 import pytest
 import torch
@@ -20,36 +19,12 @@ pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler
 @pytest.fixture(scope="session", params=WIDTHS, ids=lambda w: f"{w} lanes")
 def unit(request):
     """The unit compiled with this many lanes, as a Python module."""
-    import pybind11
-
     lanes = request.param
-    flags = WIDTHS[lanes].split()
-    has_avx2 = pathlib.Path("/proc/cpuinfo").exists() and "avx2" in pathlib.Path("/proc/cpuinfo").read_text()
-    if flags and not has_avx2:
-        flags = []
-    name = f"internals_{lanes}"
-    target = ROOT / "build" / "internals" / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sources = [ROOT / "tests/cpp/internals.cpp", *(ROOT / "csrc").rglob("*.inc"), *(ROOT / "csrc").rglob("*.h")]
-    if not target.exists() or target.stat().st_mtime < max(s.stat().st_mtime for s in sources):
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        defines = [f"-DVITKERN_LANES={lanes}", f"-DVITKERN_MODULE={name}"]
-        command = [
-            "g++",
-            "-shared",
-            "-fPIC",
-            "-std=c++17",
-            "-O2",
-            "-ffp-contract=fast",
-            "-fno-math-errno",
-            "-Wno-psabi",
-            *flags,
-        ]
-        subprocess.run([*command, *includes, *defines, str(sources[0]), "-o", str(target)], check=True)
-    spec = importlib.util.spec_from_file_location(name, target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = WIDTHS[lanes].split() if cpuinfo.exists() and "avx2" in cpuinfo.read_text() else []
+    flags += ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", f"-DVITKERN_LANES={lanes}"]
+    unit = native.Unit(ROOT / "tests/cpp/internals.cpp", (*flags, *native.pybind_flags()))
+    return native.load(native.build(f"internals_{lanes}", [unit]), "internals")
 
 
 def ulps(got, want, dtype):
@@ -109,9 +84,10 @@ def test_geometry_is_that_of_the_reference(unit):
     for lengths, window, shift in maps:
         for roll_first in (False, True):
             token, region, slot = geometry(list(lengths), list(window), list(shift), roll_first, torch.device("cpu"))
-            tokens, regions = unit.geometry(list(lengths), list(window), list(shift), roll_first)
+            tokens, regions, walk_agrees = unit.geometry(list(lengths), list(window), list(shift), roll_first)
             assert tokens == token.flatten().tolist() and regions == region.flatten().tolist()
             assert token.flatten()[slot].tolist() == list(range(slot.numel()))
+            assert walk_agrees
 
 
 def test_kernels_of_sixteen_lanes_match_the_reference_on_any_machine(tmp_path):

@@ -22,26 +22,6 @@ struct ForwardLayout {
       S::kWidth == 128 ? 2 : S::kWidth == 64 ? 3 : S::kTiles == 8 ? 4 : S::kTiles == 7 ? 5 : 8;
 };
 
-enum class Values { all, finite, not_finite };
-
-// acc = A V over 16 channels: the own rows of weights, of which fragment(step, a) gives 16 columns, against all keys.
-template <class T, class S, Values kValues, class Fragment>
-__device__ __forceinline__ void weigh_values(float (&acc)[2][4], const unsigned char* v, Fragment fragment) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.0f;
-#pragma unroll
-  for (int step = 0; step < S::kSteps; ++step) {
-    uint32_t a[4], b[4];
-    fragment(step, a);
-    load_matrix_x4_transposed(b, v + step * 16 * S::kRowBytes);
-    if (kValues != Values::all)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) b[i] = split_finite<T>(b[i], kValues == Values::finite);
-    mma_16x8x16<T>(acc[0], a, b[0], b[1]);
-    mma_16x8x16<T>(acc[1], a, b[2], b[3]);
-  }
-}
-
 template <class T, class S>
 __device__ __forceinline__ void load_window(const WindowParams& p, int head, const WindowCursor& cursor, int stage,
                                             unsigned char* shared, const Lane& me) {
@@ -168,13 +148,7 @@ __global__ void __launch_bounds__(S::kThreads, ForwardLayout<S>::kBlocks)
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = packed[step * 4 + i];
     };
-    const auto seen = [&](int step, uint32_t(&a)[4]) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t two = ~hidden >> (step * 8 + i * 2);
-        a[i] = (two & 1 ? kOne<T> : 0u) | (two & 2 ? kOne<T> << 16 : 0u);
-      }
-    };
+    const auto seen = [&](int step, uint32_t(&a)[4]) { seen_keys<T>(hidden, step, a); };
     const bool some_hidden = __any_sync(0xFFFFFFFFu, hidden != 0);
     unsigned char* staged = q;  // only this warp reads its rows of Q, and has done so
     __syncwarp();

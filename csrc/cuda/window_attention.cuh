@@ -31,10 +31,11 @@ constexpr int kPadBit = 128;
 struct Lane {
   int thread, warp, lane, g, t;  // g = lane / 4 and t = lane % 4: the place of a lane in a fragment
 };
-__device__ __forceinline__ Lane this_lane() {
-  const int thread = threadIdx.x, lane = thread & 31;
+__device__ __forceinline__ Lane lane_of(int thread) {
+  const int lane = thread & 31;
   return {thread, thread >> 5, lane, lane >> 2, lane & 3};
 }
+__device__ __forceinline__ Lane this_lane() { return lane_of(threadIdx.x); }
 
 __device__ __forceinline__ int64_t offset_of(const TokenView& x, int32_t image, const int32_t* at, int rank) {
   int64_t offset = int64_t(image) * x.batch;
@@ -120,8 +121,31 @@ __device__ __forceinline__ void stage_rows(const float (&c)[S::kWidth / 8][4], u
   }
 }
 
-// acc = A B^T: the own 16 rows of A against the first 8 kTiles rows of B, over the first `width` columns.
-template <class T, class S>
+template <class T>
+constexpr uint32_t kOne = 0;  // 1.0 in the format T
+template <>
+constexpr uint32_t kOne<Bf16> = 0x3F80;
+template <>
+constexpr uint32_t kOne<Half> = 0x3C00;
+template <class T>
+constexpr uint32_t kExponent = 0;  // the exponent bits, all set in NaN and infinity
+template <>
+constexpr uint32_t kExponent<Bf16> = 0x7F80;
+template <>
+constexpr uint32_t kExponent<Half> = 0x7C00;
+
+// A pair of elements with NaN and infinity replaced by 0 (`keep_finite`), or 1.0 where they stand and 0 elsewhere.
+template <class T>
+__device__ __forceinline__ uint32_t split_finite(uint32_t both, bool keep_finite) {
+  const uint32_t low = both & 0xFFFFu, high = both >> 16;
+  const bool low_bad = (low & kExponent<T>) == kExponent<T>, high_bad = (high & kExponent<T>) == kExponent<T>;
+  if (keep_finite) return (low_bad ? 0u : low) | (high_bad ? 0u : high) << 16;
+  return (low_bad ? kOne<T> : 0u) | (high_bad ? kOne<T> : 0u) << 16;
+}
+
+// acc = A B^T: the own 16 rows of A against the first 8 kTiles rows of B, over the first `width` columns. kFinite: with
+// zeros where B is not finite.
+template <class T, class S, bool kFinite = false>
 __device__ __forceinline__ void product_with_rows(float (&acc)[S::kTiles][4], const unsigned char* a,
                                                   const unsigned char* b, int width, const Lane& me) {
 #pragma unroll
@@ -139,6 +163,9 @@ __device__ __forceinline__ void product_with_rows(float (&acc)[S::kTiles][4], co
     for (int pair = 0; pair < S::kSteps; ++pair) {
       uint32_t bf[4];
       load_matrix_x4(bf, b_row + pair * 16 * S::kRowBytes + step * 32);
+      if (kFinite)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bf[i] = split_finite<T>(bf[i], true);
       mma_16x8x16<T>(acc[2 * pair], af, bf[0], bf[1]);
       if (2 * pair + 1 < S::kTiles) mma_16x8x16<T>(acc[2 * pair + 1], af, bf[2], bf[3]);
     }
@@ -151,14 +178,17 @@ __device__ __forceinline__ const unsigned char* transposed_row(const unsigned ch
   return b + (me.lane & 15) * S::kRowBytes + (me.lane >> 4) * 16;
 }
 
-// Element (i, j) of the bias as float, the index clamped into the table.
+// The row of the bias table for (i, j), the index clamped into the table.
+__device__ __forceinline__ int64_t table_row(const WindowParams& p, int i, int j) {
+  const int64_t row = p.index[i * p.index_stride[0] + j * p.index_stride[1]];
+  return row < 0 ? 0 : row < p.table_rows ? row : p.table_rows - 1;
+}
+
+// Element (i, j) of the bias as float.
 __device__ __forceinline__ float read_bias(const WindowParams& p, int head, int i, int j) {
   if (p.bias_type == BiasType::none) return 0.0f;
   int64_t at = head * p.bias_stride[0] + i * p.bias_stride[1] + j * p.bias_stride[2];
-  if (p.index != nullptr) {
-    const int64_t row = p.index[i * p.index_stride[0] + j * p.index_stride[1]];
-    at = head * p.bias_stride[1] + (row < 0 ? 0 : row < p.table_rows ? row : p.table_rows - 1) * p.bias_stride[0];
-  }
+  if (p.index != nullptr) at = head * p.bias_stride[1] + table_row(p, i, j) * p.bias_stride[0];
   if (p.bias_type == BiasType::float32) return static_cast<const float*>(p.bias)[at];
   const uint32_t bits = static_cast<const uint16_t*>(p.bias)[at];
   return p.bias_type == BiasType::bfloat16 ? unpack2<Bf16>(bits).x : unpack2<Half>(bits).x;
@@ -281,26 +311,34 @@ __device__ __forceinline__ void normalize_own_rows(const WindowParams& p, unsign
   if (inverse_norm != nullptr && (me.lane & 1) == 0) inverse_norm[row] = small ? -inverse : inverse;
 }
 
-template <class T>
-constexpr uint32_t kOne = 0;  // 1.0 in the format T
-template <>
-constexpr uint32_t kOne<Bf16> = 0x3F80;
-template <>
-constexpr uint32_t kOne<Half> = 0x3C00;
-template <class T>
-constexpr uint32_t kExponent = 0;  // the exponent bits, all set in NaN and infinity
-template <>
-constexpr uint32_t kExponent<Bf16> = 0x7F80;
-template <>
-constexpr uint32_t kExponent<Half> = 0x7C00;
+enum class Values { all, finite, not_finite };
 
-// A pair of elements with NaN and infinity replaced by 0 (`keep_finite`), or 1.0 where they stand and 0 elsewhere.
+// acc = A V over 16 channels: the own rows of weights, of which fragment(step, a) gives 16 columns, against all keys.
+template <class T, class S, Values kValues, class Fragment>
+__device__ __forceinline__ void weigh_values(float (&acc)[2][4], const unsigned char* v, Fragment fragment) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < S::kSteps; ++step) {
+    uint32_t a[4], b[4];
+    fragment(step, a);
+    load_matrix_x4_transposed(b, v + step * 16 * S::kRowBytes);
+    if (kValues != Values::all)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = split_finite<T>(b[i], kValues == Values::finite);
+    mma_16x8x16<T>(acc[0], a, b[0], b[1]);
+    mma_16x8x16<T>(acc[1], a, b[2], b[3]);
+  }
+}
+
+// Ones where the own rows see one of the 16 keys of a step, zeros elsewhere, as a fragment of A.
 template <class T>
-__device__ __forceinline__ uint32_t split_finite(uint32_t both, bool keep_finite) {
-  const uint32_t low = both & 0xFFFFu, high = both >> 16;
-  const bool low_bad = (low & kExponent<T>) == kExponent<T>, high_bad = (high & kExponent<T>) == kExponent<T>;
-  if (keep_finite) return (low_bad ? 0u : low) | (high_bad ? 0u : high) << 16;
-  return (low_bad ? kOne<T> : 0u) | (high_bad ? kOne<T> : 0u) << 16;
+__device__ __forceinline__ void seen_keys(uint32_t hidden, int step, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t two = ~hidden >> (step * 8 + i * 2);
+    a[i] = (two & 1 ? kOne<T> : 0u) | (two & 2 ? kOne<T> << 16 : 0u);
+  }
 }
 
 // Zeroes `bytes` (a multiple of 16) of shared memory with all threads, and fills the table of packed positions.

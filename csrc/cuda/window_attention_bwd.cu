@@ -163,6 +163,13 @@ __global__ void __launch_bounds__(S::kThreads, BackwardPlan<S>::kBlocks)
       product_with_rows<T, S>(s, q, k, w.d, me);
       finish_scores<S>(s, factor, bias, hidden, apart, w.mask_value * kLog2E, me);
       product_with_rows<T, S>(dp, dout, v, w.dv, me);
+      float probe = 0.0f;  // NaN where a value or a gradient is not finite
+#pragma unroll
+      for (int n = 0; n < S::kTiles; ++n) probe += (dp[n][0] + dp[n][1] + dp[n][2] + dp[n][3]) * 0.0f;
+      if (__any_sync(0xFFFFFFFFu, probe != 0.0f)) {
+        drop_broken_outputs<T, S>(dout, transposed_row<S>(v, me), w.dv, hidden, me);
+        product_with_rows<T, S, true>(dp, dout, v, w.dv, me);
+      }
       const float* lse = reinterpret_cast<const float*>(shared + Layout::kLse) + stage * 2 * kMaxTokens;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

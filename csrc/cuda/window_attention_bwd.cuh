@@ -66,6 +66,25 @@ __device__ __forceinline__ void undo_normalize(float (&c)[S::kWidth / 8][4], con
   }
 }
 
+// Where an own row sees a value that is not finite, its output is NaN whatever the weights: its gradient there counts
+// for nothing. Zeroes these elements of the own rows of dO; `v_row` is transposed_row(V).
+template <class T, class S>
+__device__ __forceinline__ void drop_broken_outputs(unsigned char* dout, const unsigned char* v_row, int width,
+                                                    uint32_t hidden, const Lane& me) {
+  const auto seen = [&](int step, uint32_t(&a)[4]) { seen_keys<T>(hidden, step, a); };
+#pragma unroll 1
+  for (int pair = 0; pair < S::kWidth / 16; ++pair) {
+    if (pair * 16 >= width) break;
+    float bad[2][4];
+    weigh_values<T, S, Values::not_finite>(bad, v_row + pair * 32, seen);
+    uint16_t* row = reinterpret_cast<uint16_t*>(dout + fragment_row(me, 0) * S::kRowBytes) + pair * 16 + me.t * 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (bad[i / 4][i % 4] > 0.0f) row[i % 4 / 2 * 4 * S::kRowBytes + i / 4 * 8 + i % 2] = 0;
+  }
+  __syncwarp();
+}
+
 // Adds the rows of pads to the sums of this warp, [kWidth].
 template <class S>
 __device__ __forceinline__ void add_pads(const float (&c)[S::kWidth / 8][4], const uint8_t* info, int tokens,

@@ -19,8 +19,9 @@ __device__ float* destination(const WindowBackwardParams& p, const BackwardRecor
   const int r = int(m % record.head_floats);
   if (r >= record.tau) return r == record.tau && p.dlogit_scale != nullptr ? p.dlogit_scale + head : nullptr;
   if (p.dbias == nullptr) return nullptr;
-  const int thread = r / 4 % (record.warps * 32), n = r / 4 / (record.warps * 32), c = r % 4, lane = thread & 31;
-  const int i = thread / 32 * 16 + lane / 4 + c / 2 * 8, j = n * 8 + lane % 4 * 2 + c % 2;
+  const int threads = record.warps * 32, n = r / 4 / threads, c = r % 4;
+  const Lane writer = lane_of(r / 4 % threads);
+  const int i = fragment_row(writer, c), j = fragment_column(writer, n, c);
   return i < w.map.size && j < w.map.size ? dense + (int64_t(head) * w.map.size + i) * w.map.size + j : nullptr;
 }
 
@@ -58,11 +59,8 @@ __global__ void __launch_bounds__(256) window_attention_table_kernel(const Windo
   const int head = int(task % w.heads), lane = threadIdx.x % 32, n = w.map.size;
   float sum = 0.0f;
   if (row < w.table_rows)
-    for (int e = lane; e < n * n; e += 32) {
-      int64_t r = w.index[e / n * w.index_stride[0] + e % n * w.index_stride[1]];
-      r = r < 0 ? 0 : r < w.table_rows ? r : w.table_rows - 1;
-      if (r == row) sum += dense[int64_t(head) * n * n + e];
-    }
+    for (int e = lane; e < n * n; e += 32)
+      if (table_row(w, e / n, e % n) == row) sum += dense[int64_t(head) * n * n + e];
 #pragma unroll
   for (int bits = 1; bits < 32; bits *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, bits);
   if (row < w.table_rows && lane == 0) p.dbias[row * w.heads + head] = sum;

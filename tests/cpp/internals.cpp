@@ -20,7 +20,7 @@ Array<T> map(void (*f)(const T*, T*, int64_t), const Array<T>& x) {
   return y;
 }
 
-PYBIND11_MODULE(VITKERN_MODULE, m) {
+PYBIND11_MODULE(internals, m) {
   m.attr("lanes") = kernels_internals.lanes;
   m.def("exp_f32", [](const Array<float>& x) { return map<float>(kernels_internals.exp_f32, x); });
   m.def("exp_f64", [](const Array<double>& x) { return map<double>(kernels_internals.exp_f64, x); });
@@ -61,15 +61,31 @@ PYBIND11_MODULE(VITKERN_MODULE, m) {
       map.size *= window[a];
       map.windows *= count;
     }
+    const vitkern::WindowWalk walk = vitkern::make_walk(map);
+    vitkern::WindowCursor cursor = vitkern::window_cursor(walk, 0);
     py::list tokens, regions;
-    for (int w = 0; w < map.windows; ++w)
+    bool same = true;  // the walk of the CUDA kernels finds the same, and what it calls plain is plain
+    for (int w = 0; w < map.windows; ++w) {
+      const vitkern::WindowCursor direct = vitkern::window_cursor(walk, w);
+      bool plain = true;
       for (int i = 0; i < map.size; ++i) {
         int32_t c[vitkern::kMaxAxes], region, token = 0;
         const bool real = vitkern::window_slot(map, w, i, c, &region);
         for (int a = 0; a < map.rank; ++a) token = token * lengths[a] + c[a];
         tokens.append(real ? token : -1);
         regions.append(region);
+        const uint32_t place = vitkern::pack_position(walk, i);
+        int32_t at[vitkern::kMaxAxes], walked = 0;
+        const bool there = vitkern::token_at(walk, cursor, place, at);
+        for (int a = 0; a < vitkern::kMaxAxes; ++a) walked = walked * walk.axis[a].length + at[a];
+        same = same && there == real && (!real || walked == token) && vitkern::region_at(walk, cursor, place) == region;
+        plain = plain && real && region == 0;
       }
-    return py::make_tuple(tokens, regions);
+      for (int a = 0; a < vitkern::kMaxAxes; ++a) same = same && cursor.at[a] == direct.at[a];
+      same = same && cursor.image == 0 && (plain || vitkern::window_is_special(walk, cursor));
+      vitkern::next_window(walk, &cursor);
+    }
+    same = same && cursor.image == 1;
+    return py::make_tuple(tokens, regions, same);
   });
 }

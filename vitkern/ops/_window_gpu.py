@@ -1,6 +1,7 @@
 """window_attention on CUDA devices: which of Triton and CUDA C++ can run a call, and the two ways there."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,17 +20,17 @@ _OPTIONS = (
     "SymInt[] shift, bool roll_first, bool pad_visible, float scale, float mask_value, float cosine_max, "
     "float cosine_eps, float dropout_p"
 )
-library.define(
-    f"_window_attention_cuda_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}, Tensor(a!) out, Tensor(b!) lse) -> ()"
-)
-library.define(
+SCHEMAS = (
+    f"_window_attention_cuda_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     f"_window_attention_cuda_bwd(Tensor dout, Tensor? dlse, Tensor lse, Tensor q, Tensor k, Tensor v, {_OPTIONS}, "
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dlogit_scale, Tensor(f!)? dk_pad, "
-    "Tensor(g!)? dv_pad, Tensor(h!) workspace) -> ()"
+    "Tensor(g!)? dv_pad, Tensor(h!) workspace) -> ()",
+    "_window_attention_cuda_workspace(SymInt heads, SymInt kv_heads, SymInt windows, SymInt tokens, SymInt d, "
+    "SymInt dv) -> SymInt",
 )
-library.define(
-    "_window_attention_cuda_workspace(SymInt heads, SymInt kv_heads, SymInt windows, SymInt tokens, SymInt d, SymInt dv) -> SymInt"
-)
+for _schema in SCHEMAS:
+    library.define(_schema)
+cuda_ops: Any = torch.ops.vitkern  # where the ops above are found; tests put emulated ones here
 
 
 def triton_refusals(args: tuple[Any, ...]) -> list[str]:
@@ -90,7 +91,7 @@ def forward(definition: Any, *args: Any) -> tuple[Tensor, Tensor]:
         q, v = inputs[0], inputs[2]
         out = v.new_empty((*q.shape[:-1], v.shape[-1]))
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        torch.ops.vitkern._window_attention_cuda_fwd(*_as_kernel(inputs), out, lse)
+        cuda_ops._window_attention_cuda_fwd(*_as_kernel(inputs), out, lse)
         return out, lse
     return definition(*args)
 
@@ -104,7 +105,7 @@ def backward(
     wanted = [bool(need >> bit & 1) for bit in range(7)]
     dq, dk, dv = into
     if gpu == "triton":
-        from vitkern.triton_kernels import window_attention as kernels
+        from vitkern.triton_kernels import window_attention_bwd as kernels
 
         return kernels.bwd(dout, dlse, lse, *inputs, wanted, dq, dk, dv)[3:]
     if gpu == "cuda":
@@ -117,13 +118,13 @@ def backward(
 
 
 def _as_kernel(inputs: list[Any]) -> list[Any]:
-    """The arguments with the dtypes that the CUDA kernels take: pads as q, the logit scale in float32."""
+    """The arguments as the CUDA kernels take them: contiguous pads in q's dtype, the logit scale in float32."""
     given = list(inputs)
     for position in (6, 7):
         if given[position] is not None:
             given[position] = given[position].to(given[0].dtype).contiguous()
     if given[5] is not None:
-        given[5] = given[5].float()
+        given[5] = given[5].float().contiguous()
     return given
 
 
@@ -146,14 +147,13 @@ def _cuda_backward(
     ]
     if dout is None:
         dout = v.new_zeros((*q.shape[:-1], v.shape[-1]))
-    with torch.cuda.device(q.device):
-        size = torch.ops.vitkern._window_attention_cuda_workspace(
-            heads, kv_heads, windows, tokens, q.shape[-1], v.shape[-1]
-        )
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # the size depends on the current device
+        size = cuda_ops._window_attention_cuda_workspace(heads, kv_heads, windows, tokens, q.shape[-1], v.shape[-1])
     workspace = q.new_empty(size, dtype=torch.float32)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    torch.ops.vitkern._window_attention_cuda_bwd(dout, dlse, lse, *_as_kernel(inputs), *into, *sums, workspace)
+    cuda_ops._window_attention_cuda_bwd(dout, dlse, lse, *_as_kernel(inputs), *into, *sums, workspace)
     return tuple(
-        None if s is None else s.to(like.dtype) for s, like in zip(sums, (bias, logit_scale, k_pad, v_pad), strict=True)
+        None if s is None else s.sum_to_size(like.shape).to(like.dtype)
+        for s, like in zip(sums, (bias, logit_scale, k_pad, v_pad), strict=True)
     )

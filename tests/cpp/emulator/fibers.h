@@ -15,12 +15,14 @@
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__  // wants to know about every change of stack
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #define VITKERN_ENTER_FIBER(save, stack, size) __sanitizer_start_switch_fiber(save, stack, size)
 #define VITKERN_ENTERED_FIBER(saved, stack, size) __sanitizer_finish_switch_fiber(saved, stack, size)
+#define VITKERN_FRESH_STACK(stack, size) __asan_unpoison_memory_region(stack, size)
 #else
 #define VITKERN_ENTER_FIBER(save, stack, size) (void)(save)
 #define VITKERN_ENTERED_FIBER(saved, stack, size) (void)(saved)
+#define VITKERN_FRESH_STACK(stack, size) (void)(stack)
 #endif
 
 extern char __start_vitkern_shared[] __attribute__((weak));  // the linker's names for the ends of the section
@@ -37,7 +39,7 @@ struct Copy { void* to; const void* from; uintptr_t bytes; int group; };
 
 struct Thread {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
   void* fake_stack = nullptr;    // of the address sanitizer
   const char* waits = nullptr;   // the barrier or collective it waits for
   int barrier_id = 0;
@@ -69,6 +71,7 @@ struct Block {
 
 inline uint64_t seed = 1, random_state = 1;
 inline Block* block = nullptr;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from launch to launch
 
 inline uint32_t draw(uint32_t below) {  // xorshift64*
   random_state ^= random_state >> 12;
@@ -106,6 +109,8 @@ inline int choose() {
   return -1;
 }
 
+inline bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+
 // What the threads wait for, when nobody can go on.
 inline std::string stuck() {
   std::string text = "nobody can go on, a barrier or collective was reached by part of the block or warp:", last;
@@ -130,7 +135,7 @@ inline void yield() {
   if (to < 0) fail(stuck());
   if (to == from) return;
   Thread &a = block->threads[from], &b = next_fiber(to);
-  VITKERN_ENTER_FIBER(&a.fake_stack, b.stack.get(), kStackBytes);
+  VITKERN_ENTER_FIBER(&a.fake_stack, b.stack, kStackBytes);
   swapcontext(&a.context, &b.context);
   VITKERN_ENTERED_FIBER(a.fake_stack, nullptr, nullptr);
 }
@@ -143,11 +148,10 @@ inline int barrier(const char* name, int id, int count, int value) {
   Thread& me = self();
   me.waits = name, me.mask = 0, me.barrier_id = id;
   if (++b.arrived == count) {
-    b.result = b.sum;
-    b.arrived = b.sum = 0;
+    b.result = b.sum, b.arrived = b.sum = 0;
     for (Thread& t : block->threads)
       if (t.waits && t.mask == 0 && t.barrier_id == id) {
-        if (strcmp(t.waits, name) != 0) fail(std::string(name) + " meets " + t.waits);
+        if (!same(t.waits, name)) fail(std::string(name) + " meets " + t.waits);
         t.waits = nullptr;
       }
   }
@@ -168,7 +172,7 @@ void warp_collective(const char* name, uint32_t mask, Part* mine, Execute execut
   for (int lane = 0; lane < 32; ++lane) {
     if (!(mask >> lane & 1) || first + lane >= count) continue;
     const Thread& t = block->threads[first + lane];
-    if (t.done || (t.waits && (strcmp(t.waits, name) != 0 || t.mask != mask)))
+    if (t.done || (t.waits && (!same(t.waits, name) || t.mask != mask)))
       fail(std::string(name) + " was reached by part of the warp: thread " + std::to_string(first + lane) +
            (t.done ? " has finished" : std::string(" waits at ") + t.waits));
     complete = complete && t.waits;
@@ -195,7 +199,7 @@ inline void fiber_main() {
   const int to = choose();
   if (to >= 0) {
     Thread& next = next_fiber(to);
-    VITKERN_ENTER_FIBER(nullptr, next.stack.get(), kStackBytes);
+    VITKERN_ENTER_FIBER(nullptr, next.stack, kStackBytes);
     setcontext(&next.context);
   }
   for (const Thread& t : block->threads)
@@ -213,14 +217,16 @@ inline void run_block(Block& b) {
   for (Thread& t : b.threads) {
     t.done = false, t.group = 0;
     getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_sp = t.stack;
     t.context.uc_stack.ss_size = kStackBytes;
     t.context.uc_link = nullptr;
     makecontext(&t.context, fiber_main, 0);
+    t.context.uc_stack.ss_size = 0;  // or the address sanitizer forgets the whole stack at every switch
+    VITKERN_FRESH_STACK(t.stack, kStackBytes);
   }
   block = &b;
   Thread& start = next_fiber(choose());
-  VITKERN_ENTER_FIBER(&b.host_fake_stack, start.stack.get(), kStackBytes);
+  VITKERN_ENTER_FIBER(&b.host_fake_stack, start.stack, kStackBytes);
   swapcontext(&b.host, &start.context);
   VITKERN_ENTERED_FIBER(b.host_fake_stack, nullptr, nullptr);
   block = nullptr;
@@ -231,11 +237,10 @@ inline void run_block(Block& b) {
 inline void run(const char* kernel, int64_t blocks, int threads, int shared_bytes, std::function<void()> body) {
   random_state = seed * 0x9E3779B97F4A7C15ULL + 1;
   Block b;
-  b.kernel = kernel;
-  b.body = std::move(body);
-  b.shared_bytes = shared_bytes;
+  b.kernel = kernel, b.body = std::move(body), b.shared_bytes = shared_bytes;
   b.threads = std::vector<Thread>(size_t(threads));
-  for (Thread& t : b.threads) t.stack.reset(new char[kStackBytes]);
+  for (int i = int(stacks.size()); i < threads; ++i) stacks.emplace_back(new char[kStackBytes]);
+  for (int i = 0; i < threads; ++i) b.threads[i].stack = stacks[i].get();
   gridDim = {uint32_t(blocks), 1, 1};
   blockDim = {uint32_t(threads), 1, 1};
   std::vector<uint32_t> order;
@@ -248,8 +253,3 @@ inline void run(const char* kernel, int64_t blocks, int threads, int shared_byte
 
 }  // namespace emulator
 }  // namespace vitkern
-
-// For the tests: the seed of the schedules that follow.
-extern "C" __attribute__((visibility("default"), weak)) void vitkern_emulator_seed(uint64_t seed) {
-  vitkern::emulator::seed = seed;
-}

@@ -1,0 +1,8 @@
+// What pytest needs of the emulator inside a library of emulated kernels: the seed of the schedules that follow.
+#include <pybind11/pybind11.h>
+
+#include "emulator.h"
+
+PYBIND11_MODULE(emulated, m) {
+  m.def("seed", [](uint64_t seed) { vitkern::emulator::seed = seed; });
+}

@@ -1,0 +1,52 @@
+"""window_attention in CUDA C++, emulated on the CPU: every case, dtype and schedule. test_cuda_emulated.py runs this file
+under the sanitizers, in parts; without them (`pytest tests/cuda_emulator/window_attention.py`) it is for debugging.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from emulated import emulated
+from emulated_window import CASES, check
+from gpu_path import lowered, on_gpu
+
+from vitkern import testing
+from vitkern.ops import _window_gpu
+
+SEEDS = range(8)
+DTYPES = (torch.bfloat16, torch.float16)
+PART, PARTS = map(int, os.environ.get("VITKERN_PART", "0/1").split("/"))
+torch.set_num_threads(1)
+
+
+def part(items):
+    return list(items)[PART::PARTS]
+
+
+@pytest.fixture(scope="module")
+def build():
+    return emulated(sanitize="libasan" in os.environ.get("LD_PRELOAD", ""))
+
+
+@pytest.mark.parametrize("name", part(CASES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cases_agree_with_the_oracle_under_every_schedule(build, name, dtype):
+    check(build, CASES[name], dtype, SEEDS)
+
+
+SMALL = [(entry, call) for entry in testing.entries().values() for call in entry.small()]
+
+
+@pytest.mark.parametrize("entry, call", part(SMALL), ids=lambda x: str(x) if isinstance(x, testing.Call) else x.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_calls_of_the_registry_match_under_every_schedule(build, entry, call, dtype):
+    with build.active():
+        if reasons := _window_gpu.cuda_refusals(lowered(call, call.leaves(dtype))):
+            pytest.skip("; ".join(reasons))
+        for seed in SEEDS:
+            with build.schedule(seed):
+                testing.assert_matches(entry, on_gpu(call, ""), dtype, "cuda")
