@@ -1,8 +1,10 @@
 """What the documents say is true: the README's code runs, its tables are those of the committed results."""
 
+import os
 import pathlib
 import re
 import subprocess
+import sys
 
 import libraries  # noqa: F401
 import pytest
@@ -23,6 +25,15 @@ def test_the_code_of_the_readme_runs(code, capsys):
     exec(code, {"model": model, "torch": torch, "vitkern": vitkern})
     if "print(report)" in code:
         assert "SwinLayer" in capsys.readouterr().out
+
+
+def test_the_first_kernel_of_the_page_runs(tmp_path):
+    page = (ROOT / "docs" / "cuda-without-a-gpu.md").read_text()
+    for language, name in (("cpp", "first.cu"), ("python", "first.py")):
+        (tmp_path / name).write_text(re.findall(rf"```{language}\n(.*?)```", page, re.S)[0])
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    ran = subprocess.run([sys.executable, "first.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.split()[1:3] == ["496.", "496."], ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("path", tables.generated(), ids=lambda p: p.name)

@@ -27,8 +27,7 @@ TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 SHARED_LIMIT = 99 * 1024  # what every GPU since compute capability 8.0 has
-STACK_LIMIT = {"_backward_window": 512}  # bytes: invariants of its loop, read once per window
-SMALL_FRAME = 64  # for the others: a few scalars
+FRAME = 8  # bytes: the call of the 64-bit division has one, whatever the registers; a spill comes on top
 
 
 def describe(value, specialize: bool):
@@ -152,10 +151,9 @@ CASES = {
 }
 
 
-RUNS = [(name, 90, torch.bfloat16) for name in CASES] + [
-    ("swin", 90, torch.float32), ("wide 256", 90, torch.float32),
-    ("swin", 80, torch.bfloat16), ("swinv2 8", 80, torch.bfloat16), ("sam", 80, torch.bfloat16),
-    ("wide 128", 80, torch.bfloat16), ("swin", 100, torch.bfloat16), ("sam", 100, torch.float16),
+RUNS = [(name, capability, torch.bfloat16) for name in CASES for capability in (80, 90)] + [
+    ("swin", 100, torch.bfloat16), ("swinv2 16", 100, torch.bfloat16), ("groups", 100, torch.bfloat16), ("swin", 90, torch.float32), ("wide 256", 90, torch.float32), ("swin", 80, torch.float32), ("wide 64", 100, torch.float32),
+    ("sam", 100, torch.float16), ("swin", 80, torch.float16),
 ]  # fmt: skip
 
 
@@ -168,7 +166,7 @@ def test_compiles_without_spills(name, capability, dtype):
         used = resources(compiled)
         print(f"{name} sm_{capability} {dtype} {kernel.__name__} warps={options['num_warps']} {used}")
         where = f"{kernel.__name__} for {name}, sm_{capability}, {dtype}: {used}"
-        assert used["LOCAL"] == 0 and used["STACK"] <= STACK_LIMIT.get(kernel.__name__, SMALL_FRAME), f"spills: {where}"
+        assert used["LOCAL"] == 0 and used["STACK"] <= FRAME, f"spills: {where}"
         assert used["shared"] <= SHARED_LIMIT, f"shared memory: {where}"
         seen.add(kernel.__name__)
     assert "_forward" in seen and len(seen) > 1

@@ -187,7 +187,10 @@ def _tuned(kernel: str, shared: dict, q: Tensor) -> dict:
 
 
 def _fits_one_tile(shared: dict, q: Tensor) -> bool:
-    return shared["GROUP"] == 1 and _tuned("backward_window", shared, q)["block"] >= shared["N"]
+    """Whether one pass holds a window in registers. Cosine scores and dropout keep more: their small windows only."""
+    block = _tuned("backward_window", shared, q)["block"]
+    plain = shared["tau_ptr"] is None and shared["threshold"] == 0
+    return shared["GROUP"] == 1 and block >= shared["N"] and (plain or block <= 16)
 
 
 def _one_pass(shared: dict, grads: dict, sums: list[bool], q: Tensor):
