@@ -152,7 +152,8 @@ CASES = {
 
 
 RUNS = [(name, capability, torch.bfloat16) for name in CASES for capability in (80, 90)] + [
-    ("swin", 100, torch.bfloat16), ("swinv2 16", 100, torch.bfloat16), ("groups", 100, torch.bfloat16), ("swin", 90, torch.float32), ("wide 256", 90, torch.float32), ("swin", 80, torch.float32), ("wide 64", 100, torch.float32),
+    ("swin", 100, torch.bfloat16), ("swinv2 16", 100, torch.bfloat16), ("groups", 100, torch.bfloat16),
+    ("swin", 90, torch.float32), ("wide 256", 90, torch.float32), ("swin", 80, torch.float32), ("wide 64", 100, torch.float32),
     ("sam", 100, torch.float16), ("swin", 80, torch.float16),
 ]  # fmt: skip
 
