@@ -26,6 +26,7 @@ CPU_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/library.cpp",
     "csrc/cpu/window_attention.cpp",
+    "csrc/cpu/bipartite_match.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",

@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.case in str(case)
         for dtype in options.dtype.split(",")
         for kind in options.passes.split(",")
+        if kind in getattr(cases, "PASSES", ("fwd", "fwd+bwd"))
     ]
     rows = []
     for case, dtype, backward in track(chosen, description="benchmark", console=Console(stderr=True)):

@@ -180,21 +180,62 @@ class Op:
             library.impl(name, kernel, key)
 
     def _vmap_of(self, name: str) -> Callable[..., Any]:
-        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-            op = getattr(torch.ops.vitkern, name).default
-            count = len(self.tensors)
-            dims = [in_dims[i] if isinstance(in_dims[i], int) else None for i in range(count)]
-            if all(d is not None for d in dims[: self.batched]) and all(d is None for d in dims[self.batched :]):
-                folded = [t.movedim(d, 0).flatten(0, 1) for t, d in zip(args, dims[: self.batched], strict=False)]
-                outputs = op(*folded, *args[self.batched :])
-                return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0, 0)
+        return _vmap_rule(name, len(self.tensors), self.batched)
+
+
+@dataclass(frozen=True)
+class PlainOp:
+    """One op whose outputs have no gradient: one schema, `outputs` tensors. No dtype is cast by autocast."""
+
+    name: str
+    tensors: tuple[str, ...]
+    options: str
+    outputs: int
+    batched: int  # the first arguments: those that every sample has its own of
+    definition: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[..., tuple[Tensor, ...]]
+    cuda: Callable[..., tuple[Tensor, ...]]
+
+    def register(self) -> None:
+        arguments = ", ".join((*self.tensors, self.options))
+        library.define(f"{self.name}({arguments}) -> ({', '.join(['Tensor'] * self.outputs)})")
+        library.impl(self.name, self.definition, "CompositeExplicitAutograd")
+        library.impl(self.name, self.cuda, "CUDA")
+        torch.library.register_fake(f"vitkern::{self.name}", self.fake, lib=library)
+        torch.library.register_vmap(
+            f"vitkern::{self.name}", _vmap_rule(self.name, len(self.tensors), self.batched), lib=library
+        )
+
+    def overload(self) -> Any:
+        return getattr(torch.ops.vitkern, self.name).default
+
+
+def _vmap_rule(name: str, count: int, batched: int) -> Callable[..., Any]:
+    """Folds the mapped axis into the batch where exactly the `batched` first of `count` tensors are mapped, else loops."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        op = getattr(torch.ops.vitkern, name).default
+        dims = [in_dims[i] if isinstance(in_dims[i], int) else None for i in range(count)]
+        mapped = all(d is not None or args[i] is None for i, d in enumerate(dims[:batched]))
+        if mapped and all(d is None for d in dims[batched:]):
+            folded = [
+                t if d is None else t.movedim(d, 0).flatten(0, 1) for t, d in zip(args, dims[:batched], strict=False)
+            ]
+            outputs = _as_tuple(op(*folded, *args[batched:]))
+            found = tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs)
+        else:
             each = []
             for i in range(info.batch_size):
                 chosen = [t if d is None else t.select(d, i) for t, d in zip(args, dims, strict=False)]
-                each.append(op(*chosen, *args[count:]))
-            return tuple(torch.stack(o) for o in zip(*each, strict=True)), (0, 0)
+                each.append(_as_tuple(op(*chosen, *args[count:])))
+            found = tuple(torch.stack(o) for o in zip(*each, strict=True))
+        return (found, (0,) * len(found)) if len(found) > 1 else (found[0], 0)
 
-        return rule
+    return rule
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def _own_nodes(values: list[Any], again: bool = False) -> list[Any]:
