@@ -22,9 +22,11 @@ from vitkern.triton_kernels import (  # noqa: E402
     _reduce,
     _window_bwd_tiled,
     bipartite_match,
+    merge_tokens,
+    unmerge_tokens,
     window_attention,
     window_attention_bwd,
-)  # fmt: skip
+)
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"),
@@ -80,7 +82,9 @@ def caught(family):
     launches, patch = [], pytest.MonkeyPatch()
     for module in (window_attention, window_attention_bwd):
         patch.setattr(module, "family", lambda device: family)
-    for module in (window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match):
+    for module in (
+        window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_tokens, unmerge_tokens,
+    ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
             def record(*args, grid, warmup, kernel=kernel, **kwargs):
@@ -209,3 +213,20 @@ def test_bipartite_match_compiles_without_spills(name, capability, dtype):
     with caught(f"sm{capability}") as launches:
         launch(**MATCHES[name])
     assert compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability) == {"_match"}
+
+
+@pytest.mark.parametrize("width, weighted", [(1, True), (64, False), (768, True), (4096, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_merging_compiles_without_spills(capability, dtype, width, weighted):
+    plan = [torch.zeros(2, n, dtype=torch.int32) for n in (40, 40, 21)]
+    x, y = torch.zeros(2, 40, width, dtype=dtype), torch.zeros(2, 20, width, dtype=dtype)
+    weight = torch.zeros(2, 40) if weighted else None
+    with caught(f"sm{capability}") as launches:
+        for reduce in merge_tokens.REDUCTIONS:
+            args = (x, *plan, weight, reduce, reduce != "mean")
+            _, size = merge_tokens.fwd(*args)
+            merge_tokens.bwd(y, size if weighted else None, size, *args, 3)
+        unmerge_tokens.bwd(unmerge_tokens.fwd(y, *plan, 0.5), y, *plan, 0.5, 1)
+    seen = compile_all(launches, f"merging C={width}, sm_{capability}, {dtype}", capability)
+    assert seen == {"_forward", "_backward", "_unmerge"}

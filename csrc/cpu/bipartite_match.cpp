@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "roles.h"
 #include "tensors.h"
 
 namespace vitkern {
@@ -22,7 +23,6 @@ namespace {
 using torch::stable::Tensor;
 constexpr const char* kOp = "bipartite_match";
 constexpr int64_t kBlock = 96;  // sources of a task: with a panel they fit the caches
-enum Role : int8_t { kSource, kDestination, kBystander, kProtected, kMasked };
 
 // Everything about a call that lives beside the problem.
 struct Lists {

@@ -99,9 +99,10 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every op's entry, by name."""
-    from vitkern.testing import bipartite_match, window_attention
+    from vitkern.testing import bipartite_match, merge_plan, merge_tokens, unmerge_tokens, window_attention
 
-    return {e.name: e for module in (window_attention, bipartite_match) for e in module.ENTRIES}
+    modules = (window_attention, bipartite_match, merge_plan, merge_tokens, unmerge_tokens)
+    return {e.name: e for module in modules for e in module.ENTRIES}
 
 
 def cases(entry: Entry, count: int | None = None, first_seed: int = 0) -> list[int]:
