@@ -1,6 +1,6 @@
 """vitkern: fused attention kernels for vision transformers."""
 
-from vitkern import bias, nn
+from vitkern import bias, merging, nn
 from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
@@ -26,6 +26,7 @@ __all__ = [
     "info",
     "merge_plan",
     "merge_tokens",
+    "merging",
     "nn",
     "patch",
     "patched",
