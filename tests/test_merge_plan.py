@@ -107,6 +107,18 @@ def test_the_plan_of_a_sample_does_not_depend_on_its_batch(backend):
         assert torch.equal(alone.token_map[0], plan.token_map[b]) and torch.equal(alone.perm[0], plan.perm[b])
 
 
+@ON
+def test_equal_scores_merge_by_position_and_minus_0_equals_0(backend):
+    score = torch.tensor([[0.0, -math.inf, -0.0, -math.inf, 0.0, -math.inf, -0.0, -math.inf]])
+    role = torch.tensor([[0, 1] * 4], dtype=torch.int8)
+    match = vitkern.Match(score, torch.ones(1, 8, dtype=torch.int32), role, 4, False)
+    for r in range(5):
+        plan = vitkern.merge_plan(match, r=r, backend=backend)
+        joined = [i for i in range(0, 8, 2) if plan.token_map[0, i] == plan.token_map[0, 1]]
+        assert joined == [0, 2, 4, 6][:r]
+    assert vitkern.merge_plan(match, threshold=0.0, backend=backend).lengths.tolist() == [4]
+
+
 def test_composed_plans_equal_the_steps():
     x = torch.randn(2, 197, 5, dtype=torch.float64)
     stepped, whole = x, MergePlan.identity(2, 197)
