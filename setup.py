@@ -26,6 +26,10 @@ CPU_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/library.cpp",
     "csrc/cpu/window_attention.cpp",
+    "csrc/cpu/bipartite_match.cpp",
+    "csrc/cpu/merge_plan.cpp",
+    "csrc/cpu/merge_tokens.cpp",
+    "csrc/cpu/unmerge_tokens.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",

@@ -38,7 +38,7 @@ def measure_case(
         wanted = [t for t in given.values() if t.requires_grad]
         return [out.detach(), *torch.autograd.grad(out, wanted, go)] if backward else [out]
 
-    oracle_inputs = {n: t.detach().double().requires_grad_(backward) for n, t in inputs.items()}
+    oracle_inputs = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in inputs.items()}
     oracle = complete(lambda given: case.run(given, "reference"), oracle_inputs, upstream.double())
     eager = complete(lambda given: case.run(given, "reference"), inputs, upstream)
     wrong = measure.agreement(str(case), complete(case.run, inputs, upstream), oracle, eager)
@@ -196,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.case in str(case)
         for dtype in options.dtype.split(",")
         for kind in options.passes.split(",")
+        if kind in getattr(cases, "PASSES", ("fwd", "fwd+bwd"))
     ]
     rows = []
     for case, dtype, backward in track(chosen, description="benchmark", console=Console(stderr=True)):

@@ -52,9 +52,11 @@ def test_every_instruction_set_of_this_machine_gives_the_reference(entry, capabi
             testing.assert_matches(entry, draw(entry, seed), DTYPES[seed % 4], "cpu")
 
 
-def gradients(call, dtype, backend):
+def gradients(entry, call, dtype, backend):
     tensors = call.leaves(dtype, grad=True)
     outputs = call.run(tensors, backend)
+    if not entry.gradient:
+        return outputs
     wanted = [t for t in tensors.values() if t.requires_grad]
     loss = sum((o.double() * w).sum() for o, w in zip(outputs, call.weights(outputs), strict=True))
     return [*outputs, *torch.autograd.grad(loss, wanted, allow_unused=True)]
@@ -70,7 +72,7 @@ def test_results_are_bitwise_equal_in_every_run_and_with_any_number_of_threads(e
             first = None
             for count in (1, 2, 7, threads):
                 torch.set_num_threads(count)
-                found = gradients(call, torch.float32, backend)
+                found = gradients(entry, call, torch.float32, backend)
                 first = first or found
                 for a, b in zip(first, found, strict=True):
                     assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num()), (
@@ -81,7 +83,7 @@ def test_results_are_bitwise_equal_in_every_run_and_with_any_number_of_threads(e
 
 
 @pytest.mark.parametrize("backend", ["reference", *testing.backends()])
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.gradient], ids=lambda e: e.name)
 def test_gradcheck_and_double_backward_in_float64(entry, backend):
     for call in entry.small()[:7]:
         if "dropout" in str(call) and backend == "reference":

@@ -35,48 +35,44 @@ def test_opcheck_of_forward_and_backward(entry):
         tensors = call.leaves(torch.float32, grad=True)
         with Recorder() as recorder:
             outputs = call.run(tensors)
-            sum(o.square().sum() for o in outputs).backward()
-        assert {f.name().removeprefix("vitkern::") for f, _ in recorder.calls} >= {f"{entry.name}_bwd"}, recorder.calls
+            if entry.gradient:
+                sum(o.square().sum() for o in outputs).backward()
+        last = f"{entry.name}_bwd" if entry.gradient else entry.name
+        assert {f.name().removeprefix("vitkern::") for f, _ in recorder.calls} >= {last}, recorder.calls
         for func, args in recorder.calls:
             fresh = [
-                a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a
+                a.detach().clone().requires_grad_(entry.gradient and a.is_floating_point())
+                if isinstance(a, torch.Tensor)
+                else a
                 for a in args
             ]
             torch.library.opcheck(func, tuple(fresh))
             name = func.name().removeprefix("vitkern::")
-            if name == entry.name:  # the variant without gradient has the same schema
+            if name == entry.name and entry.gradient:  # the variant without gradient has the same schema
                 plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in fresh]
                 torch.library.opcheck(getattr(torch.ops.vitkern, f"{name}_fwd").default, tuple(plain))
 
 
-def one(entry, seed):
-    call = entry.small()[seed]
-    return call, lambda tensors: sum(o.square().sum() for o in call.run(tensors))
-
-
 @BY_NAME
 def test_compiles_without_graph_breaks_and_once_for_all_sizes(entry):
-    call, _ = one(entry, 1)
+    calls = entry.sizes()
 
-    def loss(q, k, v, table):
-        if entry.name.endswith("qkvpacked"):
-            out = call.function(torch.stack((q, k, v), -3), 4, 2, bias=vitkern.bias.RelativePosition(table))
-        else:
-            out = call.function(q, k, v, 4, 2, bias=vitkern.bias.RelativePosition(table))
-        return out.square().sum()
+    def loss(tensors):
+        return sum(o.float().square().sum() for o in calls[0].run(tensors))
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
     compiled_once = None
-    for lengths in ((5, 6), (9, 7), (13, 8)):
-        leaves = [torch.randn(3, *lengths, 2, 8, requires_grad=True) for _ in range(3)]
-        leaves.append(torch.randn(49, 2, requires_grad=True))
-        got, want = compiled(*leaves), loss(*leaves)
+    for call in calls:
+        tensors = call.leaves(torch.float32, grad=entry.gradient)
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        got, want = compiled(tensors), loss(tensors)
         torch.testing.assert_close(got, want)
-        pairs = zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True)
-        for a, b in pairs:
-            torch.testing.assert_close(a, b)
+        if entry.gradient:
+            pairs = zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True)
+            for a, b in pairs:
+                torch.testing.assert_close(a, b)
         compiled_once = compiled_once or counter.frame_count
     assert counter.frame_count == compiled_once, "another size was compiled anew"
 
@@ -118,7 +114,7 @@ def test_exports_with_and_without_gradient(entry):
     assert any("vitkern" in str(node.target) for node in program.graph.nodes)
 
 
-@BY_NAME
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.cast], ids=lambda e: e.name)
 @pytest.mark.parametrize("backend", ["reference", *testing.backends()])
 def test_autocast_casts_queries_keys_values_and_leaves_tables_alone(entry, backend):
     call = entry.small()[1]
@@ -127,7 +123,7 @@ def test_autocast_casts_queries_keys_values_and_leaves_tables_alone(entry, backe
         with torch.autocast("cpu", dtype):
             out = call.run(tensors, backend)[0]
         assert out.dtype == dtype
-        low = {n: t.detach().to(dtype) if n in ("q", "k", "v", "qkv") else t for n, t in tensors.items()}
+        low = {n: t.detach().to(dtype) if n in entry.cast else t for n, t in tensors.items()}
         torch.testing.assert_close(out, call.run(low, backend)[0])
         grad = torch.autograd.grad(out.float().square().sum(), [t for t in tensors.values() if t.requires_grad])
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grad)

@@ -18,13 +18,22 @@ import torch
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from vitkern.triton_kernels import _reduce, _window_bwd_tiled, window_attention, window_attention_bwd  # noqa: E402
+from vitkern.triton_kernels import (  # noqa: E402
+    _reduce,
+    _window_bwd_tiled,
+    bipartite_match,
+    merge_tokens,
+    unmerge_tokens,
+    window_attention,
+    window_attention_bwd,
+)
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"),
 ]
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int8: "*i8",
 }  # fmt: skip
 SHARED_LIMIT = 99 * 1024  # what every GPU since compute capability 8.0 has
 FRAME = 8  # bytes: the call of the 64-bit division has one, whatever the registers; a spill comes on top
@@ -72,7 +81,9 @@ def caught(family):
     launches, patch = [], pytest.MonkeyPatch()
     for module in (window_attention, window_attention_bwd):
         patch.setattr(module, "family", lambda device: family)
-    for module in (window_attention, window_attention_bwd, _window_bwd_tiled, _reduce):
+    for module in (
+        window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_tokens, unmerge_tokens,
+    ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
             def record(*args, grid, warmup, kernel=kernel, **kwargs):
@@ -158,16 +169,63 @@ RUNS = [(name, capability, torch.bfloat16) for name in CASES for capability in (
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, capability, dtype", RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-"))
-def test_compiles_without_spills(name, capability, dtype):
+def compile_all(launches, where: str, capability: int) -> set[str]:
+    """Compiles what was caught, checks registers and shared memory, and returns the kernels' names."""
     seen = set()
-    for kernel, arguments in launches_of(capability, dtype=dtype, **CASES[name]):
+    for kernel, arguments in launches:
         options = {x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion") if x in arguments}
         compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
         used = resources(compiled)
-        print(f"{name} sm_{capability} {dtype} {kernel.__name__} warps={options['num_warps']} {used}")
-        where = f"{kernel.__name__} for {name}, sm_{capability}, {dtype}: {used}"
-        assert used["LOCAL"] == 0 and used["STACK"] <= FRAME, f"spills: {where}"
-        assert used["shared"] <= SHARED_LIMIT, f"shared memory: {where}"
+        print(f"{where} {kernel.__name__} warps={options['num_warps']} {used}")
+        of = f"{kernel.__name__} for {where}: {used}"
+        assert used["LOCAL"] == 0 and used["STACK"] <= FRAME, f"spills: {of}"
+        assert used["shared"] <= SHARED_LIMIT, f"shared memory: {of}"
         seen.add(kernel.__name__)
+    return seen
+
+
+@pytest.mark.parametrize("name, capability, dtype", RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-"))
+def test_compiles_without_spills(name, capability, dtype):
+    launches = launches_of(capability, dtype=dtype, **CASES[name])
+    seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
     assert "_forward" in seen and len(seen) > 1
+
+
+MATCHES = {
+    "ToMe": dict(width=64),
+    "heads": dict(width=64, heads=12),
+    "SD": dict(width=320, tokens=4096, role=True),
+    "windows": dict(width=17, role=True, segments=True, window=[2, 2, 8, 8]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", MATCHES)
+def test_bipartite_match_compiles_without_spills(name, capability, dtype):
+    def launch(width, tokens=197, heads=None, role=False, segments=False, window=()):
+        shape = (2, tokens, width) if heads is None else (2, tokens, heads, width)
+        roles = torch.zeros(2, tokens, dtype=torch.int8) if role else None
+        same = torch.zeros(2, tokens, dtype=torch.int32) if segments else None
+        bipartite_match.fwd(torch.zeros(shape, dtype=dtype), roles, same, 1, list(window), True, 1e-12)
+
+    with caught(f"sm{capability}") as launches:
+        launch(**MATCHES[name])
+    assert compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability) == {"_match"}
+
+
+@pytest.mark.parametrize("width, weighted", [(1, True), (64, False), (768, True), (4096, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_merging_compiles_without_spills(capability, dtype, width, weighted):
+    plan = [torch.zeros(2, n, dtype=torch.int32) for n in (40, 40, 21)]
+    x, y = torch.zeros(2, 40, width, dtype=dtype), torch.zeros(2, 20, width, dtype=dtype)
+    weight = torch.zeros(2, 40) if weighted else None
+    with caught(f"sm{capability}") as launches:
+        for reduce in merge_tokens.REDUCTIONS:
+            args = (x, *plan, weight, reduce, reduce != "mean")
+            _, size = merge_tokens.fwd(*args)
+            merge_tokens.bwd(y, size if weighted else None, size, *args, 3)
+        unmerge_tokens.bwd(unmerge_tokens.fwd(y, *plan, 0.5), y, *plan, 0.5, 1)
+    seen = compile_all(launches, f"merging C={width}, sm_{capability}, {dtype}", capability)
+    assert seen == {"_forward", "_backward", "_unmerge"}

@@ -8,21 +8,17 @@ import pathlib
 import torch
 from torch import Tensor
 
+from ._host import DTYPES, device_reasons, power
+
 MAX_TOKENS = 1024                       # of one window
 MAX_WIDTH = 256                         # D and Dv
 MAX_AXES = 4
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_CAPABILITY = (8, 0)
 
 
 def reasons(q, k, v, bias, index, window, dropout_p, interpreted) -> list[str]:
     """Why the kernels cannot run these arguments, one sentence each; empty if they can."""
-    why = []
+    why = device_reasons("q", q, interpreted)
     size = math.prod(window)
-    if q.device.type != "cuda" and not interpreted:
-        why.append(f"Triton kernels need CUDA tensors, q is on {q.device}")
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < MIN_CAPABILITY:
-        why.append(f"Triton kernels need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         why.append(f"q, k and v must share float32, bfloat16 or float16, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not 1 <= len(window) <= MAX_AXES:
@@ -41,11 +37,6 @@ def reasons(q, k, v, bias, index, window, dropout_p, interpreted) -> list[str]:
     if not 0.0 <= dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {dropout_p}")
     return why
-
-
-def power(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n and at least `least` (matrix products want 16)."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def row_strides(x: Tensor, axes: int) -> tuple[int, ...]:

@@ -1,24 +1,36 @@
 """vitkern: fused attention kernels for vision transformers."""
 
-from vitkern import bias, nn
+from vitkern import bias, merging, nn
 from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
+from vitkern.ops.bipartite_match import bipartite_match
+from vitkern.ops.merge_plan import merge_plan
+from vitkern.ops.merge_tokens import merge_tokens
+from vitkern.ops.unmerge_tokens import unmerge_tokens
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 from vitkern.patch import PatchReport, patch, patched
 from vitkern.stats import Stats
+from vitkern.tokens import Match, MergePlan
 
 __version__ = "0.1.0"
 __all__ = [
     "CosineScore",
+    "Match",
+    "MergePlan",
     "PatchReport",
     "Stats",
     "bias",
+    "bipartite_match",
     "explain",
     "info",
+    "merge_plan",
+    "merge_tokens",
+    "merging",
     "nn",
     "patch",
     "patched",
+    "unmerge_tokens",
     "use_backend",
     "window_attention",
     "window_attention_qkvpacked",

@@ -98,6 +98,13 @@ def needs_grad(tensors: tuple[Any, ...]) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def may_read(t: torch.Tensor) -> bool:
+    """Whether a check may look at the values of t: eagerly on the CPU, elsewhere only with VITKERN_CHECK=1."""
+    if torch.compiler.is_compiling() or type(t) is not torch.Tensor or torch._C._are_functorch_transforms_active():
+        return False
+    return t.device.type == "cpu" or os.environ.get("VITKERN_CHECK") == "1"
+
+
 def warn_without_library() -> None:
     """Says once that the reference runs because the CPU library is not there."""
     global _warned

@@ -1,5 +1,7 @@
 // The table of kernels that every instruction-set unit fills, and the choice among the units.
 #pragma once
+#include "bipartite_match.h"
+#include "merge_tokens.h"
 #include "window_attention.h"
 
 namespace vitkern {
@@ -8,6 +10,8 @@ struct Kernels {
   const char* name;
   int32_t lanes;  // floats of a vector; doubles have half as many
   WindowKernels window_f32, window_f64;
+  MatchKernels match_f32, match_f64;
+  MergeKernels merge_f32, merge_f64;
   void (*exp_f32)(const float* x, float* y, int64_t n);     // n a multiple of lanes
   void (*exp_f64)(const double* x, double* y, int64_t n);
   void (*log_f32)(const float* x, float* y, int64_t n);

@@ -108,12 +108,12 @@ void set_scalar(void* data, int64_t at, Dtype t, Acc x) {
   else static_cast<torch::headeronly::Half*>(data)[at] = torch::headeronly::Half(float(x));
 }
 
-// Scratch of one thread, aligned to a cache line and zero: kernels rely on zeros in the padding of their rows.
+// Scratch of one thread, aligned to a cache line and zero: attention kernels rely on zeros in the padding of their rows.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64)) {
+  explicit Scratch(int64_t bytes, bool zero = true) : data_(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64)) {
     if (!data_) throw std::bad_alloc();
-    std::memset(data_, 0, size_t(bytes));
+    if (zero) std::memset(data_, 0, size_t(bytes));
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;

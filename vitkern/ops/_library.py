@@ -8,7 +8,14 @@ import torch
 from vitkern import backends
 from vitkern.ops._op import library
 
-OPS = ("window_attention", "window_attention_qkvpacked")
+OPS = (
+    "window_attention",
+    "window_attention_qkvpacked",
+    "bipartite_match",
+    "merge_plan",
+    "merge_tokens",
+    "unmerge_tokens",
+)
 
 library.define("_cpu_capability() -> str")
 library.define("_cpu_capabilities() -> str")

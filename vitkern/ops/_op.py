@@ -1,8 +1,8 @@
 """How an op becomes a torch.library op: schemas, fakes, autograd, double backward, autocast and vmap from one description.
 
-An op `name` has three schemas: `name_fwd` (no gradient), `name` (gradient), `name_bwd`. Its first arguments are tensors;
-its outputs are `out` and `lse`-like tensors. `name_bwd` takes the gradients of the outputs, the saved outputs and the
-arguments of `name`, then `need`, whose bit i asks for the gradient of `differentiable[i]`; it returns one Tensor? each.
+An op `name` has three schemas: `name_fwd` (no gradient), `name` (gradient), `name_bwd`. Its first arguments are tensors.
+`name_bwd` takes the gradients of the outputs, all outputs but the first, and the arguments of `name`, then `need`, whose
+bit i asks for the gradient of `differentiable[i]`; it returns one Tensor? each.
 
 The autograd kernels rest on private names of torch (`torch._C`), because `register_autograd` costs 1.6 us per argument;
 where a name is missing, `register_autograd` is used.
@@ -41,21 +41,23 @@ class Op:
     fake: Callable[..., tuple[Tensor, ...]]
     cuda_forward: Callable[..., tuple[Tensor, ...]]
     cuda_backward: Callable[..., tuple[Tensor | None, ...]]
+    outputs: tuple[str, ...] = ("out", "lse")
+    autocast: bool = True  # whether autocast casts the batched tensors
 
     def register(self) -> None:
         """Defines the schemas and everything that is not a compiled kernel."""
         arguments = ", ".join((*self.tensors, self.options))
         gradients = ", ".join(["Tensor?"] * len(self.differentiable))
         for name in (self.name, f"{self.name}_fwd"):
-            library.define(f"{name}({arguments}) -> (Tensor, Tensor)")
+            library.define(f"{name}({arguments}) -> ({', '.join(['Tensor'] * len(self.outputs))})")
             library.impl(name, self.definition, "CompositeExplicitAutograd")
             library.impl(name, self.cuda_forward, "CUDA")
             torch.library.register_fake(f"vitkern::{name}", self.fake, lib=library)
             torch.library.register_vmap(f"vitkern::{name}", self._vmap_of(name), lib=library)
-            self._register_autocast(name)
-        library.define(
-            f"{self.name}_bwd(Tensor? dout, Tensor? dlse, Tensor lse, {arguments}, SymInt need) -> ({gradients})"
-        )
+            if self.autocast:
+                self._register_autocast(name)
+        saved = [*(f"Tensor? d{name}" for name in self.outputs), *(f"Tensor {name}" for name in self.outputs[1:])]
+        library.define(f"{self.name}_bwd({', '.join(saved)}, {arguments}, SymInt need) -> ({gradients})")
         library.impl(f"{self.name}_bwd", self._reference_backward_kernel, "CompositeExplicitAutograd")
         library.impl(f"{self.name}_bwd", self.cuda_backward, "CUDA")
         torch.library.register_fake(f"vitkern::{self.name}_bwd", self._fake_backward, lib=library)
@@ -65,44 +67,49 @@ class Op:
     def overload(self, suffix: str = "") -> Any:
         return getattr(torch.ops.vitkern, self.name + suffix).default
 
+    @property
+    def _lead(self) -> int:
+        """The arguments of the backward before those of the op: gradients, then all outputs but the first."""
+        return 2 * len(self.outputs) - 1
+
     # gradients -------------------------------------------------------------------------------------------------------
 
     def need(self, wanted: Callable[[int], bool]) -> int:
         """The bit mask of the gradients that `wanted(position of the argument)` asks for."""
         return sum(1 << bit for bit, position in enumerate(self.differentiable) if wanted(position))
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         count = len(self.tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:count], output[1])
+        ctx.save_for_backward(*inputs[:count], *_as_tuple(output)[1:])
         ctx.options = inputs[count:]
 
-    def _backward(self, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def _backward(self, ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
         count = len(self.tensors)
-        *tensors, lse = ctx.saved_tensors
         grads: list[Any] = [None] * (count + len(ctx.options))
-        if dout is None and dlse is None:
+        if all(d is None for d in douts):
             return tuple(grads)
         need = self.need(lambda i: ctx.needs_input_grad[i])
-        found = self.overload("_bwd")(dout, dlse, lse, *tensors, *ctx.options, need)
-        for position, grad in zip(self.differentiable, found, strict=True):
+        everything = ctx.saved_tensors  # read once: a checkpoint recomputes what is read
+        tensors, saved = everything[:count], everything[count:]
+        found = self.overload("_bwd")(*douts, *saved, *tensors, *ctx.options, need)
+        for position, grad in zip(self.differentiable, _as_tuple(found), strict=True):
             grads[position] = grad
         return tuple(grads)
 
-    def _fake_backward(self, dout: Any, dlse: Any, lse: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        *inputs, need = args
+    def _fake_backward(self, *args: Any) -> Any:
+        inputs, need = args[self._lead : -1], args[-1]
         wanted = [inputs[p] if need >> bit & 1 else None for bit, p in enumerate(self.differentiable)]
-        return tuple(None if t is None else t.new_empty(t.shape) for t in wanted)
+        return _one_or_all(None if t is None else t.new_empty(t.shape) for t in wanted)
 
-    def reference_backward(self, dout: Any, dlse: Any, lse: Any, *args: Any) -> tuple[Tensor | None, ...]:
+    def reference_backward(self, *args: Any) -> Any:
         """The gradients by differentiating the reference."""
-        *inputs, need = args
         with torch.enable_grad():
-            nodes = _own_nodes(inputs)
-            grads = self._differentiate(dout, dlse, nodes, need, create_graph=False)
-        return tuple(None if g is None else g.detach() for g in grads)
+            nodes = _own_nodes(list(args[self._lead : -1]))
+            grads = self._differentiate(args[: len(self.outputs)], nodes, args[-1], create_graph=False)
+        return _one_or_all(None if g is None else g.detach() for g in grads)
 
-    def _reference_backward_kernel(self, *args: Any) -> tuple[Tensor | None, ...]:
+    def _reference_backward_kernel(self, *args: Any) -> Any:
         """`reference_backward` below the autograd keys, where torch.autograd.grad needs them back."""
         keys = _C.DispatchKeySet(_C.DispatchKey.AutogradFunctionality)
         for key in (_C.DispatchKey.AutogradCPU, _C.DispatchKey.AutogradCUDA, _C.DispatchKey.ADInplaceOrView):
@@ -111,17 +118,19 @@ class Op:
         with _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded):
             return self.reference_backward(*args)
 
-    def _differentiate(self, dout: Any, dlse: Any, nodes: list[Any], need: int, create_graph: bool) -> list[Any]:
-        outputs = self.definition(*nodes)
-        pairs = [(o, g) for o, g in zip(outputs, (dout, dlse), strict=False) if g is not None]
+    def _differentiate(self, douts: Any, nodes: list[Any], need: int, create_graph: bool) -> list[Any]:
+        outputs = _as_tuple(self.definition(*nodes))
+        pairs = [(o, g) for o, g in zip(outputs, douts, strict=True) if g is not None and o.requires_grad]
         wanted = [p for bit, p in enumerate(self.differentiable) if need >> bit & 1 and nodes[p] is not None]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            [nodes[p] for p in wanted],
-            [g.to(o.dtype) for o, g in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        found: Any = [None] * len(wanted)
+        if pairs:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [nodes[p] for p in wanted],
+                [g.to(o.dtype) for o, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         by_position = dict(zip(wanted, found, strict=True))
         grads: list[Any] = []
         for bit, p in enumerate(self.differentiable):
@@ -131,28 +140,31 @@ class Op:
         return grads
 
     def _save_all(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        count = 3 + len(self.tensors)
+        count = self._lead + len(self.tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:count])
         ctx.options = inputs[count:]
 
     def _double_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Differentiates the reference's gradient; the saved lse is a function of the inputs and gets none."""
-        count = 3 + len(self.tensors)
+        """Differentiates the reference's gradient; the saved outputs are functions of the inputs and get none."""
+        lead, first_saved = self._lead, len(self.outputs)
+        count = lead + len(self.tensors)
         result: list[Any] = [None] * (count + len(ctx.options))
         if all(g is None for g in grads):
             return tuple(result)
-        dout, dlse, _, *tensors = ctx.saved_tensors
+        everything = ctx.saved_tensors
+        douts, tensors = everything[:first_saved], everything[lead:]
         *options, need = ctx.options
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            gout, glse, *nodes = _own_nodes([dout, dlse, *tensors], again)
-            first = self._differentiate(gout, glse, [*nodes, *options], need, create_graph=True)
+            nodes = _own_nodes([*douts, *tensors], again)
+            gouts, inputs = nodes[:first_saved], nodes[first_saved:]
+            first = self._differentiate(gouts, [*inputs, *options], need, create_graph=True)
             pairs = [
                 (f, g) for f, g in zip(first, grads, strict=True) if f is not None and g is not None and f.requires_grad
             ]
-            where = [i for i in (0, 1, *range(3, count)) if ctx.needs_input_grad[i]]
-            sources = [(gout, glse, None, *nodes)[i] for i in where]
+            where = [i for i in (*range(first_saved), *range(lead, count)) if ctx.needs_input_grad[i]]
+            sources = [gouts[i] if i < first_saved else inputs[i - lead] for i in where]
             if pairs and sources:
                 found = torch.autograd.grad(
                     [f for f, _ in pairs], sources, [g for _, g in pairs], create_graph=again, allow_unused=True
@@ -180,21 +192,68 @@ class Op:
             library.impl(name, kernel, key)
 
     def _vmap_of(self, name: str) -> Callable[..., Any]:
-        def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-            op = getattr(torch.ops.vitkern, name).default
-            count = len(self.tensors)
-            dims = [in_dims[i] if isinstance(in_dims[i], int) else None for i in range(count)]
-            if all(d is not None for d in dims[: self.batched]) and all(d is None for d in dims[self.batched :]):
-                folded = [t.movedim(d, 0).flatten(0, 1) for t, d in zip(args, dims[: self.batched], strict=False)]
-                outputs = op(*folded, *args[self.batched :])
-                return tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs), (0, 0)
+        return _vmap_rule(name, len(self.tensors), self.batched)
+
+
+@dataclass(frozen=True)
+class PlainOp:
+    """One op whose outputs have no gradient: one schema, `outputs` tensors. No dtype is cast by autocast."""
+
+    name: str
+    tensors: tuple[str, ...]
+    options: str
+    outputs: int
+    batched: int  # the first arguments: those that every sample has its own of
+    definition: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[..., tuple[Tensor, ...]]
+    cuda: Callable[..., tuple[Tensor, ...]]
+
+    def register(self) -> None:
+        arguments = ", ".join((*self.tensors, self.options))
+        library.define(f"{self.name}({arguments}) -> ({', '.join(['Tensor'] * self.outputs)})")
+        library.impl(self.name, self.definition, "CompositeExplicitAutograd")
+        library.impl(self.name, self.cuda, "CUDA")
+        torch.library.register_fake(f"vitkern::{self.name}", self.fake, lib=library)
+        torch.library.register_vmap(
+            f"vitkern::{self.name}", _vmap_rule(self.name, len(self.tensors), self.batched), lib=library
+        )
+
+    def overload(self) -> Any:
+        return getattr(torch.ops.vitkern, self.name).default
+
+
+def _vmap_rule(name: str, count: int, batched: int) -> Callable[..., Any]:
+    """Folds the mapped axis into the batch where exactly the `batched` first of `count` tensors are mapped, else loops."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        op = getattr(torch.ops.vitkern, name).default
+        dims = [in_dims[i] if isinstance(in_dims[i], int) else None for i in range(count)]
+        mapped = all(d is not None or args[i] is None for i, d in enumerate(dims[:batched]))
+        if mapped and all(d is None for d in dims[batched:]):
+            folded = [
+                t if d is None else t.movedim(d, 0).flatten(0, 1) for t, d in zip(args, dims[:batched], strict=False)
+            ]
+            outputs = _as_tuple(op(*folded, *args[batched:]))
+            found = tuple(o.unflatten(0, (info.batch_size, -1)) for o in outputs)
+        else:
             each = []
             for i in range(info.batch_size):
                 chosen = [t if d is None else t.select(d, i) for t, d in zip(args, dims, strict=False)]
-                each.append(op(*chosen, *args[count:]))
-            return tuple(torch.stack(o) for o in zip(*each, strict=True)), (0, 0)
+                each.append(_as_tuple(op(*chosen, *args[count:])))
+            found = tuple(torch.stack(o) for o in zip(*each, strict=True))
+        return (found, (0,) * len(found)) if len(found) > 1 else (found[0], 0)
 
-        return rule
+    return rule
+
+
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return (outputs,) if outputs is None or isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _one_or_all(values: Any) -> Any:
+    """What an op with this many results returns: the tuple, or the one value."""
+    values = tuple(values)
+    return values[0] if len(values) == 1 else values
 
 
 def _own_nodes(values: list[Any], again: bool = False) -> list[Any]:

@@ -89,16 +89,20 @@ class Entry:
 
     name: str
     draw: Callable[[random.Random], Call]  # one random call, of any size a test can afford
-    small: Callable[[], list[Call]]  # hand-picked tiny calls: opcheck, gradcheck, compile, instruction sets, emulators
+    small: Callable[[], list[Call]]  # hand-picked tiny calls: opcheck, gradcheck, instruction sets, emulators
+    sizes: Callable[[], list[Call]]  # three sizes of one call, whose `build` serves all of them: compile
+    cast: tuple[str, ...] = ()  # the tensors that autocast casts
+    gradient: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def entries() -> dict[str, Entry]:
     """Every op's entry, by name."""
-    from vitkern.testing import window_attention
+    from vitkern.testing import bipartite_match, merge_plan, merge_tokens, unmerge_tokens, window_attention
 
-    return {e.name: e for e in window_attention.ENTRIES}
+    modules = (window_attention, bipartite_match, merge_plan, merge_tokens, unmerge_tokens)
+    return {e.name: e for module in modules for e in module.ENTRIES}
 
 
 def cases(entry: Entry, count: int | None = None, first_seed: int = 0) -> list[int]:

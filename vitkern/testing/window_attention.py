@@ -176,7 +176,18 @@ def small(packed: bool = False) -> list[Call]:
     ]
 
 
+def sizes(packed: bool = False) -> list[Call]:
+    lengths = ((5, 6), (9, 7), (13, 8))
+    return [make(1, length, (4, 4), (2, 2), batch=3, d=8, bias="table", packed=packed) for length in lengths]
+
+
 ENTRIES = (
-    Entry("window_attention", draw, small),
-    Entry("window_attention_qkvpacked", lambda rng: draw(rng, packed=True), lambda: small(packed=True)),
+    Entry("window_attention", draw, small, sizes, cast=("q", "k", "v")),
+    Entry(
+        "window_attention_qkvpacked",
+        lambda rng: draw(rng, packed=True),
+        lambda: small(packed=True),
+        lambda: sizes(packed=True),
+        cast=("qkv",),
+    ),
 )

@@ -1,0 +1,21 @@
+"""What the launch functions of all ops ask of a device."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+
+
+def device_reasons(name: str, x: Tensor, interpreted: bool) -> list[str]:
+    """Why Triton kernels cannot run on the device of x, one sentence each."""
+    if x.device.type != "cuda":
+        return [] if interpreted else [f"Triton kernels need CUDA tensors, {name} is on {x.device}"]
+    if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+        return [f"Triton kernels need compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"]
+    return []
+
+
+def power(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and at least `least` (matrix products want 16)."""
+    return max(least, 1 << (n - 1).bit_length())

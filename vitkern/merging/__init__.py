@@ -1,0 +1,11 @@
+"""Token merging in a model you already have: ``vitkern.merging.apply(model, r=13)``.
+
+Only instances are changed, never classes, and every block keeps its own attention: the keys are read where they are
+projected, and the sizes of the tokens enter as an additive mask. Served: timm's VisionTransformer family, and ViT, DeiT,
+DINOv2 (with registers too) and CLIP's vision tower of transformers.
+"""
+
+from vitkern.merging._apply import MergeReport, apply
+from vitkern.merging._schedule import frame_index, kth_index, parse_r, random2d_index
+
+__all__ = ["MergeReport", "apply", "frame_index", "kth_index", "parse_r", "random2d_index"]

@@ -1,0 +1,102 @@
+"""The blocks that merging serves: where their parts are, and their forward with a merge between attention and MLP."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One block class. `key` names the projection that gives the keys, a third of its output where `packed`."""
+
+    key: str
+    packed: bool
+    heads: Callable[[nn.Module], int]
+    forward: Callable[..., Tensor]  # (block, tower, layer, x): the block's own steps around tower.merge
+    refusal: Callable[[nn.Module], str | None]
+    prefix: Callable[[nn.Module, nn.Module | None], int]  # (block, the first module that has `num_prefix_tokens`)
+
+
+def _timm_forward(block: Any, tower: Any, layer: int, x: Tensor) -> Tensor:
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=tower.bias(x))))
+    x = tower.merge(x, layer)
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _vit_forward(block: Any, tower: Any, layer: int, x: Tensor) -> Tensor:
+    x = block.dropout(block.attention(block.layernorm_before(x), tower.bias(x))[0]) + x
+    x = tower.merge(x, layer)
+    return block.dropout(block.mlp(block.layernorm_after(x))) + x
+
+
+def _dinov2_forward(block: Any, tower: Any, layer: int, x: Tensor) -> Tensor:
+    attended = block.attention(block.norm1(x), attention_mask=tower.bias(x))[0]
+    x = block.drop_path(block.layer_scale1(attended)) + x
+    x = tower.merge(x, layer)
+    return block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
+
+
+def _clip_forward(block: Any, tower: Any, layer: int, x: Tensor) -> Tensor:
+    x = x + block.self_attn(hidden_states=block.layer_norm1(x), attention_mask=tower.bias(x))[0]
+    x = tower.merge(x, layer)
+    return x + block.mlp(block.layer_norm2(x))
+
+
+def _timm_refusal(block: Any) -> str | None:
+    kind = type(block.attn).__qualname__
+    return None if kind == "Attention" else f"its attention is {kind}, which merging does not serve"
+
+
+def _transformers_refusal(block: Any) -> str | None:
+    config = (block.self_attn if hasattr(block, "self_attn") else block.attention).config
+    if type(config).__name__ == "CLIPTextConfig":
+        return "the text tower of CLIP is causal"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention implementation must be 'sdpa' or 'eager', it is {config._attn_implementation!r}"
+    return None
+
+
+def _timm_prefix(block: Any, owner: Any) -> int:
+    return 1 if owner is None else owner.num_prefix_tokens
+
+
+def _registers_prefix(block: Any, owner: Any) -> int:
+    return 1 + block.attention.config.num_register_tokens
+
+
+def _in_transformers(model: str) -> str:
+    return f"transformers.models.{model}.modeling_{model}."
+
+
+_VIT = Kind(
+    "attention.k_proj",
+    False,
+    lambda block: block.attention.num_attention_heads,
+    _vit_forward,
+    _transformers_refusal,
+    lambda block, owner: 1,
+)
+_DINOV2 = Kind(_VIT.key, False, _VIT.heads, _dinov2_forward, _transformers_refusal, _VIT.prefix)
+KINDS = {
+    "timm.models.vision_transformer.Block": Kind(
+        "attn.qkv", True, lambda block: block.attn.num_heads, _timm_forward, _timm_refusal, _timm_prefix
+    ),
+    _in_transformers("vit") + "ViTLayer": _VIT,
+    _in_transformers("deit") + "DeiTLayer": Kind(
+        _VIT.key, False, _VIT.heads, _vit_forward, _transformers_refusal, lambda block, owner: 2
+    ),
+    _in_transformers("dinov2") + "Dinov2Layer": _DINOV2,
+    _in_transformers("dinov2_with_registers") + "Dinov2WithRegistersLayer": Kind(
+        _VIT.key, False, _VIT.heads, _dinov2_forward, _transformers_refusal, _registers_prefix
+    ),
+    _in_transformers("clip") + "CLIPEncoderLayer": Kind(
+        "self_attn.k_proj",
+        False,
+        lambda block: block.self_attn.num_heads,
+        _clip_forward,
+        _transformers_refusal,
+        lambda block, owner: 1,
+    ),
+}

@@ -1,0 +1,135 @@
+"""merge_plan: argument checks, how many tokens merge and into how many slots, and the op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern import backends
+from vitkern.ops import _call, _checks
+from vitkern.ops._op import PlainOp
+from vitkern.reference.merge_plan import merge_plan as definition
+from vitkern.tokens import Match, MergePlan
+
+NAME = "merge_plan"
+ORDERS = ("split", "score", "position")
+
+
+def merge_plan(
+    match: Match,
+    *,
+    r: int | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    order: str = "split",
+    n_max: int | None = None,
+    clip: bool = False,
+    backend: str | None = None,
+) -> MergePlan:
+    r"""Which tokens merge: the r sources of largest score join their partners (Bolya et al. 2023).
+
+    Args:
+        match: from :func:`vitkern.bipartite_match`.
+        r: how many tokens merge in every sample: an int, or integers ``[B]``. None: all that have a partner.
+        threshold: only scores of at least this, a float or ``[B]``; with ``r`` the smaller number of both.
+        order: of the slots. ``"split"``: protected tokens, then the other sources, then destinations, each by position
+            (the published order with a class token). ``"score"``: the sources by descending score (the published order
+            without). ``"position"``: all by position.
+        n_max: how many slots there are, where samples may differ: more tokens merge where more are kept. By default N,
+            or ``N - r`` for an int ``r`` without ``threshold``.
+        clip: lowers an ``r`` beyond what can merge instead of refusing it.
+        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run.
+
+    Returns:
+        :class:`vitkern.MergePlan`, ragged where samples may keep different numbers of tokens (a mask, segments or a
+        window in the match; ``threshold``; ``r [B]``; ``n_max``).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or a sample keeps more tokens than there are slots.
+    """
+    args, n_out, ragged = _lower(match, r, threshold, order, n_max, clip)
+    return MergePlan(*_call.run(OP, args, backend, _call.no_triton), n_out, ragged)
+
+
+def _lower(
+    match: Any, r: Any = None, threshold: Any = None, order: Any = "split", n_max: Any = None, clip: bool = False
+) -> tuple[tuple[Any, ...], int, bool]:
+    """The arguments of the op, the number of slots, and whether samples may use fewer."""
+    if not isinstance(match, Match):
+        raise TypeError(f"{NAME}: match must be a vitkern.Match, got {type(match).__name__}")
+    if order not in ORDERS:
+        raise ValueError(f"{NAME}: order must be 'split', 'score' or 'position', got {order!r}")
+    batch, tokens = match.score.shape
+    most, counts = match.limit, None
+    if isinstance(r, Tensor):
+        counts = _counts(r, match, clip)
+    elif r is not None:
+        most = _count(r, match.limit, clip)
+    least = None if threshold is None else _threshold(threshold, match)
+    if n_max is None:
+        fixed = counts is None and least is None and (r is not None or not match.ragged)
+        n_out = tokens - most if fixed else tokens
+    else:
+        if isinstance(n_max, bool) or not isinstance(n_max, (int, torch.SymInt)):
+            raise TypeError(f"{NAME}: n_max must be an int, got {n_max!r}")
+        if not 0 <= n_max <= tokens:
+            raise ValueError(f"{NAME}: n_max must lie in [0, N] = [0, {tokens}], got {n_max}")
+        n_out = n_max
+    ragged = match.ragged or counts is not None or least is not None or n_max is not None
+    return (match.score, match.dst, match.role, counts, least, most, n_out, order), n_out, ragged
+
+
+def _count(r: Any, limit: int, clip: bool) -> int:
+    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
+        raise TypeError(f"{NAME}: r must be an int or an integer tensor [B], got {r!r}")
+    if r < 0:
+        raise ValueError(f"{NAME}: r must be at least 0, got {r}")
+    if r > limit and not clip:
+        raise ValueError(f"{NAME}: r must be at most {limit}, the tokens that can merge, got {r}; clip=True lowers it")
+    return min(r, limit)
+
+
+def _counts(r: Tensor, match: Match, clip: bool) -> Tensor:
+    if r.is_floating_point() or r.dtype == torch.bool:
+        raise TypeError(f"{NAME}: r must hold integers, got {r.dtype}")
+    _checks.shape(NAME, "r", r, (match.score.shape[0],), "[B]")
+    if backends.may_read(r) and r.numel():
+        low, high = int(r.min()), int(r.max())
+        if low < 0 or (high > match.limit and not clip):
+            raise ValueError(
+                f"{NAME}: r must lie in [0, {match.limit}], the tokens that can merge, got {low} to {high}"
+            )
+    return r.to(torch.int32).contiguous()
+
+
+def _threshold(threshold: Any, match: Match) -> Tensor:
+    if not isinstance(threshold, Tensor):
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise TypeError(f"{NAME}: threshold must be a float or a tensor [B], got {threshold!r}")
+        return match.score.new_full((match.score.shape[0],), float(threshold))
+    _checks.parameter(NAME, "threshold", threshold, match.score.device)
+    _checks.shape(NAME, "threshold", threshold, (match.score.shape[0],), "[B]")
+    return threshold.detach().float().contiguous()
+
+
+def _fake(score: Tensor, dst: Any, role: Any, r: Any, threshold: Any, most: int, n_out: int, *rest: Any) -> Any:
+    batch, tokens = score.shape
+    shapes = ((batch, tokens), (batch, tokens), (batch, n_out + 1), (batch,))
+    return tuple(score.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
+    return _call.explanation(NAME, _lower(*args, **options)[0], backend, _call.no_triton)
+
+
+OP = PlainOp(
+    NAME,
+    ("Tensor score", "Tensor dst", "Tensor role", "Tensor? r", "Tensor? threshold"),
+    "SymInt most, SymInt n_out, str order, str gpu",
+    outputs=4,
+    batched=5,
+    definition=definition,
+    fake=_fake,
+    cuda=definition,
+)
+OP.register()
+merge_plan.explain = _explain  # type: ignore[attr-defined]

@@ -1,0 +1,151 @@
+"""merge_tokens: argument checks, lowering, and the op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern import backends
+from vitkern.ops import _call, _checks
+from vitkern.ops._op import Op
+from vitkern.reference.merge_tokens import merge_tokens as definition
+from vitkern.tokens import MergePlan
+
+NAME = "merge_tokens"
+REDUCTIONS = ("mean", "sum", "max", "first")
+
+
+def merge_tokens(
+    x: Tensor | tuple[Tensor, ...],
+    plan: MergePlan,
+    *,
+    weight: Tensor | None = None,
+    reduce: str | tuple[str, ...] = "mean",
+    include_dst: bool = True,
+    backend: str | None = None,
+) -> tuple[Any, Tensor]:
+    r"""One output per slot of a plan: the tokens of the slot, reduced (Bolya et al. 2023).
+
+    Args:
+        x: ``[B, N, ...]`` of any trailing shape and strides, or a tuple of such tensors, which one plan merges.
+        plan: from :func:`vitkern.merge_plan`.
+        weight: ``[B, N]``, usually the tokens' sizes; with gradient. Without it every token counts 1.
+        reduce: ``"mean"`` (weighted), ``"sum"`` (weighted), ``"max"`` (elementwise, ties share the gradient) or
+            ``"first"`` (the destination); a tuple with a tuple ``x``.
+        include_dst: False leaves the first token of every slot out of means, sums and sizes.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
+
+    Returns:
+        ``(y, size)``: ``y [B, n_out, ...]`` in the dtype of x (a tuple for a tuple), ``size [B, n_out]``: the sum of the
+        weights of each slot, float32. A slot of size 0 gives 0 and gradients 0. Sums are float32, rounded once.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
+        NotImplementedError: ``reduce="mlerp"``.
+    """
+    several = isinstance(x, (tuple, list))
+    each = tuple(x) if several else (x,)
+    names = tuple(reduce) if isinstance(reduce, (tuple, list)) else (reduce,) * len(each)
+    if not each or len(names) != len(each):
+        raise ValueError(f"{NAME}: reduce must have one entry per tensor of x ({len(each)}), got {reduce!r}")
+    merged = []
+    size: Any = None
+    for t, name in zip(each, names, strict=True):
+        args = _lower(t, plan, weight, name, include_dst)
+        y, found = _call.run(OP, args, backend, _triton_refusals)
+        size = found if size is None else size
+        merged.append(y.reshape(y.shape[0], y.shape[1], *t.shape[2:]))
+    if size.requires_grad and not (weight is not None and weight.requires_grad):
+        size = size.detach()  # a function of the weights alone
+    return (tuple(merged) if several else merged[0]), size
+
+
+def _lower(x: Any, plan: Any, weight: Any = None, reduce: Any = "mean", include_dst: bool = True) -> tuple[Any, ...]:
+    """The arguments of the op."""
+    _checks.tensor(NAME, "x", x)
+    _checks.floating(NAME, "x", x)
+    if not isinstance(plan, MergePlan):
+        raise TypeError(f"{NAME}: plan must be a vitkern.MergePlan, got {type(plan).__name__}")
+    if x.dim() < 2 or x.shape[:2] != plan.token_map.shape:
+        raise ValueError(
+            f"{NAME}: x must have the batch and length of the plan, {list(plan.token_map.shape)}, got {list(x.shape)}"
+        )
+    if x.device != plan.token_map.device:
+        raise ValueError(f"{NAME}: x must be on the device of the plan ({plan.token_map.device}), got {x.device}")
+    if reduce == "mlerp":
+        raise NotImplementedError(f"{NAME}: reduce='mlerp' is not implemented yet")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"{NAME}: reduce must be 'mean', 'sum', 'max' or 'first', got {reduce!r}")
+    if not include_dst and reduce not in ("mean", "sum"):
+        raise ValueError(f"{NAME}: include_dst=False must go with reduce='mean' or 'sum', got {reduce!r}")
+    if weight is not None:
+        _checks.parameter(NAME, "weight", weight, x.device)
+        _checks.shape(NAME, "weight", weight, tuple(x.shape[:2]), "[B, N]")
+    return (rows(x), plan.token_map, plan.perm, plan.offsets, weight, reduce, bool(include_dst))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as [B, N, C]."""
+    if x.dim() == 3:
+        return x
+    return x[..., None] if x.dim() == 2 else x.flatten(2)
+
+
+# the op -----------------------------------------------------------------------------------------------------------------
+
+
+def _triton_refusals(args: tuple[Any, ...]) -> list[str]:
+    missing = backends.triton_missing()
+    if missing:
+        return [missing]
+    from vitkern.triton_kernels import merge_tokens as kernels
+
+    return kernels.supported(*args)
+
+
+def _fake(
+    x: Tensor, token_map: Tensor, perm: Tensor, offsets: Tensor, weight: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    slots = offsets.shape[1] - 1
+    dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
+    return x.new_empty((x.shape[0], slots, x.shape[2])), x.new_empty((x.shape[0], slots), dtype=dtype)
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, gpu = args
+    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
+        from vitkern.triton_kernels import merge_tokens as kernels
+
+        return kernels.fwd(*inputs)
+    return definition(*args)
+
+
+def _cuda_backward(dy: Any, dsize: Any, size: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    *inputs, gpu, need = args
+    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
+        from vitkern.triton_kernels import merge_tokens as kernels
+
+        return kernels.bwd(dy, dsize, size, *inputs, need)
+    return OP.reference_backward(dy, dsize, size, *args)
+
+
+def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
+    first = x[0] if isinstance(x, (tuple, list)) else x
+    return _call.explanation(NAME, _lower(first, *args, **options), backend, _triton_refusals)
+
+
+OP = Op(
+    NAME,
+    ("Tensor x", "Tensor token_map", "Tensor perm", "Tensor offsets", "Tensor? weight"),
+    "str reduce, bool include_dst, str gpu",
+    differentiable=(0, 4),
+    batched=5,
+    definition=definition,
+    fake=_fake,
+    cuda_forward=_cuda,
+    cuda_backward=_cuda_backward,
+    outputs=("y", "size"),
+    autocast=False,
+)
+OP.register()
+merge_tokens.explain = _explain  # type: ignore[attr-defined]
