@@ -211,6 +211,73 @@ def test_a_ratio_other_metrics_and_no_size_bias():
         assert model(x).isfinite().all() and report.tokens == [13, 10, 8]
 
 
+def test_the_metric_k_norm_reads_the_keys_behind_the_norm():
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plans = {}
+    with torch.no_grad():
+        for metric in ("k", "k_norm"):
+            model = timm_model(qk_norm=True, depth=1)
+            model.blocks[0].attn.k_norm.weight.mul_(torch.tensor([0.0, 9, 1, 0, 0, 1, 0, 0], dtype=torch.float64))
+            block = model.blocks[0]
+            seen = []
+            block.attn.k_norm.register_forward_hook(lambda m, i, o, seen=seen: seen.append((i[0], o)))
+            report = merging.apply(model, r=R, metric=metric, trace=True)
+            model(x)
+            keys = seen[0][metric == "k_norm"].transpose(1, 2)
+            want = vitkern.merge_plan(vitkern.bipartite_match(keys, protect=1), r=R)
+            assert torch.equal(report.plan.token_map, want.token_map)
+            plans[metric] = want.token_map
+        assert not torch.equal(plans["k"], plans["k_norm"])
+        plain = timm_model()
+        report = merging.apply(plain, r=R, metric="k_norm")  # a model without a key norm: the keys
+        assert plain(x).isfinite().all() and report.tokens[-1] == 17 - LAYERS * R
+
+
+def test_pooling_by_size_is_the_mean_over_the_patches_that_were():
+    model = timm_model(global_pool="avg", fc_norm=False, depth=2)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        plain = model(x)
+        report = merging.apply(model, r=R, pool="size", trace=True)
+        tokens = model.forward_features(x)
+        spread = vitkern.unmerge_tokens(tokens, report.plan)[:, 1:]
+        torch.testing.assert_close(model(x), model.head(model.fc_norm(spread.mean(1))))
+        report.undo()
+        assert torch.equal(model(x), plain) and "pool" not in model.__dict__
+    with pytest.raises(ValueError, match="pool='size' must go with a model of timm whose global_pool is 'avg'"):
+        merging.apply(timm_model(), r=1, pool="size")
+
+
+def test_a_picture_of_the_groups():
+    token_map = torch.tensor([[0, 1, 1, 2, 2, 3, 3]])  # a class token, then a grid of 2 x 3: rows 1 1 2 and 2 3 dropped
+    plan = vitkern.MergePlan.from_map(token_map, 3)
+    picture = torch.arange(4 * 6 * 3, dtype=torch.uint8).reshape(4, 6, 3)
+    shown = merging.visualize(plan, picture.numpy(), (2, 3), strength=1.0, border=0)
+    assert shown.dtype == torch.uint8 and shown.shape == (4, 6, 3)
+    assert torch.equal(shown[:2, :4], picture[:2, :4].float().mean((0, 1)).round().byte().expand(2, 4, 3))
+    two = torch.cat((picture[:2, 4:].reshape(-1, 3), picture[2:, :2].reshape(-1, 3))).float().mean(0).round().byte()
+    assert torch.equal(shown[0, 5], two) and torch.equal(shown[3, 0], two) and not shown[2:, 2:].any()
+    assert torch.equal(merging.visualize(plan, picture, (2, 3), strength=0.0, border=0)[:2], picture[:2])
+    lines = merging.visualize(plan, picture, (2, 3), border=1).eq(255).all(-1)
+    assert lines.tolist() == [
+        [False, False, False, True, True, False],
+        [True, True, True, True, True, True],
+        [True, True, True, True, True, True],
+        [False, True, True, False, False, False],
+    ]
+    for options, sentence in (
+        (dict(grid=(2, 2)), "grid must hold the plan's 7 tokens less prefix=1"),
+        (dict(grid=(2, 3), sample=1), "sample must lie in the plan's batch of 1, got 1"),
+        (dict(grid=(2, 3), strength=2.0), r"strength must lie in \[0, 1\], got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=f"merging.visualize: {sentence}"):
+            merging.visualize(plan, picture, **options)
+    with pytest.raises(ValueError, match=r"picture must have shape \[H, W, 3\], got \[6, 3\]"):
+        merging.visualize(plan, picture[0], (2, 3))
+    with pytest.raises(ValueError, match=r"a pixel for every patch of \(2, 3\), got 1x6"):
+        merging.visualize(plan, picture[:1], (2, 3))
+
+
 def test_schedules():
     assert merging.parse_r(4, 8) == [8, 8, 8, 8]
     assert merging.parse_r(5, (8, 1.0)) == [0, 4, 8, 12, 16] and merging.parse_r(1, (8, 0.5)) == [4]
@@ -236,7 +303,8 @@ def test_published_destinations():
     [
         (dict(), "r must be given, or ratio, or threshold"),
         (dict(ratio=1.0), r"ratio must lie in \(0, 1\), got 1.0"),
-        (dict(r=2, metric="q"), "metric must be 'k' or 'x', got 'q'"),
+        (dict(r=2, metric="q"), "metric must be 'k', 'k_norm' or 'x', got 'q'"),
+        (dict(r=2, pool="max"), "pool must be 'model' or 'size', got 'max'"),
         (dict(r=2, protect=-1), "protect must be None or an int of at least 0, got -1"),
         (dict(r=2, order="size"), "order must be 'split', 'score' or 'position', got 'size'"),
         (dict(r=2, reduce="min"), "reduce must be 'mean', 'sum', 'max' or 'first', got 'min'"),

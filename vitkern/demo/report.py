@@ -9,6 +9,7 @@ import jinja2
 
 import vitkern
 from vitkern.demo.measure import Result
+from vitkern.demo.merging import Merged
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -19,6 +20,7 @@ h1 { margin-bottom: 0; } .lead { color: #555; margin-top: .25rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; white-space: nowrap; }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid #ddd; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; } td.best { font-weight: 600; }
+.photos img.groups { height: 18rem; } figcaption { color: #555; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; }
 pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; }
 </style></head><body>
@@ -41,14 +43,32 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; }
 <td>{{ "%.0f"|format(100 * r.same_five) }} %</td></tr>{% endfor %}</table></div>
 <figure><img src="data:image/png;base64,{{ times }}" alt="Milliseconds per batch"></figure>
 <figure><img src="data:image/png;base64,{{ memory }}" alt="Peak memory"></figure>
-<h2>What was replaced</h2>
+{% if merged %}<h2>Token merging</h2>
+<p>Each line runs the pictures without merging and with r tokens merged in every block. The cosine is that of
+every token's feature with merging (its group's) to that without, the mean. Below, the groups after the last block: every
+group in its mean colour, light lines between groups.</p>
+<div class="scroll"><table><tr><th>model</th><th>pixels</th><th>dtype</th><th>r</th><th>no merging ms</th><th>merging ms</th>
+<th>×</th><th>operations saved</th><th>cosine</th><th>tokens after each block</th></tr>
+{% for m in merged %}<tr><td>{{ m.model }}</td><td>{{ m.size[0] }}×{{ m.size[1] }}</td><td>{{ m.dtype }}</td><td>{{ m.r }}</td>
+<td>{{ "%.1f"|format(m.milliseconds.plain) }}</td><td class="best">{{ "%.1f"|format(m.milliseconds.merged) }}</td>
+<td class="best">{{ "%.2f"|format(m.ratio) }}</td><td>{{ "%.0f"|format(100 * m.saved) }} %</td>
+<td>{{ "%.4f"|format(m.cosine) }}</td><td>{{ m.tokens|join(" ") }}</td></tr>{% endfor %}</table></div>
+{% for m, drawn in groups %}<figure><div class="photos">{% for data in drawn %}<img class="groups"
+src="data:image/png;base64,{{ data }}" alt="Groups of {{ m.model }}">{% endfor %}</div>
+<figcaption>{{ m.model }}: {{ m.tokens[0] }} tokens in {{ m.tokens[-1] }} groups</figcaption></figure>{% endfor %}
+{% endif %}<h2>What was replaced</h2>
 {% for name, text in reports.items() %}<h3>{{ name }}</h3><pre>{{ text }}</pre>{% endfor %}
 <h2>Machine</h2><pre>{% for key, value in info.items() %}{{ key }}: {{ value }}
 {% endfor %}</pre></body></html>"""
 
 
 def write_report(
-    folder: Path, results: list[Result], reports: dict[str, str], pictures: list[tuple[str, Any]], random_weights: bool
+    folder: Path,
+    results: list[Result],
+    merged: list[Merged],
+    reports: dict[str, str],
+    pictures: list[tuple[str, Any]],
+    random_weights: bool,
 ) -> Path:
     """Writes index.html into the folder and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +92,8 @@ def write_report(
             photos=[(name, _picture(p)) for name, p in dict(pictures).items()],
             explanation=explanation,
             results=results,
+            merged=merged,
+            groups=[(m, [_drawing(d) for d in m.pictures[: len(dict(pictures))]]) for m in merged],
             times=_bars(results, "milliseconds", "milliseconds per batch (less is better)"),
             memory=_bars(results, "megabytes", "peak megabytes of one forward (less is better)"),
             reports=reports,
@@ -88,6 +110,14 @@ def _picture(picture: Any) -> str:
     small.thumbnail((640, 352))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _drawing(pixels: Any) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).resize((448, 448), Image.NEAREST).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 

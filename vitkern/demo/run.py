@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vitkern
+from vitkern.demo import merging
 from vitkern.demo.measure import Result, compare, logits
 from vitkern.demo.report import write_report
 
@@ -97,6 +98,22 @@ def table(results: list[Result]) -> Table:
     return shown
 
 
+def merge_tokens(pictures: list[tuple[str, Any]], options: argparse.Namespace, bar: Progress) -> list[merging.Merged]:
+    """DeiT-S and DINOv2-S with and without token merging."""
+    results = []
+    with bar:
+        made = merging.models()
+        task = bar.add_task("merging", total=len(made))
+        for name, (make, patch, r) in made.items():
+            torch.manual_seed(0)
+            model = make().eval()
+            x = pixels(pictures, merging.SIZE)
+            step = lambda text: bar.update(task, description=text)  # noqa: E731
+            results.append(merging.compare(name, model, x, [p for _, p in pictures], patch, r, options.seconds, step))
+            bar.advance(task)
+    return results
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vitkern demo", description="Swin models on photographs, with and without vitkern."
@@ -149,7 +166,10 @@ def main(argv: list[str] | None = None) -> int:
                     bar.advance(task)
                     compiled = None  # compiling takes about a minute: one size shows it
     wide.print(table(results))
-    path = write_report(options.out, results, reports, pictures, options.model is None)
+    merged = merge_tokens(pictures, options, bar) if options.model is None else []
+    if merged:
+        wide.print(merging.table(merged))
+    path = write_report(options.out, results, merged, reports, pictures, options.model is None)
     console.print(f"Report with plots: {path}")
     wrong = [r for r in results if r.dtype == "float32" and r.difference > 1e-3 * max(r.scale, 1.0)]
     for r in wrong:

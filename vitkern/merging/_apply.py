@@ -27,6 +27,7 @@ class MergeReport(PatchReport):
     """
 
     towers: list["Tower"] = field(default_factory=list, repr=False)
+    pooled: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
     def tokens(self) -> list[int]:
@@ -48,6 +49,9 @@ class MergeReport(PatchReport):
             for handle in tower.handles:
                 handle.remove()
             tower.handles.clear()
+        for model in self.pooled:
+            model.__dict__.pop("pool", None)
+        self.pooled.clear()
 
 
 class Tower:
@@ -80,11 +84,23 @@ class Tower:
         """Keeps the keys [B, N, H, D] of the block's attention as they are projected."""
         heads = kind.heads(block)
 
-        def hook(module: nn.Module, inputs: Any, out: Tensor) -> None:
+        def projected(module: nn.Module, inputs: Any, out: Tensor) -> None:
             keys = out.unflatten(-1, (3, heads, -1))[:, :, 1] if kind.packed else out.unflatten(-1, (heads, -1))
             self.keys = keys.detach()
 
-        self.handles.append(block.get_submodule(kind.key).register_forward_hook(hook))
+        def normalised(module: nn.Module, inputs: Any, out: Tensor) -> None:
+            self.keys = out.detach().transpose(1, 2)
+
+        norm = kind.key_norm(block) if self.options["metric"] == "k_norm" else None
+        place, hook = (block.get_submodule(kind.key), projected) if norm is None else (norm, normalised)
+        self.handles.append(place.register_forward_hook(hook))
+
+    def pool(self, x: Tensor, first: int) -> Tensor:
+        """The mean of the patches behind the `first` tokens, [B, C], each counted as often as its size says."""
+        if self.size is None:
+            return x[:, first:].mean(1)
+        weight = self.size[:, first:, None].to(torch.promote_types(x.dtype, torch.float32))
+        return ((x[:, first:] * weight).sum(1) / weight.sum(1)).to(x.dtype)
 
     def merge(self, x: Tensor, layer: int) -> Tensor:
         o = self.options
@@ -138,6 +154,7 @@ def apply(
     metric: str = "k",
     prop_attn: bool = True,
     protect: int | None = None,
+    pool: str = "model",
     reduce: str = "mean",
     order: str = "split",
     trace: bool = False,
@@ -153,9 +170,11 @@ def apply(
         r: tokens to merge per block: an int, ``(r, f)`` for a linear schedule, or a list. More than can merge is lowered.
         ratio: in place of r: the share of the unprotected tokens, in (0, 1).
         threshold: in place of r, or with it the smaller: merges what is at least so similar; samples then differ.
-        metric: ``"k"``: the keys as projected, mean over heads; ``"x"``: the tokens.
+        metric: ``"k"``: the keys as projected, mean over heads; ``"k_norm"``: after the model's key norm; ``"x"``: the tokens.
         prop_attn: whether a token of size s counts s times as a key.
         protect: the first tokens that never merge; None: what the model has in front of its patches.
+        pool: ``"size"``: the model's mean over patches counts each token as often as its size says (ToMe for MAE);
+            ``"model"``: it is left as it is.
         reduce: of the tokens, see :func:`vitkern.merge_tokens`.
         order: of the remaining tokens, see :func:`vitkern.merge_plan`.
         trace: keeps the composed plan in ``report.plan``, for pictures.
@@ -163,7 +182,7 @@ def apply(
     Returns:
         :class:`MergeReport`: what was replaced, what was not and why; ``report.undo()`` restores the model.
     """
-    _check(r, ratio, threshold, metric, protect, reduce, order)
+    _check(r, ratio, threshold, metric, protect, pool, reduce, order)
     options = {"r": r, "ratio": ratio, "threshold": threshold, "metric": metric, "prop_attn": prop_attn}
     options |= {"protect": protect, "reduce": reduce, "order": order, "trace": trace}
     report = MergeReport()
@@ -180,19 +199,21 @@ def apply(
                 for p, m, _ in found
             ]
             continue
-        _serve(model, found, report, dict(options))
+        _serve(model, found, report, dict(options), pool)
     if not report.replaced and not report.kept:
         raise ValueError(f"{NAME}: model must hold blocks that merging serves ({', '.join(KINDS)}), it holds none")
     return report
 
 
-def _check(r: Any, ratio: Any, threshold: Any, metric: Any, protect: Any, reduce: Any, order: Any) -> None:
+def _check(r: Any, ratio: Any, threshold: Any, metric: Any, protect: Any, pool: Any, reduce: Any, order: Any) -> None:
     if (r is None) == (ratio is None) and (threshold is None or r is not None):
         raise ValueError(f"{NAME}: r must be given, or ratio, or threshold; got r={r!r}, ratio={ratio!r}")
     if ratio is not None and not 0.0 < ratio < 1.0:
         raise ValueError(f"{NAME}: ratio must lie in (0, 1), got {ratio!r}")
-    if metric not in ("k", "x"):
-        raise ValueError(f"{NAME}: metric must be 'k' or 'x', got {metric!r}")
+    if metric not in ("k", "k_norm", "x"):
+        raise ValueError(f"{NAME}: metric must be 'k', 'k_norm' or 'x', got {metric!r}")
+    if pool not in ("model", "size"):
+        raise ValueError(f"{NAME}: pool must be 'model' or 'size', got {pool!r}")
     if protect is not None and (isinstance(protect, bool) or not isinstance(protect, int) or protect < 0):
         raise ValueError(f"{NAME}: protect must be None or an int of at least 0, got {protect!r}")
     if reduce not in REDUCTIONS:
@@ -206,7 +227,11 @@ def _refusal(block: nn.Module, kind: Kind) -> str | None:
 
 
 def _serve(
-    model: nn.Module, found: list[tuple[str, nn.Module, Kind]], report: MergeReport, options: dict[str, Any]
+    model: nn.Module,
+    found: list[tuple[str, nn.Module, Kind]],
+    report: MergeReport,
+    options: dict[str, Any],
+    pool: str,
 ) -> None:
     if options["r"] is not None:
         options["r"] = parse_r(len(found), options["r"])
@@ -214,12 +239,32 @@ def _serve(
         owner = next((m for m in model.modules() if isinstance(getattr(m, "num_prefix_tokens", None), int)), None)
         options["protect"] = found[0][2].prefix(found[0][1], owner)
     tower = Tower([(module, kind) for _, module, kind in found], options)
+    if pool == "size":
+        _pool_by_size(model, tower, report)
     report.towers.append(tower)
     for layer, (path, module, kind) in enumerate(found):
         tower.watch(module, kind)
         report._modules.append(module)
         module.__dict__["forward"] = MethodType(_Forward(_block_forward(tower, layer, kind)), module)
         report.replaced.append(Replaced(path, type(module).__qualname__, "merge_tokens"))
+
+
+def _pool_by_size(model: nn.Module, tower: Tower, report: MergeReport) -> None:
+    """Gives timm's models that average their patches a `pool` that knows the sizes."""
+    if getattr(model, "global_pool", None) != "avg" or not callable(getattr(model, "pool", None)):
+        raise ValueError(
+            f"{NAME}: pool='size' must go with a model of timm whose global_pool is 'avg', got {type(model).__name__}"
+        )
+
+    def pool(x: Tensor, pool_type: str | None = None) -> Tensor:
+        return (
+            tower.pool(x, model.num_prefix_tokens)
+            if pool_type in (None, "avg")
+            else type(model).pool(model, x, pool_type)
+        )
+
+    model.__dict__["pool"] = pool
+    report.pooled.append(model)
 
 
 def _block_forward(tower: Tower, layer: int, kind: Kind) -> Any:

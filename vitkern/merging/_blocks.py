@@ -17,6 +17,7 @@ class Kind:
     forward: Callable[..., Tensor]  # (block, tower, layer, x): the block's own steps around tower.merge
     refusal: Callable[[nn.Module], str | None]
     prefix: Callable[[nn.Module, nn.Module | None], int]  # (block, the first module that has `num_prefix_tokens`)
+    key_norm: Callable[[nn.Module], nn.Module | None] = lambda block: None  # of [B, H, N, D], where the block has one
 
 
 def _timm_forward(block: Any, tower: Any, layer: int, x: Tensor) -> Tensor:
@@ -58,6 +59,11 @@ def _transformers_refusal(block: Any) -> str | None:
     return None
 
 
+def _timm_key_norm(block: Any) -> nn.Module | None:
+    norm = getattr(block.attn, "k_norm", None)
+    return None if isinstance(norm, nn.Identity) else norm
+
+
 def _timm_prefix(block: Any, owner: Any) -> int:
     return 1 if owner is None else owner.num_prefix_tokens
 
@@ -81,7 +87,13 @@ _VIT = Kind(
 _DINOV2 = Kind(_VIT.key, False, _VIT.heads, _dinov2_forward, _transformers_refusal, _VIT.prefix)
 KINDS = {
     "timm.models.vision_transformer.Block": Kind(
-        "attn.qkv", True, lambda block: block.attn.num_heads, _timm_forward, _timm_refusal, _timm_prefix
+        "attn.qkv",
+        True,
+        lambda block: block.attn.num_heads,
+        _timm_forward,
+        _timm_refusal,
+        _timm_prefix,
+        _timm_key_norm,
     ),
     _in_transformers("vit") + "ViTLayer": _VIT,
     _in_transformers("deit") + "DeiTLayer": Kind(
