@@ -36,6 +36,10 @@ CUDA_SOURCES = [
     "csrc/cuda/window_attention_bwd.cu",
     "csrc/cuda/window_attention_reduce.cu",
     "csrc/cuda/window_attention_op.cpp",
+    "csrc/cuda/bipartite_match.cu",
+    "csrc/cuda/merge_plan.cu",
+    "csrc/cuda/merge_tokens.cu",
+    "csrc/cuda/tokens_op.cpp",
 ]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 

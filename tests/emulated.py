@@ -14,7 +14,7 @@ import native
 import torch
 
 from vitkern import backends
-from vitkern.ops import _window_gpu
+from vitkern.ops import _cuda
 
 CUDA = native.ROOT / "csrc" / "cuda"
 SOURCES = (
@@ -22,6 +22,10 @@ SOURCES = (
     "window_attention_bwd.cu",
     "window_attention_reduce.cu",
     "window_attention_op.cpp",
+    "bipartite_match.cu",
+    "merge_plan.cu",
+    "merge_tokens.cu",
+    "tokens_op.cpp",
 )
 FLAGS = ("-Wall", "-Wno-unknown-pragmas", "-DVITKERN_EMULATED", "-I", str(native.ROOT / "tests/cpp/emulator"))
 
@@ -42,21 +46,22 @@ class Emulated:
     def __init__(self, edits: tuple[Edit, ...] = (), sanitize: bool = False):
         namespace = _namespace(edits)
         self._fragment = torch.library.Library(namespace, "FRAGMENT")
-        for schema in _window_gpu.SCHEMAS:
+        for schema in _cuda.schemas:
             self._fragment.define(schema)
         module = native.load(build(edits, sanitize), "emulated")  # loading it registers the ops
         self._set_seed = module.seed
+        self.launched = module.launched  # the kernels since the last call of this
         self.ops = getattr(torch.ops, namespace)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        before = _window_gpu.cuda_ops, set(backends._loaded)
-        _window_gpu.cuda_ops = self.ops
+        before = _cuda.ops, set(backends._loaded)
+        _cuda.ops = self.ops
         backends._loaded.add("_cuda")
         try:
             yield
         finally:
-            _window_gpu.cuda_ops, backends._loaded = before
+            _cuda.ops, backends._loaded = before
 
     @contextmanager
     def schedule(self, seed: int) -> Iterator[None]:

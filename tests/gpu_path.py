@@ -1,17 +1,23 @@
 """The public functions through their GPU implementations, on CPU tensors: what the dispatcher does for CUDA tensors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 
 import vitkern
 from vitkern import Stats
+from vitkern.ops import _call
 from vitkern.ops import window_attention as op_file
+from vitkern.ops._op import Op, PlainOp, _as_tuple
 from vitkern.testing import Call
 
 
-def apply(op: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def apply(op: Op, *args: Any) -> Any:
     """The op with its CUDA forward and, under autograd, its CUDA backward."""
 
     class Through(torch.autograd.Function):
@@ -22,16 +28,31 @@ def apply(op: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
             return outputs
 
         @staticmethod
-        def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
-            *tensors, lse = ctx.saved_tensors
+        def backward(ctx: Any, *douts: Any) -> Any:
+            everything, count = ctx.saved_tensors, len(op.tensors)
             need = op.need(lambda i: ctx.needs_input_grad[i])
-            found = op.cuda_backward(dout, dlse, lse, *tensors, *ctx.options, need)
-            grads = [None] * (len(tensors) + len(ctx.options))
-            for position, grad in zip(op.differentiable, found, strict=True):
+            found = op.cuda_backward(*douts, *everything[count:], *everything[:count], *ctx.options, need)
+            grads = [None] * (count + len(ctx.options))
+            for position, grad in zip(op.differentiable, _as_tuple(found), strict=True):
                 grads[position] = grad
             return tuple(grads)
 
     return Through.apply(*args)
+
+
+@contextmanager
+def tokens_on_gpu(gpu: str) -> Iterator[None]:
+    """The token functions run what CUDA tensors run, with `gpu` forced, behind every backend but "reference"."""
+
+    def run(op: Op | PlainOp, args: tuple[Any, ...], backend: str | None, *refusals: Any) -> Any:
+        if backend == "reference":
+            return op.definition(*args)
+        if reasons := refusals[("triton", "cuda").index(gpu)](args):
+            pytest.skip("; ".join(reasons))
+        return op.cuda(*args, gpu) if isinstance(op, PlainOp) else apply(op, *args, gpu)
+
+    with mock.patch.object(_call, "run", run):
+        yield
 
 
 def lowered(call: Call, tensors: dict[str, torch.Tensor]) -> tuple[Any, ...]:

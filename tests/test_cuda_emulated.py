@@ -20,14 +20,15 @@ PARTS = min(4, len(os.sched_getaffinity(0)))
 pytestmark = pytest.mark.compile
 
 
-def test_every_case_dtype_and_schedule_under_the_sanitizers():
-    """cuda_emulator/window_attention.py, in as many processes as there are cores."""
+@pytest.mark.parametrize("name", ["window_attention", "tokens"])
+def test_every_case_dtype_and_schedule_under_the_sanitizers(name):
+    """cuda_emulator/NAME.py, in as many processes as there are cores."""
     build(sanitize=True)  # here, where the compiler itself is not sanitized
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     environment = native.sanitized_environment()
     running = [
         subprocess.Popen(
-            [*command, str(native.ROOT / "tests/cuda_emulator/window_attention.py")],
+            [*command, str(native.ROOT / f"tests/cuda_emulator/{name}.py")],
             env=environment | {"VITKERN_PART": f"{part}/{PARTS}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,51 +1,16 @@
 // The private torch ops of the CUDA kernels of window attention: tensors to parameters, checks, registration.
 //
-// Plain C++ on the stable ABI. Shapes were checked in Python, where messages name arguments; the checks here are a
-// second fence around what the kernels rely on. VITKERN_EMULATED builds the same ops over the emulator, for the CPU.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+// Shapes were checked in Python, where messages name arguments; the checks here are a second fence around what the
+// kernels rely on.
 #include <cmath>
-#include <optional>
-#include <vector>
 
 #include "../common/philox.h"
+#include "op.h"
 #include "window_attention.h"
-
-#ifndef VITKERN_LIBRARY
-#define VITKERN_LIBRARY vitkern
-#endif
-#ifdef VITKERN_EMULATED
-#define VITKERN_DEVICE CPU
-#else
-#define VITKERN_DEVICE CUDA
-#endif
 
 namespace {
 
 using namespace vitkern;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
-// The device of a tensor as the current one, and its current stream, for the life of this object.
-struct DeviceStream {
-#ifdef VITKERN_EMULATED
-  explicit DeviceStream(const Tensor&) {}
-#else
-  explicit DeviceStream(const Tensor& x) : guard(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0,
-                    "window_attention: torch has no current CUDA stream");
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-#endif
-  void* stream = nullptr;
-};
 
 // A map [B, *L, H, D] (`channels`) or [B, *L, H], right-aligned to four axes.
 TokenView token_view(const Tensor& x, size_t rank, bool channels, int64_t element_bytes) {
@@ -73,14 +38,6 @@ Element element_of(const Tensor& q) {
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "window_attention: the CUDA kernel takes bfloat16 and float16");
   return type == ScalarType::BFloat16 ? Element::bfloat16 : Element::float16;
-}
-
-// A contiguous tensor of the given type and number of elements, or null.
-void* plain(const MaybeTensor& x, ScalarType type, int64_t count, const char* name) {
-  if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == type && x->is_contiguous() && x->numel() == count, "window_attention: ", name,
-                  " must be contiguous, of the expected dtype and of ", count, " elements");
-  return x->data_ptr();
 }
 
 struct Options {
@@ -160,7 +117,7 @@ WindowParams common_params(const Tensor& q, const Tensor& k, const Tensor& v, co
       }
     }
   }
-  p.logit_scale = static_cast<const float*>(plain(logit_scale, ScalarType::Float, heads, "logit_scale"));
+  p.logit_scale = plain<const float>(logit_scale, ScalarType::Float, heads, "logit_scale");
   p.k_pad = plain(k_pad, type, kv_heads * d, "k_pad");
   p.v_pad = plain(v_pad, type, kv_heads * dv, "v_pad");
   if (!o.pad_visible) p.k_pad = p.v_pad = nullptr;
@@ -170,7 +127,7 @@ WindowParams common_params(const Tensor& q, const Tensor& k, const Tensor& v, co
   p.cosine_max = float(o.cosine_max);
   p.cosine_eps = float(o.cosine_eps);
   if (o.dropout_p > 0.0) {
-    p.seed = static_cast<const int64_t*>(plain(seed, ScalarType::Long, 1, "seed"));
+    p.seed = plain<const int64_t>(seed, ScalarType::Long, 1, "seed");
     STD_TORCH_CHECK(p.seed != nullptr, "window_attention: dropout needs a seed");
     p.dropout_threshold = dropout_threshold(o.dropout_p);
     p.dropout_scale = float(1.0 / (1.0 - o.dropout_p));
@@ -219,10 +176,10 @@ void backward(Tensor dout, MaybeTensor dlse, Tensor lse, Tensor q, Tensor k, Ten
   const int64_t heads = p.w.heads, kv_heads = heads / p.w.group, n = p.w.map.size;
   STD_TORCH_CHECK(bias || !dbias, "window_attention: dbias without a bias");
   STD_TORCH_CHECK(logit_scale || !dlogit_scale, "window_attention: dlogit_scale without a logit_scale");
-  p.dbias = static_cast<float*>(plain(dbias, f32, index ? p.w.table_rows * heads : heads * n * n, "dbias"));
-  p.dlogit_scale = static_cast<float*>(plain(dlogit_scale, f32, heads, "dlogit_scale"));
-  p.dk_pad = static_cast<float*>(plain(dk_pad, f32, kv_heads * p.w.d, "dk_pad"));
-  p.dv_pad = static_cast<float*>(plain(dv_pad, f32, kv_heads * p.w.dv, "dv_pad"));
+  p.dbias = plain<float>(dbias, f32, index ? p.w.table_rows * heads : heads * n * n, "dbias");
+  p.dlogit_scale = plain<float>(dlogit_scale, f32, heads, "dlogit_scale");
+  p.dk_pad = plain<float>(dk_pad, f32, kv_heads * p.w.d, "dk_pad");
+  p.dv_pad = plain<float>(dv_pad, f32, kv_heads * p.w.dv, "dv_pad");
   const DeviceStream device(q);
   const int64_t floats = window_attention_workspace(heads, kv_heads, p.w.windows, n, p.w.d, p.w.dv);
   STD_TORCH_CHECK(workspace.scalar_type() == f32 && workspace.is_contiguous() && workspace.numel() >= floats,
@@ -237,9 +194,6 @@ int64_t workspace(int64_t heads, int64_t kv_heads, int64_t windows, int64_t toke
 }
 
 }  // namespace
-
-// A second level, so that the macros are expanded before torch's macros paste them.
-#define VITKERN_REGISTER(library, device, m) STABLE_TORCH_LIBRARY_IMPL(library, device, m)
 
 VITKERN_REGISTER(VITKERN_LIBRARY, VITKERN_DEVICE, m) {
   m.impl("_window_attention_cuda_fwd", TORCH_BOX(&forward));

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops._op import library
+from vitkern.ops import _cuda
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_MAX_TOKENS = 64
@@ -20,7 +20,7 @@ _OPTIONS = (
     "SymInt[] shift, bool roll_first, bool pad_visible, float scale, float mask_value, float cosine_max, "
     "float cosine_eps, float dropout_p"
 )
-SCHEMAS = (
+_cuda.define(
     f"_window_attention_cuda_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     f"_window_attention_cuda_bwd(Tensor dout, Tensor? dlse, Tensor lse, Tensor q, Tensor k, Tensor v, {_OPTIONS}, "
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, Tensor(e!)? dlogit_scale, Tensor(f!)? dk_pad, "
@@ -28,9 +28,6 @@ SCHEMAS = (
     "_window_attention_cuda_workspace(SymInt heads, SymInt kv_heads, SymInt windows, SymInt tokens, SymInt d, "
     "SymInt dv) -> SymInt",
 )
-for _schema in SCHEMAS:
-    library.define(_schema)
-cuda_ops: Any = torch.ops.vitkern  # where the ops above are found; tests put emulated ones here
 
 
 def triton_refusals(args: tuple[Any, ...]) -> list[str]:
@@ -91,7 +88,7 @@ def forward(definition: Any, *args: Any) -> tuple[Tensor, Tensor]:
         q, v = inputs[0], inputs[2]
         out = v.new_empty((*q.shape[:-1], v.shape[-1]))
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        cuda_ops._window_attention_cuda_fwd(*_as_kernel(inputs), out, lse)
+        _cuda.ops._window_attention_cuda_fwd(*_as_kernel(inputs), out, lse)
         return out, lse
     return definition(*args)
 
@@ -148,11 +145,11 @@ def _cuda_backward(
     if dout is None:
         dout = v.new_zeros((*q.shape[:-1], v.shape[-1]))
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # the size depends on the current device
-        size = cuda_ops._window_attention_cuda_workspace(heads, kv_heads, windows, tokens, q.shape[-1], v.shape[-1])
+        size = _cuda.ops._window_attention_cuda_workspace(heads, kv_heads, windows, tokens, q.shape[-1], v.shape[-1])
     workspace = q.new_empty(size, dtype=torch.float32)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    cuda_ops._window_attention_cuda_bwd(dout, dlse, lse, *_as_kernel(inputs), *into, *sums, workspace)
+    _cuda.ops._window_attention_cuda_bwd(dout, dlse, lse, *_as_kernel(inputs), *into, *sums, workspace)
     return tuple(
         None if s is None else s.sum_to_size(like.shape).to(like.dtype)
         for s, like in zip(sums, (bias, logit_scale, k_pad, v_pad), strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _cuda
 from vitkern.ops._op import PlainOp
 from vitkern.reference.bipartite_match import BYSTANDER, DESTINATION, MASKED, PROTECTED, SOURCE
 from vitkern.reference.bipartite_match import bipartite_match as definition
@@ -51,7 +51,7 @@ def bipartite_match(
         window: an int: only ``|i - j| <= window``; ``(wy, wx)``: at most so many rows and columns apart on ``grid``.
         similarity: ``"cosine"`` or ``"dot"``.
         eps: the least norm that a token is divided by.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
         :class:`vitkern.Match`. Ties go to the smallest position; a token with a NaN or an infinity matches nothing; a
@@ -63,7 +63,7 @@ def bipartite_match(
     args, limit, ragged = _lower(
         metric, protect, partition, mask, grid, stride, seed, segments, window, similarity, eps
     )
-    score, dst, role = _call.run(OP, args, backend, _triton_refusals)
+    score, dst, role = _call.run(OP, args, backend, _triton_refusals, _cuda.match_refusals)
     return Match(score, dst, role, limit, ragged)
 
 
@@ -266,9 +266,12 @@ def _fake(metric: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(metric.new_empty(shape, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int8))
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, gpu = args
-    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
+    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.match_refusals)
+    if chosen == "cuda":
+        return _cuda.match(*inputs)
+    if chosen == "triton":
         from vitkern.triton_kernels import bipartite_match as kernels
 
         return kernels.fwd(*inputs)
@@ -276,7 +279,7 @@ def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options)[0], backend, _triton_refusals)
+    return _call.explanation(NAME, _lower(*args, **options)[0], backend, _triton_refusals, _cuda.match_refusals)
 
 
 OP = PlainOp(
@@ -287,7 +290,7 @@ OP = PlainOp(
     batched=3,
     definition=definition,
     fake=_fake,
-    cuda=_cuda,
+    cuda=_gpu,
 )
 OP.register()
 bipartite_match.explain = _explain  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _cuda
 from vitkern.ops._op import PlainOp
 from vitkern.reference.merge_plan import merge_plan as definition
 from vitkern.tokens import Match, MergePlan
@@ -37,7 +37,7 @@ def merge_plan(
         n_max: how many slots there are, where samples may differ: more tokens merge where more are kept. By default N,
             or ``N - r`` for an int ``r`` without ``threshold``.
         clip: lowers an ``r`` beyond what can merge instead of refusing it.
-        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
         :class:`vitkern.MergePlan`, ragged where samples may keep different numbers of tokens (a mask, segments or a
@@ -47,7 +47,7 @@ def merge_plan(
         ValueError, TypeError: an argument does not fit, or a sample keeps more tokens than there are slots.
     """
     args, n_out, ragged = _lower(match, r, threshold, order, n_max, clip)
-    return MergePlan(*_call.run(OP, args, backend, _call.no_triton), n_out, ragged)
+    return MergePlan(*_call.run(OP, args, backend, _call.no_triton, _cuda.plan_refusals), n_out, ragged)
 
 
 def _lower(
@@ -118,7 +118,14 @@ def _fake(score: Tensor, dst: Any, role: Any, r: Any, threshold: Any, most: int,
 
 
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options)[0], backend, _call.no_triton)
+    return _call.explanation(NAME, _lower(*args, **options)[0], backend, _call.no_triton, _cuda.plan_refusals)
+
+
+def _gpu(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, gpu = args
+    if _call.choose(gpu, tuple(inputs), _call.no_triton, _cuda.plan_refusals) == "cuda":
+        return _cuda.plan(*inputs)
+    return definition(*args)
 
 
 OP = PlainOp(
@@ -129,7 +136,7 @@ OP = PlainOp(
     batched=5,
     definition=definition,
     fake=_fake,
-    cuda=definition,
+    cuda=_gpu,
 )
 OP.register()
 merge_plan.explain = _explain  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _cuda
 from vitkern.ops._op import Op
 from vitkern.reference.merge_tokens import merge_tokens as definition
 from vitkern.tokens import MergePlan
@@ -33,7 +33,7 @@ def merge_tokens(
         reduce: ``"mean"`` (weighted), ``"sum"`` (weighted), ``"max"`` (elementwise, ties share the gradient) or
             ``"first"`` (the destination); a tuple with a tuple ``x``.
         include_dst: False leaves the first token of every slot out of means, sums and sizes.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
         ``(y, size)``: ``y [B, n_out, ...]`` in the dtype of x (a tuple for a tuple), ``size [B, n_out]``: the sum of the
@@ -52,7 +52,7 @@ def merge_tokens(
     size: Any = None
     for t, name in zip(each, names, strict=True):
         args = _lower(t, plan, weight, name, include_dst)
-        y, found = _call.run(OP, args, backend, _triton_refusals)
+        y, found = _call.run(OP, args, backend, _triton_refusals, _cuda.merge_refusals)
         size = found if size is None else size
         merged.append(y.reshape(y.shape[0], y.shape[1], *t.shape[2:]))
     if size.requires_grad and not (weight is not None and weight.requires_grad):
@@ -111,18 +111,24 @@ def _fake(
     return x.new_empty((x.shape[0], slots, x.shape[2])), x.new_empty((x.shape[0], slots), dtype=dtype)
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+def _gpu(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, gpu = args
-    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
+    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.merge_refusals)
+    if chosen == "cuda":
+        return _cuda.merge(*inputs)
+    if chosen == "triton":
         from vitkern.triton_kernels import merge_tokens as kernels
 
         return kernels.fwd(*inputs)
     return definition(*args)
 
 
-def _cuda_backward(dy: Any, dsize: Any, size: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def _gpu_backward(dy: Any, dsize: Any, size: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     *inputs, gpu, need = args
-    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
+    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.merge_refusals)
+    if chosen == "cuda":
+        return _cuda.merge_backward(dy, dsize, *inputs, need)
+    if chosen == "triton":
         from vitkern.triton_kernels import merge_tokens as kernels
 
         return kernels.bwd(dy, dsize, size, *inputs, need)
@@ -131,7 +137,7 @@ def _cuda_backward(dy: Any, dsize: Any, size: Tensor, *args: Any) -> tuple[Tenso
 
 def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
     first = x[0] if isinstance(x, (tuple, list)) else x
-    return _call.explanation(NAME, _lower(first, *args, **options), backend, _triton_refusals)
+    return _call.explanation(NAME, _lower(first, *args, **options), backend, _triton_refusals, _cuda.merge_refusals)
 
 
 OP = Op(
@@ -142,8 +148,8 @@ OP = Op(
     batched=5,
     definition=definition,
     fake=_fake,
-    cuda_forward=_cuda,
-    cuda_backward=_cuda_backward,
+    cuda_forward=_gpu,
+    cuda_backward=_gpu_backward,
     outputs=("y", "size"),
     autocast=False,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _cuda
 from vitkern.ops._op import Op
 from vitkern.ops.merge_tokens import rows
 from vitkern.reference.unmerge_tokens import unmerge_tokens as definition
@@ -21,7 +21,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, fill: float = 0.0, backend: st
         y: ``[B, n_out, ...]`` of any trailing shape and strides.
         plan: from :func:`vitkern.merge_plan`.
         fill: what a token without a slot gets.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
         ``[B, N, ...]`` in the dtype of y. The gradient of a slot is the float32 sum over its tokens, in the plan's order.
@@ -29,7 +29,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, fill: float = 0.0, backend: st
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    x = _call.run(OP, _lower(y, plan, fill), backend, _triton_refusals)
+    x = _call.run(OP, _lower(y, plan, fill), backend, _triton_refusals, _cuda.unmerge_refusals)
     return x.reshape(x.shape[0], x.shape[1], *y.shape[2:])
 
 
@@ -60,18 +60,24 @@ def _fake(y: Tensor, token_map: Tensor, *rest: Any) -> Tensor:
     return y.new_empty((*token_map.shape, y.shape[2]))
 
 
-def _cuda(*args: Any) -> Tensor:
+def _gpu(*args: Any) -> Tensor:
     *inputs, gpu = args
-    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
+    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.unmerge_refusals)
+    if chosen == "cuda":
+        return _cuda.unmerge(*inputs)
+    if chosen == "triton":
         from vitkern.triton_kernels import unmerge_tokens as kernels
 
         return kernels.fwd(*inputs)
     return definition(*args)
 
 
-def _cuda_backward(dx: Any, *args: Any) -> Tensor | None:
+def _gpu_backward(dx: Any, *args: Any) -> Tensor | None:
     *inputs, gpu, need = args
-    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
+    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.unmerge_refusals)
+    if chosen == "cuda":
+        return _cuda.unmerge_backward(dx, *inputs, need)
+    if chosen == "triton":
         from vitkern.triton_kernels import unmerge_tokens as kernels
 
         return kernels.bwd(dx, *inputs, need)
@@ -79,7 +85,7 @@ def _cuda_backward(dx: Any, *args: Any) -> Tensor | None:
 
 
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options), backend, _triton_refusals)
+    return _call.explanation(NAME, _lower(*args, **options), backend, _triton_refusals, _cuda.unmerge_refusals)
 
 
 OP = Op(
@@ -90,8 +96,8 @@ OP = Op(
     batched=4,
     definition=definition,
     fake=_fake,
-    cuda_forward=_cuda,
-    cuda_backward=_cuda_backward,
+    cuda_forward=_gpu,
+    cuda_backward=_gpu_backward,
     outputs=("x",),
     autocast=False,
 )

@@ -33,6 +33,7 @@ namespace emulator {
 
 constexpr int kMultiprocessors = 2, kMaxBarriers = 16;
 constexpr size_t kStackBytes = 256 * 1024;
+inline std::vector<std::string> launched;  // kernels, since the tests asked
 
 // Bytes under way to shared memory.
 struct Copy { void* to; const void* from; uintptr_t bytes; int group; };
@@ -236,6 +237,7 @@ inline void run_block(Block& b) {
 // Runs a kernel: its blocks one after the other, in random order.
 inline void run(const char* kernel, int64_t blocks, int threads, int shared_bytes, std::function<void()> body) {
   random_state = seed * 0x9E3779B97F4A7C15ULL + 1;
+  launched.push_back(kernel);
   Block b;
   b.kernel = kernel, b.body = std::move(body), b.shared_bytes = shared_bytes;
   b.threads = std::vector<Thread>(size_t(threads));

@@ -1,0 +1,56 @@
+// What the private torch ops of the CUDA kernels share: the device and stream of a call, checks of plain tensors,
+// registration. Plain C++ on the stable ABI. VITKERN_EMULATED builds the same ops over the emulator, for the CPU.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#ifndef VITKERN_LIBRARY
+#define VITKERN_LIBRARY vitkern
+#endif
+#ifdef VITKERN_EMULATED
+#define VITKERN_DEVICE CPU
+#else
+#define VITKERN_DEVICE CUDA
+#endif
+
+// A second level, so that the macros are expanded before torch's macros paste them.
+#define VITKERN_REGISTER(library, device, m) STABLE_TORCH_LIBRARY_IMPL(library, device, m)
+
+namespace vitkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// The device of a tensor as the current one, and its current stream, for the life of this object.
+struct DeviceStream {
+#ifdef VITKERN_EMULATED
+  explicit DeviceStream(const Tensor&) {}
+#else
+  explicit DeviceStream(const Tensor& x) : guard(x.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0,
+                    "vitkern: torch has no current CUDA stream");
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+#endif
+  void* stream = nullptr;
+};
+
+// The data of a contiguous tensor of the given type and number of elements, or null where there is none.
+template <class T = void>
+T* plain(const MaybeTensor& x, ScalarType type, int64_t count, const char* name) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == type && x->is_contiguous() && x->numel() == count, "vitkern: ", name,
+                  " must be contiguous, of the expected dtype and of ", count, " elements");
+  return static_cast<T*>(x->data_ptr());
+}
+
+}  // namespace vitkern
