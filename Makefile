@@ -27,11 +27,11 @@ demo: .venv/demo/built
 test: CUDA ?= auto
 test: .venv/test/built
 	.venv/test/bin/ruff check .
-	.venv/test/bin/python -m pytest -q
+	.venv/test/bin/python -m pytest -q -n auto --dist worksteal
 
 test-full: CUDA ?= auto
 test-full: .venv/test/built
-	VITKERN_FULL=1 VITKERN_FUZZ=500 .venv/test/bin/python -m pytest -q
+	VITKERN_FULL=1 VITKERN_FUZZ=500 .venv/test/bin/python -m pytest -q -n auto --dist worksteal
 
 bench: CUDA ?= 0
 bench: .venv/test/built

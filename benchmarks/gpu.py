@@ -5,7 +5,9 @@ Markdown under <out>/<device>/. Fits in ten minutes: cases are few and each is t
 """
 
 import argparse
+import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,12 +20,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import vitkern  # noqa: E402
-from benchmarks.baselines import window_attention as baselines  # noqa: E402
-from benchmarks.cases import window_attention as cases  # noqa: E402
 from benchmarks.measure import environment  # noqa: E402
 from vitkern import testing  # noqa: E402
 
-SECTIONS = ("window",)
+SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
+    "window": ("window_attention", "window_attention_qkvpacked"),
+    "merge": ("bipartite_match", "merge_plan", "merge_tokens", "unmerge_tokens"),
+}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -53,23 +56,41 @@ def _on_device(call: Any) -> Any:
     return replace(call, tensors={n: t.cuda() for n, t in call.tensors.items()})
 
 
-def sanitizer() -> dict[str, str]:
-    """compute-sanitizer memcheck and racecheck over one small call of each back-end."""
-    code = (
-        "import torch, vitkern\n"
-        "from vitkern import testing\n"
-        "call = testing.entries()['window_attention'].small()[1]\n"
-        "t = {n: x.to('cuda', torch.bfloat16).requires_grad_() for n, x in call.tensors.items()}\n"
-        "for b in testing.backends('cuda'):\n"
-        "    call.run(t, b)[0].float().sum().backward()\n"
-        "torch.cuda.synchronize()\n"
-    )
+SANITIZED = """
+import sys, torch, vitkern
+from vitkern import testing
+for name in sys.argv[1:]:
+    entry = testing.entries()[name]
+    call = entry.small()[1]
+    for backend in testing.backends("cuda"):
+        leaves = call.leaves(torch.bfloat16, entry.gradient)
+        tensors = {n: t.detach().cuda().requires_grad_(t.requires_grad) for n, t in leaves.items()}
+        try:
+            outputs = call.run(tensors, backend)
+        except vitkern.backends.Refused:
+            continue
+        if entry.gradient:
+            outputs[0].float().sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+def sanitizer(names: tuple[str, ...]) -> dict[str, str]:
+    """compute-sanitizer memcheck and racecheck over one small call of each op and back-end."""
     found = {}
     for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-c",
+            SANITIZED,
+            *names,
+        ]
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        import os
-
         try:
             done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=150, cwd=ROOT)
             found[tool] = "clean" if done.returncode == 0 else done.stdout[-1500:] + done.stderr[-500:]
@@ -107,33 +128,39 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / replayed(lambda: target.copy_(source))
 
 
-def speed() -> list[dict[str, Any]]:
+def speed(names: tuple[str, ...]) -> list[dict[str, Any]]:
     bandwidth = copy_bandwidth()
     rows = []
-    for case in cases.GPU_CASES:
-        for backward in (False, True):
-            inputs = case.inputs(torch.bfloat16, "cuda", grad=backward)
-            leaves = [t for t in inputs.values() if t.requires_grad]
-            upstream = torch.randn_like(case.run(inputs)) if backward else None
-            runs = {b: (lambda b=b: case.run(inputs, b)) for b in testing.backends("cuda")}
-            for name in ("eager", "sdpa"):
-                runs[name] = lambda other=baselines.make(name, case, "cuda", torch.bfloat16): other(inputs)
-            floor = case.work(torch.bfloat16, backward)["bytes"] / bandwidth
-            row: dict[str, Any] = {
-                "case": str(case),
-                "pass": "fwd+bwd" if backward else "fwd",
-                "floor": floor,
-                "seconds": {},
-            }
-            for name, run in runs.items():
-                timed = (lambda run=run: torch.autograd.grad(run(), leaves, upstream)) if backward else run
-                try:
-                    row["seconds"][name] = replayed(timed)
-                except Exception as error:  # a refusal or a failure is a cell of the table
-                    row.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
-                    torch.cuda.synchronize()
-            rows.append(row)
+    for name in names:
+        if not (ROOT / "benchmarks" / "cases" / f"{name}.py").exists():
+            continue
+        cases, baselines = (importlib.import_module(f"benchmarks.{kind}.{name}") for kind in ("cases", "baselines"))
+        for case in cases.GPU_CASES:
+            for direction in getattr(cases, "PASSES", ("fwd", "fwd+bwd")):
+                rows.append({"op": name, **timed(case, direction, cases, baselines, bandwidth)})
     return rows
+
+
+def timed(case: Any, direction: str, cases: Any, baselines: Any, bandwidth: float) -> dict[str, Any]:
+    """Seconds of every back-end and of the baselines that need no compiling."""
+    backward = direction == "fwd+bwd"
+    inputs = case.inputs(torch.bfloat16, "cuda", grad=backward)
+    leaves = [t for t in inputs.values() if t.requires_grad]
+    upstream = torch.randn_like(case.run(inputs)) if backward else None
+    runs = {b: (lambda b=b: case.run(inputs, b)) for b in testing.backends("cuda")}
+    for name in ("eager", "sdpa"):
+        if name in cases.BASELINES:
+            runs[name] = lambda other=baselines.make(name, case, "cuda", torch.bfloat16): other(inputs)
+    floor = case.work(torch.bfloat16, backward)["bytes"] / bandwidth
+    row: dict[str, Any] = {"case": str(case), "pass": direction, "floor": floor, "seconds": {}}
+    for name, run in runs.items():
+        once = (lambda run=run: torch.autograd.grad(run(), leaves, upstream)) if backward else run
+        try:
+            row["seconds"][name] = replayed(once)
+        except Exception as error:  # a refusal or a failure is a cell of the table
+            row.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
+            torch.cuda.synchronize()
+    return row
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -143,10 +170,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"{env['device']}, torch {env['torch']}, commit {env['commit']}. Microseconds, CUDA graph replays, cold cache.",
         "",
     ]
-    lines += ["| " + " | ".join(["case", "pass", "floor", *names]) + " |", "|" + "---|" * (3 + len(names))]
+    lines += ["| " + " | ".join(["op", "case", "pass", "floor", *names]) + " |", "|" + "---|" * (4 + len(names))]
     for r in result["speed"]:
         cells = [f"{r['seconds'][n] * 1e6:.1f}" if n in r["seconds"] else "–" for n in names]
-        lines.append(f"| {r['case']} | {r['pass']} | {r['floor'] * 1e6:.1f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {r['op']} | {r['case']} | {r['pass']} | {r['floor'] * 1e6:.1f} | " + " | ".join(cells) + " |")
     failed = [r for r in result["correctness"] if r["result"].startswith("FAILED")]
     agrees = sum(r["result"] == "agrees" for r in result["correctness"])
     lines += [
@@ -177,8 +204,9 @@ def main() -> int:
         if path.exists() and options.section == "all":
             print(f"{section}: done already ({path}); SECTION={section} runs it again")
             continue
-        checks = correctness("window_attention") + correctness("window_attention_qkvpacked")
-        result = {"environment": environment(), "correctness": checks, "sanitizer": sanitizer(), "speed": speed()}
+        ops = SECTIONS[section]
+        checks = [row for op in ops for row in correctness(op)]
+        result = {"environment": environment(), "correctness": checks, "sanitizer": sanitizer(ops), "speed": speed(ops)}
         path.write_text(json.dumps(result, indent=1))
         text = markdown(result)
         (folder / f"{section}.md").write_text(text)

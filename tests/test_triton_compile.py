@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the Triton kernels: what the launch functions would launch, for machines not at hand.
 
 Each launch of a case is caught, its arguments are turned into the signature that Triton's launcher would give them, and
-the result is compiled for three architectures. No configuration that ships may spill registers to local memory.
+the result is compiled for three architectures. No configuration that ships may spill registers in its loops.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ TYPES = {
     torch.int8: "*i8",
 }  # fmt: skip
 SHARED_LIMIT = 99 * 1024  # what every GPU since compute capability 8.0 has
-FRAME = 8  # bytes: the call of the 64-bit division has one, whatever the registers; a spill comes on top
+FRAME = 16  # bytes: calls (64-bit division, the slow path of a float division or square root) save some registers
 
 
 def describe(value, specialize: bool):
