@@ -47,6 +47,7 @@ def bipartite_match(
         mask: bool ``[B, N]``, True for a real token. Padding is never matched.
         grid: ``(Hs, Ws)``, for ``"random2d"`` and for a window of two sides.
         stride: sides of a cell of ``"random2d"``.
+        seed: of its pattern; None takes the first position of every cell.
         segments: integers ``[B, N]`` or ``[N]``: only tokens of one segment match.
         window: an int: only ``|i - j| <= window``; ``(wy, wx)``: at most so many rows and columns apart on ``grid``.
         similarity: ``"cosine"`` or ``"dot"``.
@@ -185,8 +186,8 @@ def _partition(partition: Any, metric: Tensor, prefix: int, grid: Any, stride: A
         if grid is None:
             raise ValueError(f"{NAME}: grid must be (Hs, Ws) for partition='random2d', got None")
         sides = _pair_of_ints("stride", stride, 1)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"{NAME}: seed must be an int, got {seed!r}")
+        if isinstance(seed, bool) or not (seed is None or isinstance(seed, int)):
+            raise TypeError(f"{NAME}: seed must be an int or None, got {seed!r}")
         place = random_places(grid, sides, seed, metric.device) + (tokens - grid[0] * grid[1])  # [cells]
         role = torch.full((1, tokens), BYSTANDER, dtype=torch.int8, device=metric.device)
         role[:, tokens - grid[0] * grid[1] :] = SOURCE
@@ -238,13 +239,16 @@ def _mark(role: Tensor, metric: Tensor, protect: Any, mask: Any) -> Tensor:
     return role.to(torch.int8)
 
 
-def random_places(grid: tuple[int, int], stride: tuple[int, int], seed: int, device: torch.device) -> Tensor:
-    """One position of the grid for every whole cell, int64 [cells]: Philox(seed, cell) mod (sy sx) inside the cell."""
+def random_places(grid: tuple[int, int], stride: tuple[int, int], seed: int | None, device: torch.device) -> Tensor:
+    """One position of the grid for every whole cell, int64 [cells]: Philox(seed, cell) mod (sy sx) inside the cell, the
+    cell's first where seed is None."""
     rows, columns = grid[0] // stride[0], grid[1] // stride[1]
     cell = torch.arange(rows * columns, device=device)  # [cells]
     zero = torch.zeros_like(cell)
-    key = torch.tensor([seed], dtype=torch.int64, device=device)
-    inside = philox([cell, zero, zero, zero], key)[0] % math.prod(stride)  # [cells]
+    inside = zero
+    if seed is not None:
+        key = torch.tensor([seed], dtype=torch.int64, device=device)
+        inside = philox([cell, zero, zero, zero], key)[0] % math.prod(stride)  # [cells]
     y = torch.div(cell, max(columns, 1), rounding_mode="floor") * stride[0] + inside // stride[1]
     return y * grid[1] + cell % max(columns, 1) * stride[1] + inside % stride[1]
 
