@@ -166,10 +166,12 @@ def shared(x, offsets, weight, reduce, include_dst) -> dict:
     }  # fmt: skip
 
 
-def fwd(x, token_map, perm, offsets, weight, reduce, include_dst, with_size=True) -> tuple[Tensor, Tensor | None]:
-    """y [B, n_out, C] in x's dtype and size [B, n_out] in float32, both contiguous."""
+def fwd(
+    x, token_map, perm, offsets, weight, reduce, include_dst, with_size=True, dtype=None
+) -> tuple[Tensor, Tensor | None]:
+    """y [B, n_out, C] in x's dtype, or `dtype`, and size [B, n_out] in float32, both contiguous."""
     slots = offsets.shape[1] - 1
-    y = torch.empty((x.shape[0], slots, x.shape[2]), dtype=x.dtype, device=x.device)
+    y = torch.empty((x.shape[0], slots, x.shape[2]), dtype=dtype or x.dtype, device=x.device)
     size = torch.empty((x.shape[0], slots), dtype=torch.float32, device=x.device) if with_size else None
     if x.shape[0] * slots:
         _forward[(x.shape[0] * slots,)](

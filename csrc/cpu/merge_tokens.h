@@ -24,7 +24,8 @@ struct MergeProblem {
   int32_t tokens, slots, width;
   Reduce reduce;
   bool include_dst;
-  double fill;  // what unmerge gives a token without a slot
+  double fill;     // what unmerge gives a token without a slot,
+  RowsView fills;  // unless its row stands here
 };
 
 // Work on slots (or, in unmerge, tokens) [first, last) of a sample; `scratch` is aligned to 64 bytes and holds
