@@ -1,5 +1,6 @@
 """drop_tokens: MAE's and PatchDropout's meaning, edges and refusals. What every op must do is in tests/test_ops.py."""
 
+import libraries  # noqa: F401
 import pytest
 import torch
 
@@ -36,6 +37,51 @@ def test_mae_shuffles_and_restores(backend, ties):
     assert torch.equal(mask, removed) and mask.sum() == 4 * 147
     full = torch.cat((want, token.expand(4, 147, 8)), 1).gather(1, restore[..., None].expand(-1, -1, 8))
     assert torch.equal(vitkern.restore_tokens(y, index, 196, token, backend=backend), full)
+
+
+@ON
+@pytest.mark.parametrize("ratio", [0.75, 0.5, 0.0])
+def test_the_published_masked_autoencoder(backend, ratio):
+    """Against the embeddings of transformers' ViTMAE: its kept rows, mask and order of restoring."""
+    vit = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
+    config = vit.ViTMAEConfig(hidden_size=12, image_size=28, patch_size=4, num_attention_heads=2, mask_ratio=ratio)
+    x, noise = torch.randn(3, 49, 12), torch.rand(3, 49)
+    want, mask, restore = vit.ViTMAEEmbeddings(config).random_masking(x, noise)
+    y, index = vitkern.drop_tokens(x, ratio, noise=noise, backend=backend)
+    assert torch.equal(y, want)
+    assert torch.equal(torch.ones(3, 49).scatter(1, index.long(), 0.0), mask)  # 1 is removed
+    token = torch.randn(1, 1, 12)
+    full = torch.cat((want, token.expand(3, 49 - want.shape[1], 12)), 1)
+    full = full.gather(1, restore[..., None].expand(-1, -1, 12))
+    assert torch.equal(vitkern.restore_tokens(y, index, 49, token, backend=backend), full)
+    behind = torch.cat((torch.randn(3, 1, 12), x), 1)  # a class token in front stays in front
+    y, index = vitkern.drop_tokens(behind, ratio, noise=noise, protect=1, backend=backend)
+    assert torch.equal(y, torch.cat((behind[:, :1], want), 1)) and index[:, 0].eq(0).all()
+
+
+@ON
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("probability", [0.5, 0.97])
+def test_the_published_patch_dropout(backend, ordered, probability):
+    timm = pytest.importorskip("timm")
+    layer = timm.layers.PatchDropout(probability, num_prefix_tokens=1, ordered=ordered).train()
+    x = torch.randn(2, 17, 3)
+    torch.manual_seed(3)
+    want = layer(x)
+    torch.manual_seed(3)
+    options = {"noise": torch.randn(2, 16), "protect": 1, "min_keep": 1, "backend": backend}
+    got, _ = vitkern.drop_tokens(x, probability, order="position" if ordered else "noise", **options)
+    assert torch.equal(got, want)
+
+
+@ON
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(backend):
+    x = torch.randn(8, 50, 4)
+    options = {"seed": 5, "protect": 1, "backend": backend}
+    y, index = vitkern.drop_tokens(x, 0.6, **options)
+    for count in (1, 3):
+        alone, where = vitkern.drop_tokens(x[:count], 0.6, **options)
+        assert torch.equal(alone, y[:count]) and torch.equal(where, index[:count])
 
 
 @ON
@@ -117,9 +163,9 @@ X = torch.randn(2, 12, 4)
 @pytest.mark.parametrize(
     "call, kind, sentence",
     [
-        (lambda: vitkern.drop_tokens(X, 0.0), ValueError, "ratio must lie above 0 and below 1, got 0.0"),
-        (lambda: vitkern.drop_tokens(X, 1.0), ValueError, "ratio must lie above 0 and below 1, got 1.0"),
-        (lambda: vitkern.drop_tokens(X, float("nan")), ValueError, "ratio must lie above 0 and below 1, got nan"),
+        (lambda: vitkern.drop_tokens(X, -0.1), ValueError, r"ratio must lie in \[0, 1\), got -0.1"),
+        (lambda: vitkern.drop_tokens(X, 1.0), ValueError, r"ratio must lie in \[0, 1\), got 1.0"),
+        (lambda: vitkern.drop_tokens(X, float("nan")), ValueError, r"ratio must lie in \[0, 1\), got nan"),
         (lambda: vitkern.drop_tokens(X, "half"), TypeError, "ratio must be a float, got 'half'"),
         (
             lambda: vitkern.drop_tokens(X, 0.5, noise=torch.rand(2, 11)),

@@ -48,7 +48,9 @@ def test_opcheck_of_forward_and_backward(entry):
             ]
             torch.library.opcheck(func, tuple(fresh))
             name = func.name().removeprefix("vitkern::")
-            if name == entry.name and entry.gradient:  # the variant without gradient has the same schema
+            if (
+                name == entry.name and entry.gradient and not entry.last
+            ):  # the variant without gradient has the same schema
                 plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in fresh]
                 torch.library.opcheck(getattr(torch.ops.vitkern, f"{name}_fwd").default, tuple(plain))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import vitkern
 from vitkern import testing
@@ -91,6 +92,62 @@ def test_masked_and_nan_tokens_take_no_part_in_the_fused_token(backend):
     dx, dscore = torch.autograd.grad(y.square().sum(), (x, score))
     assert dx.isfinite().all() and dscore.isfinite().all()
     assert dx[0, [4, 6]].eq(0).all() and dscore[0, [0, 1, 4, 6, 7]].eq(0).all() and dscore[0, 2] != 0
+
+
+@ON
+def test_masked_tokens_are_kept_last(backend):
+    x = torch.arange(10.0)[None, :, None]
+    score = torch.tensor([[9.0, 1.0, 2.0, math.nan, 2.0, 2.0, 0.0, -math.inf, 3.0, math.inf]])
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    mask[0, 9] = False
+
+    def pick(k, **options):
+        return vitkern.select_tokens(x, score, k, backend=backend, **options)[1][0].tolist()
+
+    assert pick(3) == [0, 2, 8, 9] and pick(4) == [0, 2, 4, 8, 9] and pick(3, order="score") == [0, 9, 8, 2]
+    assert pick(2, protect=3) == [0, 1, 2, 8, 9] and pick(0) == [0] and pick(9) == list(range(10))
+    assert pick(2, mask=mask) == [0, 2, 8] and pick(7, mask=mask) == [0, 1, 2, 3, 4, 5, 6, 8]
+    fused, _ = vitkern.select_tokens(x, score, 5, mask=mask, fuse_rest=True, backend=backend)
+    assert fused[0, -1, 0] == 0.0  # token 6 has score 0, 3 and 7 are not finite, 9 is hidden
+
+
+@ON
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(backend):
+    g = torch.Generator().manual_seed(4)
+    x, score = torch.randn(8, 50, 6, generator=g), torch.randint(-3, 4, (8, 50), generator=g).float()
+    for options in ({"k": 9, "fuse_rest": "mean"}, {"k": 20, "order": "score"}, {"threshold": 0.5, "n_max": 30}):
+        together = vitkern.select_tokens(x, score, backend=backend, **options)
+        for b in (0, 5):
+            alone = vitkern.select_tokens(x[b : b + 1], score[b : b + 1], backend=backend, **options)
+            assert all(torch.equal(a, t[b : b + 1]) for a, t in zip(alone, together, strict=True))
+
+
+def test_selection_and_restoring_compile_into_one_graph_for_all_sizes():
+    def run(x, score, k):
+        y, index = vitkern.select_tokens(x, score, k, fuse_rest=True)
+        return vitkern.restore_tokens(y[:, :-1], index, x.shape[1], 1.0)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
+    for tokens, k in ((17, 5), (30, 7), (41, 20)):
+        x, score = torch.randn(3, tokens, 4), torch.rand(3, tokens)
+        assert torch.equal(compiled(x, score, k), run(x, score, k))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
+def test_rows_past_2_to_the_31_elements():
+    """Untouched pages of x cost nothing: only the rows that are kept are read."""
+    tokens, width = 2**21 + 9, 1025
+    x = torch.empty(1, tokens, width, dtype=torch.bfloat16)
+    where = [0, 7, tokens // 2, tokens - 2, tokens - 1]
+    score = torch.zeros(1, tokens)
+    score[0, where] = 1.0
+    x[0, where] = torch.arange(1.0, 6.0)[:, None].bfloat16()
+    y, index = vitkern.select_tokens(x, score, 4)
+    assert x.numel() > 2**31 and index[0].tolist() == where
+    assert torch.equal(y[0], torch.arange(1.0, 6.0)[:, None].bfloat16().expand(5, width))
 
 
 @ON
@@ -190,6 +247,19 @@ X, S = torch.randn(2, 6, 4), torch.rand(2, 6)
             "n_max must hold the 2 protected tokens",
         ),
         (lambda: vitkern.select_tokens(X, S, threshold="a"), TypeError, "threshold must be a float or a tensor"),
+        (lambda: vitkern.select_tokens(X.to("meta"), S, 2), ValueError, r"score must be on the device of x \(meta\)"),
+        (lambda: vitkern.select_tokens(X.int(), S, 2), TypeError, "x must be float32, float64, bfloat16 or float16"),
+        (lambda: vitkern.select_tokens(3, S, 2), TypeError, "x must be a tensor, got int"),
+        (
+            lambda: vitkern.select_tokens(X, S, 2, mask=S[:, :5] > 0),
+            ValueError,
+            r"mask must have shape \[B, N\] = \[2, 6\], got \[2, 5\]",
+        ),
+        (
+            lambda: vitkern.select_tokens(X, S, threshold=S[:1, 0]),
+            ValueError,
+            r"threshold must have shape \[B\] = \[2\], got \[1\]",
+        ),
         (lambda: vitkern.select_tokens(X, S, 2, mask=S), TypeError, "mask must be bool, got torch.float32"),
     ],
 )

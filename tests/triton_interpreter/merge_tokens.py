@@ -1,5 +1,5 @@
-"""merge_tokens, unmerge_tokens and restore_tokens in Triton, and what they carry, interpreted on the CPU, against the reference in float64. Run by
-tests/test_triton.py."""
+"""merge_tokens, unmerge_tokens and restore_tokens in Triton, and what they carry, interpreted on the CPU, against the
+reference in float64. Run by tests/test_triton.py."""
 
 import random
 

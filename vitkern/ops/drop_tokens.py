@@ -34,7 +34,7 @@ def drop_tokens(
 
     Args:
         x: ``[B, N, ...]`` of any trailing shape and strides: float32, float64, bfloat16 or float16.
-        ratio: the fraction that goes, above 0 and below 1.
+        ratio: the fraction that goes, in [0, 1).
         seed: an int or one int64 element: the noise is then Philox of (seed, sample, position), the same on every device.
             None: ``torch.rand`` of torch's generator, in one call as in MAE's code.
         noise: ``[B, M]`` instead, or ``[B, rows | columns | channels]`` with a ``structure``. Compared in float32.
@@ -73,8 +73,8 @@ def _lower(
     prefix = select_tokens.check_protect(NAME, protect, tokens)
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise TypeError(f"{NAME}: ratio must be a float, got {ratio!r}")
-    if not 0.0 < ratio < 1.0:
-        raise ValueError(f"{NAME}: ratio must lie above 0 and below 1, got {ratio!r}")
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"{NAME}: ratio must lie in [0, 1), got {ratio!r}")
     if order not in ("noise", "position"):
         raise ValueError(f"{NAME}: order must be 'noise' or 'position', got {order!r}")
     if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 0:
@@ -83,7 +83,7 @@ def _lower(
     if noise is not None:
         if seed is not None:
             raise ValueError(f"{NAME}: seed must be None where noise is given, got {seed!r}")
-        _checks.parameter(NAME, "noise", noise, x.device)
+        _checks.parameter(NAME, "noise", noise, x.device, "x")
         _checks.shape(NAME, "noise", noise, (batch, groups), "[B, M]")
         noise = noise.detach().float()
     elif seed is None:

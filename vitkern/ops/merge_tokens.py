@@ -79,7 +79,7 @@ def _lower(x: Any, plan: Any, weight: Any = None, reduce: Any = "mean", include_
     if not include_dst and reduce not in ("mean", "sum"):
         raise ValueError(f"{NAME}: include_dst=False must go with reduce='mean' or 'sum', got {reduce!r}")
     if weight is not None:
-        _checks.parameter(NAME, "weight", weight, x.device)
+        _checks.parameter(NAME, "weight", weight, x.device, "x")
         _checks.shape(NAME, "weight", weight, tuple(x.shape[:2]), "[B, N]")
     return (rows(x), plan.token_map, plan.perm, plan.offsets, weight, reduce, bool(include_dst))
 

@@ -51,8 +51,7 @@ def _lower(y: Any, index: Any, n: Any, fill: Any = 0.0) -> tuple[Any, ...]:
     if index.is_floating_point() or index.dtype == torch.bool:
         raise TypeError(f"{NAME}: index must hold integers, got {index.dtype}")
     _checks.shape(NAME, "index", index, tuple(y.shape[:2]), "[B, K]")
-    if index.device != y.device:
-        raise ValueError(f"{NAME}: index must be on the device of y ({y.device}), got {index.device}")
+    _checks.on_device(NAME, "index", index, "y", y.device)
     if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
         raise TypeError(f"{NAME}: n must be an int, got {n!r}")
     if n < 0:
@@ -76,7 +75,7 @@ def _lower(y: Any, index: Any, n: Any, fill: Any = 0.0) -> tuple[Any, ...]:
 
 def _fill(fill: Tensor, y: Tensor, n: int) -> tuple[Tensor | None, Tensor | None]:
     """fill as [B, n, C], or as a mask token [C]."""
-    _checks.parameter(NAME, "fill", fill, y.device)
+    _checks.parameter(NAME, "fill", fill, y.device, "y")
     tail = tuple(y.shape[2:])
     shape = (1,) * (y.dim() - fill.dim()) + tuple(fill.shape)
     wanted = len(shape) == y.dim() and shape[2:] == tail and shape[0] in (1, y.shape[0]) and shape[1] in (1, n)

@@ -82,8 +82,6 @@ def gathered(
     y = _call.run(merge_tokens.OP, rows, backend, merge_tokens._triton_refusals)[0]
     index = plan.perm[:, :slots]
     if ragged:
-        if slots > x.shape[1]:
-            index = torch.nn.functional.pad(index, (0, slots - x.shape[1]))
         index = torch.where(plan.key_mask, index, x.shape[1])
     return y.reshape(y.shape[0], y.shape[1], *x.shape[2:]), index, plan
 
@@ -107,7 +105,7 @@ def _lower(
     _checks.tensor(NAME, "score", score)
     _checks.floating(NAME, "score", score)
     _checks.shape(NAME, "score", score, (batch, tokens), "[B, N]")
-    _same_device("score", score, x)
+    _checks.on_device(NAME, "score", score, "x", x.device)
     prefix = check_protect(NAME, protect, tokens)
     if order not in ("position", "score"):
         raise ValueError(f"{NAME}: order must be 'position' or 'score', got {order!r}")
@@ -135,7 +133,7 @@ def _lower(
         if mask.dtype != torch.bool:
             raise TypeError(f"{NAME}: mask must be bool, got {mask.dtype}")
         _checks.shape(NAME, "mask", mask, (batch, tokens), "[B, N]")
-        _same_device("mask", mask, x)
+        _checks.on_device(NAME, "mask", mask, "x", x.device)
         ranked = ranked.masked_fill(~mask, -torch.inf)
     fuse = bool(fuse_rest) and most < tokens - prefix
     reduce = "first" if not fuse else "mean" if fuse_rest == "mean" else "sum"
@@ -174,13 +172,8 @@ def _threshold(threshold: Any, x: Tensor) -> Tensor:
         return torch.full((x.shape[0],), float(threshold), dtype=torch.float32, device=x.device)
     _checks.floating(NAME, "threshold", threshold)
     _checks.shape(NAME, "threshold", threshold, (x.shape[0],), "[B]")
-    _same_device("threshold", threshold, x)
+    _checks.on_device(NAME, "threshold", threshold, "x", x.device)
     return threshold.detach().float().contiguous()
-
-
-def _same_device(name: str, value: Tensor, x: Tensor) -> None:
-    if value.device != x.device:
-        raise ValueError(f"{NAME}: {name} must be on the device of x ({x.device}), got {value.device}")
 
 
 # the op -----------------------------------------------------------------------------------------------------------------
