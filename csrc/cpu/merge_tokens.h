@@ -13,7 +13,7 @@ struct RowsView {
   int64_t batch, token, dim;
 };
 
-enum class Reduce : int32_t { mean, sum, max, first };
+enum class Reduce : int32_t { mean, sum, max, first, mlerp };
 
 // One call. Rows named x belong to tokens, rows named y to slots.
 struct MergeProblem {
