@@ -30,6 +30,8 @@ CPU_SOURCES = [
     "csrc/cpu/merge_plan.cpp",
     "csrc/cpu/merge_tokens.cpp",
     "csrc/cpu/unmerge_tokens.cpp",
+    "csrc/cpu/select_tokens.cpp",
+    "csrc/cpu/restore_tokens.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",

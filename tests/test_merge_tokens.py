@@ -1,5 +1,7 @@
 """merge_tokens and unmerge_tokens: invariants, edges and refusals. What every op must do is in tests/test_ops.py."""
 
+import math
+
 import pytest
 import torch
 
@@ -42,6 +44,40 @@ def test_ties_of_a_maximum_share_the_gradient_as_torch_does(backend):
     assert torch.equal(got, want)
     (a,), (b,) = (torch.autograd.grad((t * weight).sum(), x) for t in (got, want))
     torch.testing.assert_close(a, b)
+
+
+@ON
+def test_mlerp_is_as_long_as_the_longest_token_of_the_slot(backend):
+    x = torch.randn(3, 40, 12, dtype=torch.float64) * torch.rand(3, 40, 1, dtype=torch.float64)
+    weight = torch.randint(1, 9, (3, 40)).double()
+    plan = plan_of(x, 15)
+    y, size = vitkern.merge_tokens(x, plan, weight=weight, reduce="mlerp", backend=backend)
+    mean, same = vitkern.merge_tokens(x, plan, weight=weight, backend=backend)
+    assert torch.equal(size, same)
+    inside = plan.source()
+    longest = (x.norm(dim=-1)[:, None, :] * inside).amax(-1)  # over the whole slot, its destination too
+    torch.testing.assert_close(y.norm(dim=-1), longest)
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(y, mean, dim=-1), torch.ones_like(longest))
+    first = plan.perm.gather(1, plan.offsets[:, :-1].long()).long()
+    own = x.norm(dim=-1).gather(1, first)
+    assert (inside.sum(-1).eq(1) | (longest > own)).any() and (longest == own)[inside.sum(-1) > 1].any()
+
+
+@ON
+def test_mlerp_of_tied_norms_zero_rows_and_empty_slots(backend):
+    x = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0], [1.0, 2.0], [-1.0, -2.0], [5.0, 1.0]], dtype=torch.float64)
+    x = x[None].requires_grad_()
+    plan = MergePlan.from_map(torch.tensor([[0, 0, 1, 2, 2, 4]]), 4)
+    y, _ = vitkern.merge_tokens(x, plan, reduce="mlerp", backend=backend)
+    torch.testing.assert_close(y[0, 0], torch.full((2,), math.sqrt(12.5), dtype=torch.float64))
+    assert y[0, 1:].eq(0).all()  # a zero row, opposite rows, no row
+    upstream = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]], dtype=torch.float64)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    # mean (3.5, 3.5), M = 5: each half of 5 / |u| (1/2, -1/2); the first of the two longest also <u, dy> x / (|u| M)
+    part = 0.5 * 5 / math.sqrt(24.5) * torch.tensor([0.5, -0.5], dtype=torch.float64)
+    lead = math.sqrt(0.5) * torch.tensor([0.6, 0.8], dtype=torch.float64)
+    torch.testing.assert_close(dx[0, :2], torch.stack((part + lead, part)))
+    assert dx[0, 2:].eq(0).all()
 
 
 @ON
@@ -161,12 +197,12 @@ X, PLAN = torch.randn(2, 6, 4), MergePlan.from_map(torch.zeros(2, 6, dtype=torch
         (
             lambda: vitkern.merge_tokens(X, PLAN, reduce="min"),
             ValueError,
-            "reduce must be 'mean', 'sum', 'max' or 'first'",
+            "reduce must be 'mean', 'sum', 'max', 'first' or 'mlerp'",
         ),
         (
-            lambda: vitkern.merge_tokens(X, PLAN, reduce="mlerp"),
-            NotImplementedError,
-            "reduce='mlerp' is not implemented",
+            lambda: vitkern.merge_tokens(X, PLAN, reduce="mlerp", include_dst=False),
+            ValueError,
+            "include_dst=False must go with",
         ),
         (
             lambda: vitkern.merge_tokens(X, PLAN, reduce="max", include_dst=False),

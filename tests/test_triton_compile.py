@@ -18,11 +18,13 @@ import torch
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
 from vitkern.triton_kernels import (  # noqa: E402
     _reduce,
     _window_bwd_tiled,
     bipartite_match,
     merge_tokens,
+    restore_tokens,
     unmerge_tokens,
     window_attention,
     window_attention_bwd,
@@ -227,5 +229,8 @@ def test_merging_compiles_without_spills(capability, dtype, width, weighted):
             _, size = merge_tokens.fwd(*args)
             merge_tokens.bwd(y, size if weighted else None, size, *args, 3)
         unmerge_tokens.bwd(unmerge_tokens.fwd(y, *plan, 0.5), y, *plan, 0.5, 1)
+        for fill in (torch.zeros(2, 40, width), None):
+            args = (y, plan[0][:, :20].contiguous(), fill, torch.zeros(width) if fill is None else None, 40, 0.0)
+            restore_tokens.bwd(restore_tokens.fwd(*args), *args, 7)
     seen = compile_all(launches, f"merging C={width}, sm_{capability}, {dtype}", capability)
     assert seen == {"_forward", "_backward", "_unmerge"}

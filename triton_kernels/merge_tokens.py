@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ._host import DTYPES, device_reasons, power
 
-REDUCTIONS = ("mean", "sum", "max", "first")
+REDUCTIONS = ("mean", "sum", "max", "first", "mlerp")
 MAX_WIDTH = 8192                        # a row stays in registers
+LEAST_NORM = tl.constexpr(1e-12)        # of a mean that mlerp divides by
 
 
 @triton.jit
@@ -53,6 +54,20 @@ def _reduced(x_ptr, perm_ptr, weight_ptr, sample, start, stop, total, strides, w
 
 
 @triton.jit
+def _longest(x_ptr, perm_ptr, start, stop, strides, c, C: tl.constexpr):
+    """The largest norm of the rows start..stop, and the first row that has it."""
+    largest, place = 0.0, start
+    for t in range(start, stop):
+        token = tl.load(perm_ptr + t).to(tl.int64)
+        x = tl.load(x_ptr + token * strides[1] + c * strides[2], mask=c < C, other=0.0).to(tl.float32)
+        norm = tl.sqrt_rn(tl.sum(x * x))
+        if (norm > largest) | (norm != norm):
+            largest = norm
+            place = t
+    return largest, place
+
+
+@triton.jit
 def _forward(
     x_ptr, perm_ptr, offsets_ptr, weight_ptr, y_ptr, size_ptr, strides, weight_strides, tokens, slots,
     REDUCE: tl.constexpr, INCLUDE_DST: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -74,8 +89,11 @@ def _forward(
     at = sample * slots + slot
     if size_ptr is not None:
         tl.store(size_ptr + at, total)
-    y = _reduced(x_ptr, perm_ptr, weight_ptr if REDUCE < 2 else None, sample, first, last, total, strides,
-                 weight_strides, c, REDUCE == 0, REDUCE == 2, C, BLOCK_C)
+    y = _reduced(x_ptr, perm_ptr, weight_ptr if REDUCE < 2 or REDUCE == 4 else None, sample, first, last, total, strides,
+                 weight_strides, c, REDUCE == 0 or REDUCE == 4, REDUCE == 2, C, BLOCK_C)
+    if REDUCE == 4:
+        longest, _ = _longest(x_ptr, perm_ptr, start, stop, strides, c, C)
+        y *= tl.div_rn(longest, tl.maximum(tl.sqrt_rn(tl.sum(y * y)), LEAST_NORM))
     tl.store(y_ptr + at * C + c, y.to(y_ptr.dtype.element_ty), mask=c < C)
 
 
@@ -106,12 +124,21 @@ def _backward(
     first = start
     if not INCLUDE_DST:
         first = tl.minimum(start + 1, stop)
-    total, y, ties = 0.0, g, g
+    total, y, ties, longest, place = 0.0, g, g, 0.0, start
     if real:
         total = _total(perm_ptr, weight_ptr, sample, first, stop, weight_strides)
-        if REDUCE == 0 or REDUCE == 2:
-            y = _reduced(x_ptr, perm_ptr, weight_ptr if REDUCE < 2 else None, sample, first, stop, total, strides,
-                         weight_strides, c, REDUCE == 0, REDUCE == 2, C, BLOCK_C)
+        if REDUCE == 0 or REDUCE == 2 or REDUCE == 4:
+            y = _reduced(x_ptr, perm_ptr, weight_ptr if REDUCE != 2 else None, sample, first, stop, total, strides,
+                         weight_strides, c, REDUCE != 2, REDUCE == 2, C, BLOCK_C)
+        if REDUCE == 4:
+            longest, place = _longest(x_ptr, perm_ptr, start, stop, strides, c, C)
+    own = 0.0                                  # mlerp: how much of its own row the longest token's gradient holds
+    if REDUCE == 4:
+        norm = tl.sqrt_rn(tl.sum(y * y))
+        safe_norm = tl.maximum(norm, LEAST_NORM)
+        along = tl.div_rn(tl.sum(g * y), safe_norm)
+        own = tl.where(longest == 0.0, 0.0, tl.div_rn(along, tl.where(longest == 0.0, 1.0, longest)))
+        g = tl.div_rn(longest, safe_norm) * (g - y * tl.where(norm > LEAST_NORM, tl.div_rn(along, safe_norm), 0.0))
     if REDUCE == 2:
         ties = tl.zeros([BLOCK_C], tl.float32)
         for t in range(start, tl.where(real, stop, start)):
@@ -124,12 +151,14 @@ def _backward(
         x = tl.load(x_ptr + token * strides[1] + c * strides[2], mask=inside, other=0.0).to(tl.float32)
         used = real & (t >= first)
         dw = tl.where(used, dsize, 0.0)
-        if REDUCE == 0:
+        if REDUCE == 0 or REDUCE == 4:
             safe = tl.where(total == 0.0, 1.0, total)
             w = _weight(weight_ptr, sample, token, weight_strides)
             dx = g * tl.where(used & (total != 0.0), tl.div_rn(w, safe), 0.0)
             dot = tl.sum(tl.where(c < C, g * (x - y), 0.0))
             dw += tl.where(used & (total != 0.0), tl.div_rn(dot, safe), 0.0)
+            if REDUCE == 4:
+                dx += tl.where(real & (t == place), own, 0.0) * x
         elif REDUCE == 1:
             dx = g * tl.where(used, _weight(weight_ptr, sample, token, weight_strides), 0.0)
             dw += tl.where(used, tl.sum(tl.where(c < C, g * x, 0.0)), 0.0)
@@ -162,14 +191,16 @@ def shared(x, offsets, weight, reduce, include_dst) -> dict:
     return {
         "strides": x.stride(), "weight_ptr": weight, "weight_strides": (0, 0) if weight is None else weight.stride(),
         "slots": offsets.shape[1] - 1, "REDUCE": REDUCTIONS.index(reduce), "INCLUDE_DST": include_dst,
-        "C": x.shape[2], "BLOCK_C": block, "num_warps": 8 if block > 2048 else 4 if block > 256 else 1,
+        "C": x.shape[2], "BLOCK_C": block, "num_warps": 8 if block > 2048 else 4 if block > 1024 else 2 if block > 256 else 1,
     }  # fmt: skip
 
 
-def fwd(x, token_map, perm, offsets, weight, reduce, include_dst, with_size=True) -> tuple[Tensor, Tensor | None]:
-    """y [B, n_out, C] in x's dtype and size [B, n_out] in float32, both contiguous."""
+def fwd(
+    x, token_map, perm, offsets, weight, reduce, include_dst, with_size=True, dtype=None
+) -> tuple[Tensor, Tensor | None]:
+    """y [B, n_out, C] in x's dtype, or `dtype`, and size [B, n_out] in float32, both contiguous."""
     slots = offsets.shape[1] - 1
-    y = torch.empty((x.shape[0], slots, x.shape[2]), dtype=x.dtype, device=x.device)
+    y = torch.empty((x.shape[0], slots, x.shape[2]), dtype=dtype or x.dtype, device=x.device)
     size = torch.empty((x.shape[0], slots), dtype=torch.float32, device=x.device) if with_size else None
     if x.shape[0] * slots:
         _forward[(x.shape[0] * slots,)](

@@ -14,16 +14,22 @@ from ._host import power
 
 @triton.jit
 def _unmerge(
-    y_ptr, token_map_ptr, x_ptr, strides, tokens, slots, fill, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    y_ptr, token_map_ptr, x_ptr, rows_ptr, strides, rows_strides, tokens, slots, fill,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x [B, N, C], contiguous. Grid: tokens (fastest) x samples, on axis 0."""
+    """x [B, N, C], contiguous; a token without a slot gets its own of `rows`, else `fill`. Grid: tokens (fastest) x
+    samples, on axis 0."""
     at = tl.program_id(0).to(tl.int64)
     sample = at // tokens
     slot = tl.load(token_map_ptr + at)
     c = tl.arange(0, BLOCK_C)
     found = slot + 0 * c < slots                                                       # [BLOCK_C]
     row = tl.load(y_ptr + sample * strides[0] + slot * strides[1] + c * strides[2], mask=(c < C) & found, other=0.0)
-    row = tl.where(found, row.to(tl.float32), fill)
+    other = tl.zeros([BLOCK_C], tl.float32) + fill
+    if rows_ptr is not None:
+        rows_ptr += sample * rows_strides[0] + at % tokens * rows_strides[1]
+        other = tl.load(rows_ptr + c * rows_strides[2], mask=(c < C) & (found == 0), other=0.0).to(tl.float32)
+    row = tl.where(found, row.to(tl.float32), other)
     tl.store(x_ptr + at * C + c, row.to(x_ptr.dtype.element_ty), mask=c < C)
 
 
@@ -34,11 +40,17 @@ def supported(y, token_map, perm, offsets, fill) -> list[str]:
 
 def fwd(y, token_map, perm, offsets, fill) -> Tensor:
     """x [B, N, C] in y's dtype, contiguous."""
+    return gathered(y, token_map, fill)
+
+
+def gathered(y, token_map, fill=0.0, rows=None, dtype=None) -> Tensor:
+    """y [B, K, C] by token_map [B, N]; where that is K, the row of `rows` (any strides, 0 among them) or `fill`."""
     width = y.shape[2]
-    x = torch.empty((*token_map.shape, width), dtype=y.dtype, device=y.device)
-    if token_map.numel():
+    x = torch.empty((*token_map.shape, width), dtype=dtype or y.dtype, device=y.device)
+    if x.numel():
         _unmerge[(token_map.numel(),)](
-            y_ptr=y, token_map_ptr=token_map, x_ptr=x, strides=y.stride(), tokens=token_map.shape[1],
+            y_ptr=y, token_map_ptr=token_map, x_ptr=x, rows_ptr=rows, strides=y.stride(),
+            rows_strides=(0, 0, 0) if rows is None else rows.stride(), tokens=token_map.shape[1],
             slots=y.shape[1], fill=float(fill), C=width, BLOCK_C=power(width),
             num_warps=8 if width > 2048 else 4 if width > 256 else 1,
         )  # fmt: skip

@@ -5,8 +5,11 @@ from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
 from vitkern.ops.bipartite_match import bipartite_match
+from vitkern.ops.drop_tokens import drop_tokens
 from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
+from vitkern.ops.restore_tokens import restore_tokens
+from vitkern.ops.select_tokens import select_tokens
 from vitkern.ops.unmerge_tokens import unmerge_tokens
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 from vitkern.patch import PatchReport, patch, patched
@@ -22,6 +25,7 @@ __all__ = [
     "Stats",
     "bias",
     "bipartite_match",
+    "drop_tokens",
     "explain",
     "info",
     "merge_plan",
@@ -30,6 +34,8 @@ __all__ = [
     "nn",
     "patch",
     "patched",
+    "restore_tokens",
+    "select_tokens",
     "unmerge_tokens",
     "use_backend",
     "window_attention",

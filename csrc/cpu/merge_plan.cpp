@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "radix.h"
 #include "roles.h"
 #include "tensors.h"
 
@@ -23,14 +23,6 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "merge_plan";
 enum class Order { split, score, position };
 
-// Unsigned numbers in the order of floats; -0 and 0 are one.
-uint32_t ordered(float x) {
-  uint32_t u;
-  x += 0.0f;
-  std::memcpy(&u, &x, 4);
-  return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
 // One sample of a call: its rows of the inputs and outputs.
 struct Sample {
   const float* score;
@@ -39,21 +31,6 @@ struct Sample {
   int32_t *token_map, *perm, *offsets;
   int64_t tokens, n_out;
 };
-
-// The key of the smallest of the `count` largest keys, and how many of those equal it: 8 bits at a time.
-std::pair<uint32_t, int64_t> radix_select(const std::vector<uint32_t>& keys, int64_t count) {
-  uint32_t found = 0, known = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t bins[256] = {};
-    for (const uint32_t key : keys)
-      if ((key & known) == found) ++bins[key >> shift & 255];
-    int bin = 255;
-    while (bins[bin] < count) count -= bins[bin--];
-    found |= uint32_t(bin) << shift;
-    known |= 255u << shift;
-  }
-  return {found, count};
-}
 
 // merged[i]: whether token i joins its partner. Returns how many do.
 int64_t select(const Sample& s, int64_t most, const float* threshold, std::vector<char>& merged) {

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -28,8 +30,10 @@ MergeProblem prepare(const Tensor& x, const Tensor& token_map, const Tensor& per
     check(weight->dim() == 2 && weight->size(0) == p.batch && weight->size(1) == p.tokens, kOp, "weight must have shape [B, N]");
     p.weight = as_rows(*weight, kOp);
   }
-  p.reduce = reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : reduce == "max" ? Reduce::max : Reduce::first;
-  check(p.reduce != Reduce::first || reduce == "first", kOp, "reduce must be 'mean', 'sum', 'max' or 'first'");
+  constexpr const char* names[] = {"mean", "sum", "max", "first", "mlerp"};
+  const auto named = std::find(std::begin(names), std::end(names), reduce);
+  check(named != std::end(names), kOp, "reduce must be 'mean', 'sum', 'max', 'first' or 'mlerp'");
+  p.reduce = static_cast<Reduce>(named - names);
   p.include_dst = include_dst;
   return p;
 }

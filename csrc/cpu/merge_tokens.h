@@ -13,7 +13,7 @@ struct RowsView {
   int64_t batch, token, dim;
 };
 
-enum class Reduce : int32_t { mean, sum, max, first };
+enum class Reduce : int32_t { mean, sum, max, first, mlerp };
 
 // One call. Rows named x belong to tokens, rows named y to slots.
 struct MergeProblem {
@@ -24,7 +24,8 @@ struct MergeProblem {
   int32_t tokens, slots, width;
   Reduce reduce;
   bool include_dst;
-  double fill;  // what unmerge gives a token without a slot
+  double fill;     // what unmerge gives a token without a slot,
+  RowsView fills;  // unless its row stands here
 };
 
 // Work on slots (or, in unmerge, tokens) [first, last) of a sample; `scratch` is aligned to 64 bytes and holds

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from vitkern.triton_kernels import bipartite_match as kernels
 
 import vitkern
 from vitkern import testing
 from vitkern.ops import bipartite_match as op
 from vitkern.testing.bipartite_match import draw, make, small
+from vitkern.triton_kernels import bipartite_match as kernels
 
 ENTRY = testing.entries()["bipartite_match"]
 

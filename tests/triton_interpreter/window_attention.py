@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from vitkern.triton_kernels import _reduce, _window_host
-from vitkern.triton_kernels import window_attention as forward
-from vitkern.triton_kernels import window_attention_bwd as backward
 
 from vitkern.reference.window_attention import window_attention as reference
 from vitkern.testing import assert_close_to_oracle, poisoned
+from vitkern.triton_kernels import _reduce, _window_host
+from vitkern.triton_kernels import window_attention as forward
+from vitkern.triton_kernels import window_attention_bwd as backward
 
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dlogit_scale", "dk_pad", "dv_pad")
 INPUTS = (0, 1, 2, 3, 5, 6, 7)  # their places among the arguments

@@ -18,12 +18,17 @@ def floating(op: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
 
 
-def parameter(op: str, name: str, value: Any, device: torch.device) -> None:
-    """A floating tensor on the device of q: tables, biases, scales."""
+def parameter(op: str, name: str, value: Any, device: torch.device, of: str = "q") -> None:
+    """A floating tensor on the device of the argument `of`: tables, biases, scales, weights."""
     tensor(op, name, value)
     floating(op, name, value)
+    on_device(op, name, value, of, device)
+
+
+def on_device(op: str, name: str, value: Tensor, of: str, device: torch.device) -> None:
+    """`of` names the argument that decides the device."""
     if value.device != device:
-        raise ValueError(f"{op}: {name} must be on the device of q ({device}), got {value.device}")
+        raise ValueError(f"{op}: {name} must be on the device of {of} ({device}), got {value.device}")
 
 
 def shape(op: str, name: str, value: Tensor, want: tuple[int, ...], text: str) -> None:

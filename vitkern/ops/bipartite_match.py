@@ -130,12 +130,7 @@ def _flags(name: str, value: Any, metric: Tensor) -> None:
     if value.dtype != torch.bool:
         raise TypeError(f"{NAME}: {name} must be bool, got {value.dtype}")
     _checks.shape(NAME, name, value, tuple(metric.shape[:2]), "[B, N]")
-    _same_device(name, value, metric)
-
-
-def _same_device(name: str, value: Tensor, metric: Tensor) -> None:
-    if value.device != metric.device:
-        raise ValueError(f"{NAME}: {name} must be on the device of metric ({metric.device}), got {value.device}")
+    _checks.on_device(NAME, name, value, "metric", metric.device)
 
 
 def _pair_of_ints(name: str, value: Any, least: int) -> tuple[int, int]:
@@ -175,7 +170,7 @@ def _segments(segments: Any, metric: Tensor) -> Tensor:
     if segments.dim() != 2 or segments.shape[0] not in (1, metric.shape[0]) or segments.shape[1] != metric.shape[1]:
         want = list(metric.shape[:2])
         raise ValueError(f"{NAME}: segments must have shape [B, N] = {want} or [N], got {list(segments.shape)}")
-    _same_device("segments", segments, metric)
+    _checks.on_device(NAME, "segments", segments, "metric", metric.device)
     return segments.to(torch.int32)
 
 
@@ -217,7 +212,7 @@ def _index(index: Any, metric: Tensor) -> Tensor:
         index = index[None]
     if index.dim() != 2 or index.shape[0] not in (1, metric.shape[0]):
         raise ValueError(f"{NAME}: partition must have shape [n] or [B, n], got {list(index.shape)}")
-    _same_device("partition", index, metric)
+    _checks.on_device(NAME, "partition", index, "metric", metric.device)
     if backends.may_read(index) and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < metric.shape[1]:
         raise ValueError(
             f"{NAME}: partition must hold positions in [0, {metric.shape[1]}), "

@@ -12,7 +12,7 @@ from vitkern.reference.merge_tokens import merge_tokens as definition
 from vitkern.tokens import MergePlan
 
 NAME = "merge_tokens"
-REDUCTIONS = ("mean", "sum", "max", "first")
+REDUCTIONS = ("mean", "sum", "max", "first", "mlerp")
 
 
 def merge_tokens(
@@ -31,7 +31,8 @@ def merge_tokens(
         plan: from :func:`vitkern.merge_plan`.
         weight: ``[B, N]``, usually the tokens' sizes; with gradient. Without it every token counts 1.
         reduce: ``"mean"`` (weighted), ``"sum"`` (weighted), ``"max"`` (elementwise, ties share the gradient) or
-            ``"first"`` (the destination); a tuple with a tuple ``x``.
+            ``"first"`` (the destination) or ``"mlerp"`` (Kim et al. 2024): the weighted mean u, as long as the longest token
+            of the slot: ``u max_i |x_i| / max(|u|, 1e-12)``; the norm is over all trailing axes. A tuple with a tuple ``x``.
         include_dst: False leaves the first token of every slot out of means, sums and sizes.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
@@ -41,7 +42,6 @@ def merge_tokens(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
-        NotImplementedError: ``reduce="mlerp"``.
     """
     several = isinstance(x, (tuple, list))
     each = tuple(x) if several else (x,)
@@ -72,14 +72,12 @@ def _lower(x: Any, plan: Any, weight: Any = None, reduce: Any = "mean", include_
         )
     if x.device != plan.token_map.device:
         raise ValueError(f"{NAME}: x must be on the device of the plan ({plan.token_map.device}), got {x.device}")
-    if reduce == "mlerp":
-        raise NotImplementedError(f"{NAME}: reduce='mlerp' is not implemented yet")
     if reduce not in REDUCTIONS:
-        raise ValueError(f"{NAME}: reduce must be 'mean', 'sum', 'max' or 'first', got {reduce!r}")
+        raise ValueError(f"{NAME}: reduce must be 'mean', 'sum', 'max', 'first' or 'mlerp', got {reduce!r}")
     if not include_dst and reduce not in ("mean", "sum"):
         raise ValueError(f"{NAME}: include_dst=False must go with reduce='mean' or 'sum', got {reduce!r}")
     if weight is not None:
-        _checks.parameter(NAME, "weight", weight, x.device)
+        _checks.parameter(NAME, "weight", weight, x.device, "x")
         _checks.shape(NAME, "weight", weight, tuple(x.shape[:2]), "[B, N]")
     return (rows(x), plan.token_map, plan.perm, plan.offsets, weight, reduce, bool(include_dst))
 

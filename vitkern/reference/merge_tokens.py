@@ -2,6 +2,7 @@
 
     W_o = sum of w_i over the tokens i of slot o
     "mean": sum w_i x_i / W_o, 0 where W_o = 0     "sum": sum w_i x_i     "max": elementwise     "first": the destination
+    "mlerp" (Kim et al. 2024): u M / max(|u|, 1e-12), u the mean and M the largest |x_i| of the slot, its first where they tie
 
 Without weights w_i = 1. `include_dst=False` leaves the first token of every slot out of sums. Products and sums are
 float32 (float64 for float64). A token without a slot is seen by nothing and gets gradient 0.
@@ -48,12 +49,17 @@ def merge_tokens(
         y = y.scatter_reduce(1, wide, v, "amax")[:, :slots].masked_fill(empty[..., None], 0.0)  # [B, n_out, C]
     else:
         c = w.to(acc)  # [B, N]
-        if reduce == "mean":
+        if reduce != "sum":
             total = padded.to(acc)  # [B, n_out + 1]
             c = (c / total.masked_fill(total == 0, 1.0).gather(1, slot)).masked_fill((total == 0).gather(1, slot), 0.0)
         v = v.masked_fill(~used[..., None], 0.0)  # [B, N, C]
         y = v.new_zeros(v.shape[0], slots + 1, width)  # [B, n_out + 1, C]
         y = y.scatter_add(1, wide, c[..., None] * v)[:, :slots]  # [B, n_out, C]
+    if reduce == "mlerp":
+        norm = torch.linalg.vector_norm(v, dim=-1)  # [B, N]
+        longest = norm.gather(1, leaders(norm.detach(), slot, perm, slots)).masked_fill(empty, 0.0)  # [B, n_out]
+        length = torch.linalg.vector_norm(y, dim=-1)  # [B, n_out]
+        y = y * (longest / length.clamp(min=1e-12))[..., None]  # [B, n_out, C]
     return y.to(x.dtype), size.clone()  # [B, n_out, C], [B, n_out]
 
 
@@ -65,3 +71,16 @@ def destinations(perm: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         return start[:, :-1], empty
     first = perm.long().gather(1, start[:, :-1].clamp(max=perm.shape[1] - 1))  # [B, n_out]
     return first, empty
+
+
+def leaders(norm: Tensor, slot: Tensor, perm: Tensor, slots: int) -> Tensor:
+    """The token of largest norm in every slot, the first of the plan's order: [B, n_out] int64, any where there is none."""
+    order = perm.long()  # [B, N]
+    ranked, where = norm.gather(1, order), slot.gather(1, order)  # [B, N], [B, N]
+    largest = norm.new_zeros(norm.shape[0], slots + 1).scatter_reduce(1, where, ranked, "amax")  # [B, n_out + 1]
+    tokens = order.shape[1]
+    place = torch.arange(tokens, device=norm.device).where(ranked == largest.gather(1, where), tokens)  # [B, N]
+    first = place.new_full((norm.shape[0], slots + 1), tokens).scatter_reduce(1, where, place, "amin")  # [B, n_out + 1]
+    if tokens == 0:
+        return first[:, :slots]
+    return order.gather(1, first[:, :slots].clamp(max=tokens - 1))  # [B, n_out]

@@ -80,7 +80,7 @@ def make(
 
 def draw(rng: random.Random) -> Call:
     tokens = rng.choice((1, 2, 7, 40, 197))
-    reduce = rng.choice(("mean", "mean", "sum", "max", "first"))
+    reduce = rng.choice(("mean", "mean", "sum", "max", "first", "mlerp"))
     tail = rng.choice(((), (rng.choice(WIDTHS),), (rng.choice(WIDTHS),), (3, 5)))
     options = {"include_dst": rng.random() < 0.7} if reduce in ("mean", "sum") else {}
     return make(
@@ -104,6 +104,7 @@ def small() -> list[Call]:
         make(1, 2, 9, 5, 8, weight="sizes"),
         make(2, 2, 9, 5, 11, weight="sizes", reduce="sum", layout="channels"),
         make(3, 2, 9, 5, 8, reduce="max"),
+        make(13, 2, 9, 5, 8, weight="zeros", reduce="mlerp"),
         make(4, 2, 9, 5, 3, 2, weight="sizes", reduce="first"),
         make(5, 2, 9, 4, 9, weight="sizes", include_dst=False),
         make(6, 2, 7, 3, 8, reduce="sum", include_dst=False, dropped=False),
@@ -112,6 +113,7 @@ def small() -> list[Call]:
         make(9, 2, 8, 4, 8, weight="zeros"),
         make(10, 0, 8, 4, 8),
         make(11, 2, 8, 0, 4),
+        make(14, 2, 9, 3, 11, reduce="mlerp", layout="channels"),
         make(12, 1, 60, 2, 20, weight="sizes", dropped=False),
     ]
 

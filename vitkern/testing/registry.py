@@ -93,15 +93,26 @@ class Entry:
     sizes: Callable[[], list[Call]]  # three sizes of one call, whose `build` serves all of them: compile
     cast: tuple[str, ...] = ()  # the tensors that autocast casts
     gradient: bool = True
+    last: str = ""  # the torch.library op that its backward ends in, where it moves its rows by another op
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def entries() -> dict[str, Entry]:
     """Every op's entry, by name."""
-    from vitkern.testing import bipartite_match, merge_plan, merge_tokens, unmerge_tokens, window_attention
+    from vitkern.testing import (
+        bipartite_match,
+        drop_tokens,
+        merge_plan,
+        merge_tokens,
+        restore_tokens,
+        select_tokens,
+        unmerge_tokens,
+        window_attention,
+    )
 
-    modules = (window_attention, bipartite_match, merge_plan, merge_tokens, unmerge_tokens)
+    merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens)
+    modules = (window_attention, *merging, select_tokens, restore_tokens, drop_tokens)
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 

@@ -1,0 +1,208 @@
+"""select_tokens: argument checks, lowering, and the op that chooses; merge_tokens moves the rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern.ops import _call, _checks, merge_tokens
+from vitkern.ops._op import PlainOp
+from vitkern.reference.select_tokens import select_tokens as definition
+from vitkern.tokens import MergePlan
+
+NAME = "select_tokens"
+
+
+def select_tokens(
+    x: Tensor,
+    score: Tensor,
+    k: int | None = None,
+    *,
+    protect: int = 1,
+    threshold: float | Tensor | None = None,
+    fuse_rest: bool | str = False,
+    order: str = "position",
+    mask: Tensor | None = None,
+    n_max: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    r"""The k tokens of largest score, and what is left out in one more (EViT, Liang et al. 2022; DynamicViT, VisionZip).
+
+    ``y = [prefix | kept | fused]``. The fused token is ``sum_j s_j x_j`` over the tokens left out (EViT, which does not
+    normalise it), with ``"mean"`` divided by ``sum_j s_j``. One pass chooses, by a radix select on the CPU; the rows are
+    moved by the kernels of :func:`vitkern.merge_tokens`, whose backward is a gather.
+
+    Args:
+        x: ``[B, N, ...]`` of any trailing shape and strides: float32, float64, bfloat16 or float16.
+        score: ``[B, N]``, compared in float32; with gradient through the fused token alone. The scores of protected tokens
+            are ignored; NaN counts as ``-inf``.
+        k: how many tokens are kept beside the protected ones, at most N - protect. ``k = N - protect`` keeps all of them,
+            and there is no fused token. None, with ``threshold``: all that reach it.
+        protect: how many of the first tokens are always kept.
+        threshold: only scores of at least this, a float or ``[B]``; of those at most ``k``.
+        fuse_rest: ``"sum"`` (or True) or ``"mean"``: adds the fused token, last. Tokens whose score is not finite and
+            masked ones take no part. Not with ``threshold``.
+        order: of the kept tokens: ``"position"``, or ``"score"``, the largest first (as EViT and DynamicViT return them).
+        mask: bool ``[B, N]``, True for a real token; the score of the others is ``-inf``.
+        n_max: with ``threshold``: the length of y, protected tokens included; at most so many are kept.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` (which moves the rows; plain PyTorch chooses); raises with all
+            reasons if it cannot run.
+
+    Returns:
+        ``(y, index)``: ``y [B, protect + k (+ 1), ...]`` in the dtype of x, ``index [B, protect + k]`` int32, the positions
+        of its rows but the fused one: what :func:`vitkern.restore_tokens` wants. With ``threshold`` and ``n_max``
+        ``(y [B, n_max, ...], index [B, n_max], lengths [B])``: rows past ``lengths`` are 0 and their index is N. With
+        ``threshold`` alone ``(y [T, ...], index [T], cu_seqlens [B + 1])``, one sample after another (reads T on the host).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
+    """
+    args, reduce = _lower(x, score, k, protect, threshold, fuse_rest, order, mask, n_max)
+    ragged = threshold is not None
+    y, index, plan = gathered(x, score, args, reduce, ragged, backend)
+    if not ragged:
+        return y, index
+    if n_max is not None:
+        return y, index, plan.lengths
+    return plan.pack(y), plan.pack(index), plan.cu_seqlens
+
+
+def gathered(
+    x: Tensor, score: Tensor, args: tuple[Any, ...], reduce: str, ragged: bool, backend: str | None
+) -> tuple[Tensor, Tensor, MergePlan]:
+    """The rows that `args` (of the op) choose, their positions, and the plan."""
+    *_, slots, by_score, fuse = args
+    plan = MergePlan(*_call.run(OP, args, backend, refusals(x)), slots + int(fuse), ragged)
+    weight = None
+    if fuse:
+        alone = plan.token_map < slots
+        weight = torch.where(alone, 1.0, score.to(torch.promote_types(score.dtype, torch.float32)))
+    rows = (merge_tokens.rows(x), plan.token_map, plan.perm, plan.offsets, weight, reduce, True)
+    y = _call.run(merge_tokens.OP, rows, backend, merge_tokens._triton_refusals)[0]
+    index = plan.perm[:, :slots]
+    if ragged:
+        index = torch.where(plan.key_mask, index, x.shape[1])
+    return y.reshape(y.shape[0], y.shape[1], *x.shape[2:]), index, plan
+
+
+# lowering ---------------------------------------------------------------------------------------------------------------
+
+
+def _lower(
+    x: Any,
+    score: Any,
+    k: Any = None,
+    protect: Any = 1,
+    threshold: Any = None,
+    fuse_rest: Any = False,
+    order: Any = "position",
+    mask: Any = None,
+    n_max: Any = None,
+) -> tuple[tuple[Any, ...], str]:
+    """The arguments of the op, and how merge_tokens reduces."""
+    batch, tokens = check_rows(NAME, x)
+    _checks.tensor(NAME, "score", score)
+    _checks.floating(NAME, "score", score)
+    _checks.shape(NAME, "score", score, (batch, tokens), "[B, N]")
+    _checks.on_device(NAME, "score", score, "x", x.device)
+    prefix = check_protect(NAME, protect, tokens)
+    if order not in ("position", "score"):
+        raise ValueError(f"{NAME}: order must be 'position' or 'score', got {order!r}")
+    if fuse_rest not in (False, True, "sum", "mean"):
+        raise ValueError(f"{NAME}: fuse_rest must be False, True, 'sum' or 'mean', got {fuse_rest!r}")
+    if k is None and threshold is None:
+        raise ValueError(f"{NAME}: k must be an int where there is no threshold, got None")
+    most = tokens - prefix if k is None else _count("k", k, tokens - prefix, "N - protect")
+    least = None
+    if threshold is not None:
+        least = _threshold(threshold, x)
+        if fuse_rest:
+            raise ValueError(f"{NAME}: fuse_rest must be False with a threshold, got {fuse_rest!r}")
+    slots = prefix + most
+    if n_max is not None:
+        if threshold is None:
+            raise ValueError(f"{NAME}: n_max must go with a threshold, got {n_max!r} without one")
+        slots = _count("n_max", n_max, tokens, "N")
+        if slots < prefix:
+            raise ValueError(f"{NAME}: n_max must hold the {prefix} protected tokens, got {n_max}")
+        most = min(most, slots - prefix)
+    ranked = score.detach().to(torch.float32)
+    if mask is not None:
+        _checks.tensor(NAME, "mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{NAME}: mask must be bool, got {mask.dtype}")
+        _checks.shape(NAME, "mask", mask, (batch, tokens), "[B, N]")
+        _checks.on_device(NAME, "mask", mask, "x", x.device)
+        ranked = ranked.masked_fill(~mask, -torch.inf)
+    fuse = bool(fuse_rest) and most < tokens - prefix
+    reduce = "first" if not fuse else "mean" if fuse_rest == "mean" else "sum"
+    return (ranked.contiguous(), least, prefix, most, slots, order == "score", fuse), reduce
+
+
+def check_rows(op: str, x: Any) -> tuple[int, int]:
+    """Batch and length of x [B, N, ...]."""
+    _checks.tensor(op, "x", x)
+    _checks.floating(op, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must have shape [B, N, ...], got {list(x.shape)}")
+    return x.shape[0], x.shape[1]
+
+
+def check_protect(op: str, protect: Any, tokens: int) -> int:
+    if isinstance(protect, bool) or not isinstance(protect, (int, torch.SymInt)):
+        raise TypeError(f"{op}: protect must be an int, got {protect!r}")
+    if protect < 0:
+        raise ValueError(f"{op}: protect must be at least 0, got {protect}")
+    return min(protect, tokens)
+
+
+def _count(name: str, value: Any, most: int, text: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{NAME}: {name} must be an int, got {value!r}")
+    if not 0 <= value <= most:
+        raise ValueError(f"{NAME}: {name} must lie in [0, {text}] = [0, {most}], got {value}")
+    return value
+
+
+def _threshold(threshold: Any, x: Tensor) -> Tensor:
+    if not isinstance(threshold, Tensor):
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise TypeError(f"{NAME}: threshold must be a float or a tensor [B], got {threshold!r}")
+        return torch.full((x.shape[0],), float(threshold), dtype=torch.float32, device=x.device)
+    _checks.floating(NAME, "threshold", threshold)
+    _checks.shape(NAME, "threshold", threshold, (x.shape[0],), "[B]")
+    _checks.on_device(NAME, "threshold", threshold, "x", x.device)
+    return threshold.detach().float().contiguous()
+
+
+# the op -----------------------------------------------------------------------------------------------------------------
+
+
+def refusals(x: Tensor) -> Callable[[tuple[Any, ...]], list[str]]:
+    """Why Triton cannot move the rows of x."""
+    return lambda _: merge_tokens._triton_refusals((merge_tokens.rows(x), None, None, None, None, "sum", True))
+
+
+def _fake(score: Tensor, threshold: Any, protect: int, most: int, slots: int, by_score: bool, fuse: bool, *rest: Any):
+    batch, tokens = score.shape
+    shapes = ((batch, tokens), (batch, tokens), (batch, slots + int(fuse) + 1), (batch,))
+    return tuple(score.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
+    return _call.explanation(NAME, _lower(x, *args, **options)[0], backend, refusals(x))
+
+
+OP = PlainOp(
+    NAME,
+    ("Tensor score", "Tensor? threshold"),
+    "SymInt protect, SymInt most, SymInt slots, bool by_score, bool fuse, str gpu",
+    outputs=4,
+    batched=2,
+    definition=definition,
+    fake=_fake,
+    cuda=definition,
+)
+OP.register()
+select_tokens.explain = _explain  # type: ignore[attr-defined]
