@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import merging
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -40,6 +42,8 @@ def markdown(result: dict[str, Any]) -> str:
 def generated() -> dict[Path, str]:
     """Every file with a table, and what it must hold."""
     files = {p.with_suffix(".md"): markdown(json.loads(p.read_text())) for p in sorted(RESULTS.glob("cpu-*/*.json"))}
+    models = sorted(RESULTS.glob("cpu-*/models/merging.json"))
+    files |= {p.with_suffix(".md"): merging.markdown(json.loads(p.read_text())) for p in models}
     begin, end = f"<!-- {IN_README} -->\n", "<!-- end -->"
     before, rest = README.read_text().split(begin)
     table = files[RESULTS / f"{IN_README}.md"]
