@@ -7,5 +7,15 @@ DINOv2 (with registers too) and CLIP's vision tower of transformers.
 
 from vitkern.merging._apply import MergeReport, apply
 from vitkern.merging._schedule import frame_index, kth_index, parse_r, random2d_index
+from vitkern.merging._scores import attention_rank, token_energy
 
-__all__ = ["MergeReport", "apply", "frame_index", "kth_index", "parse_r", "random2d_index"]
+__all__ = [
+    "MergeReport",
+    "apply",
+    "attention_rank",
+    "frame_index",
+    "kth_index",
+    "parse_r",
+    "random2d_index",
+    "token_energy",
+]
