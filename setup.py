@@ -32,6 +32,7 @@ CPU_SOURCES = [
     "csrc/cpu/unmerge_tokens.cpp",
     "csrc/cpu/select_tokens.cpp",
     "csrc/cpu/restore_tokens.cpp",
+    "csrc/cpu/soft_merge.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",

@@ -10,6 +10,7 @@ from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
 from vitkern.ops.restore_tokens import restore_tokens
 from vitkern.ops.select_tokens import select_tokens
+from vitkern.ops.soft_merge import soft_merge
 from vitkern.ops.unmerge_tokens import unmerge_tokens
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 from vitkern.patch import PatchReport, patch, patched
@@ -36,6 +37,7 @@ __all__ = [
     "patched",
     "restore_tokens",
     "select_tokens",
+    "soft_merge",
     "unmerge_tokens",
     "use_backend",
     "window_attention",

@@ -2,6 +2,7 @@
 #pragma once
 #include "bipartite_match.h"
 #include "merge_tokens.h"
+#include "soft_merge.h"
 #include "window_attention.h"
 
 namespace vitkern {
@@ -12,6 +13,7 @@ struct Kernels {
   WindowKernels window_f32, window_f64;
   MatchKernels match_f32, match_f64;
   MergeKernels merge_f32, merge_f64;
+  SoftMergeKernels soft_f32, soft_f64;
   void (*exp_f32)(const float* x, float* y, int64_t n);     // n a multiple of lanes
   void (*exp_f64)(const double* x, double* y, int64_t n);
   void (*log_f32)(const float* x, float* y, int64_t n);

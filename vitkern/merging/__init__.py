@@ -8,6 +8,7 @@ DINOv2 (with registers too) and CLIP's vision tower of transformers; the transfo
 from vitkern.merging._apply import MergeReport, apply
 from vitkern.merging._diffusion import DiffusionReport, apply_diffusion
 from vitkern.merging._schedule import frame_index, kth_index, parse_r, random2d_index
+from vitkern.merging._scores import attention_rank, token_energy
 from vitkern.merging._visualize import visualize
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "MergeReport",
     "apply",
     "apply_diffusion",
+    "attention_rank",
     "frame_index",
     "kth_index",
     "parse_r",
     "random2d_index",
+    "token_energy",
     "visualize",
 ]

@@ -36,6 +36,24 @@ def shape(op: str, name: str, value: Tensor, want: tuple[int, ...], text: str) -
         raise ValueError(f"{op}: {name} must have shape {text} = {list(want)}, got {list(value.shape)}")
 
 
+def rows(op: str, x: Any) -> tuple[int, int]:
+    """Batch and length of x [B, N, ...]."""
+    tensor(op, "x", x)
+    floating(op, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must have shape [B, N, ...], got {list(x.shape)}")
+    return x.shape[0], x.shape[1]
+
+
+def flags(op: str, name: str, value: Any, want: tuple[int, ...], of: str, device: torch.device) -> None:
+    """A bool tensor [B, N] on the device of the argument `of`."""
+    tensor(op, name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{op}: {name} must be bool, got {value.dtype}")
+    shape(op, name, value, want, "[B, N]")
+    on_device(op, name, value, of, device)
+
+
 def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
     """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L."""
     for name, t in (("q", q), ("k", k), ("v", v)):

@@ -116,21 +116,13 @@ def _lower(
 def _prefix(protect: Any, metric: Tensor) -> int:
     """How many of the first tokens are protected; 0 where a mask says which."""
     if isinstance(protect, Tensor):
-        _flags("protect", protect, metric)
+        _checks.flags(NAME, "protect", protect, tuple(metric.shape[:2]), "metric", metric.device)
         return 0
     if isinstance(protect, bool) or not isinstance(protect, (int, torch.SymInt)):
         raise TypeError(f"{NAME}: protect must be an int or a bool tensor [B, N], got {protect!r}")
     if protect < 0:
         raise ValueError(f"{NAME}: protect must be at least 0, got {protect}")
     return min(protect, metric.shape[1])
-
-
-def _flags(name: str, value: Any, metric: Tensor) -> None:
-    _checks.tensor(NAME, name, value)
-    if value.dtype != torch.bool:
-        raise TypeError(f"{NAME}: {name} must be bool, got {value.dtype}")
-    _checks.shape(NAME, name, value, tuple(metric.shape[:2]), "[B, N]")
-    _checks.on_device(NAME, name, value, "metric", metric.device)
 
 
 def _pair_of_ints(name: str, value: Any, least: int) -> tuple[int, int]:
@@ -229,7 +221,7 @@ def _mark(role: Tensor, metric: Tensor, protect: Any, mask: Any) -> Tensor:
     else:
         role = torch.where(torch.arange(metric.shape[1], device=metric.device) < protect, PROTECTED, role)
     if mask is not None:
-        _flags("mask", mask, metric)
+        _checks.flags(NAME, "mask", mask, tuple(metric.shape[:2]), "metric", metric.device)
         role = torch.where(mask, role, MASKED)
     return role.to(torch.int8)
 

@@ -69,7 +69,7 @@ def _lower(
     grid: Any = None,
 ) -> tuple[Any, ...]:
     """The arguments of the op that chooses."""
-    batch, tokens = select_tokens.check_rows(NAME, x)
+    batch, tokens = _checks.rows(NAME, x)
     prefix = select_tokens.check_protect(NAME, protect, tokens)
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise TypeError(f"{NAME}: ratio must be a float, got {ratio!r}")

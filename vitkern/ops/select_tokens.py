@@ -101,7 +101,7 @@ def _lower(
     n_max: Any = None,
 ) -> tuple[tuple[Any, ...], str]:
     """The arguments of the op, and how merge_tokens reduces."""
-    batch, tokens = check_rows(NAME, x)
+    batch, tokens = _checks.rows(NAME, x)
     _checks.tensor(NAME, "score", score)
     _checks.floating(NAME, "score", score)
     _checks.shape(NAME, "score", score, (batch, tokens), "[B, N]")
@@ -129,24 +129,11 @@ def _lower(
         most = min(most, slots - prefix)
     ranked = score.detach().to(torch.float32)
     if mask is not None:
-        _checks.tensor(NAME, "mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{NAME}: mask must be bool, got {mask.dtype}")
-        _checks.shape(NAME, "mask", mask, (batch, tokens), "[B, N]")
-        _checks.on_device(NAME, "mask", mask, "x", x.device)
+        _checks.flags(NAME, "mask", mask, (batch, tokens), "x", x.device)
         ranked = ranked.masked_fill(~mask, -torch.inf)
     fuse = bool(fuse_rest) and most < tokens - prefix
     reduce = "first" if not fuse else "mean" if fuse_rest == "mean" else "sum"
     return (ranked.contiguous(), least, prefix, most, slots, order == "score", fuse), reduce
-
-
-def check_rows(op: str, x: Any) -> tuple[int, int]:
-    """Batch and length of x [B, N, ...]."""
-    _checks.tensor(op, "x", x)
-    _checks.floating(op, "x", x)
-    if x.dim() < 2:
-        raise ValueError(f"{op}: x must have shape [B, N, ...], got {list(x.shape)}")
-    return x.shape[0], x.shape[1]
 
 
 def check_protect(op: str, protect: Any, tokens: int) -> int:

@@ -107,12 +107,13 @@ def entries() -> dict[str, Entry]:
         merge_tokens,
         restore_tokens,
         select_tokens,
+        soft_merge,
         unmerge_tokens,
         window_attention,
     )
 
     merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens)
-    modules = (window_attention, *merging, select_tokens, restore_tokens, drop_tokens)
+    modules = (window_attention, *merging, select_tokens, restore_tokens, drop_tokens, soft_merge)
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 
