@@ -30,6 +30,9 @@ CPU_SOURCES = [
     "csrc/cpu/merge_plan.cpp",
     "csrc/cpu/merge_tokens.cpp",
     "csrc/cpu/unmerge_tokens.cpp",
+    "csrc/cpu/cluster_tokens.cpp",
+    "csrc/cpu/cluster_kmeans.cpp",
+    "csrc/cpu/reconstruct_tokens.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",

@@ -5,8 +5,10 @@ from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
 from vitkern.ops.bipartite_match import bipartite_match
+from vitkern.ops.cluster_tokens import cluster_tokens
 from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
+from vitkern.ops.reconstruct_tokens import reconstruct_tokens
 from vitkern.ops.unmerge_tokens import unmerge_tokens
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 from vitkern.patch import PatchReport, patch, patched
@@ -22,6 +24,7 @@ __all__ = [
     "Stats",
     "bias",
     "bipartite_match",
+    "cluster_tokens",
     "explain",
     "info",
     "merge_plan",
@@ -30,6 +33,7 @@ __all__ = [
     "nn",
     "patch",
     "patched",
+    "reconstruct_tokens",
     "unmerge_tokens",
     "use_backend",
     "window_attention",

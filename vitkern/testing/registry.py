@@ -99,9 +99,27 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every op's entry, by name."""
-    from vitkern.testing import bipartite_match, merge_plan, merge_tokens, unmerge_tokens, window_attention
+    from vitkern.testing import (
+        bipartite_match,
+        cluster_kmeans,
+        cluster_tokens,
+        merge_plan,
+        merge_tokens,
+        reconstruct_tokens,
+        unmerge_tokens,
+        window_attention,
+    )
 
-    modules = (window_attention, bipartite_match, merge_plan, merge_tokens, unmerge_tokens)
+    modules = (
+        window_attention,
+        bipartite_match,
+        merge_plan,
+        merge_tokens,
+        unmerge_tokens,
+        cluster_tokens,
+        cluster_kmeans,
+        reconstruct_tokens,
+    )
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 
