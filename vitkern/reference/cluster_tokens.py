@@ -124,7 +124,6 @@ def largest(score: Tensor, real: Tensor, k: int) -> Tensor:
 def density_peaks(v: Tensor, real: Tensor, k: int, neighbors: int) -> Tensor:
     """The k density peaks, [B, k]."""
     batch, tokens, width = v.shape
-    position = torch.arange(tokens, device=v.device)  # [N]
     count = real.sum(1, keepdim=True).clamp(max=neighbors)  # [B, 1]
     nearer = torch.arange(min(neighbors, tokens), device=v.device) < count[..., None]  # [B, 1, K]
     spread, widest = [], []
