@@ -33,6 +33,9 @@ CPU_SOURCES = [
     "csrc/cpu/select_tokens.cpp",
     "csrc/cpu/restore_tokens.cpp",
     "csrc/cpu/soft_merge.cpp",
+    "csrc/cpu/cluster_tokens.cpp",
+    "csrc/cpu/cluster_kmeans.cpp",
+    "csrc/cpu/reconstruct_tokens.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",

@@ -5,9 +5,11 @@ from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
 from vitkern.ops.bipartite_match import bipartite_match
+from vitkern.ops.cluster_tokens import cluster_tokens
 from vitkern.ops.drop_tokens import drop_tokens
 from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
+from vitkern.ops.reconstruct_tokens import reconstruct_tokens
 from vitkern.ops.restore_tokens import restore_tokens
 from vitkern.ops.select_tokens import select_tokens
 from vitkern.ops.soft_merge import soft_merge
@@ -24,8 +26,10 @@ __all__ = [
     "MergePlan",
     "PatchReport",
     "Stats",
+    "_cpu",
     "bias",
     "bipartite_match",
+    "cluster_tokens",
     "drop_tokens",
     "explain",
     "info",
@@ -35,6 +39,7 @@ __all__ = [
     "nn",
     "patch",
     "patched",
+    "reconstruct_tokens",
     "restore_tokens",
     "select_tokens",
     "soft_merge",

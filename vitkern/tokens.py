@@ -73,8 +73,11 @@ class MergePlan:
         return cls(position, position.clone(), offsets, lengths, tokens)
 
     @classmethod
-    def _listed(cls, token_map: Tensor, n_out: int, lengths: Tensor, ragged: bool) -> "MergePlan":
-        perm, offsets = segments(token_map, n_out)
+    def _listed(
+        cls, token_map: Tensor, n_out: int, lengths: Tensor, ragged: bool, later: Tensor | None = None
+    ) -> "MergePlan":
+        """The plan of a map; where `later` is 1 or True the token stands behind the others of its slot."""
+        perm, offsets = segments(token_map, n_out, later)
         as_int = (t.to(torch.int32).contiguous() for t in (token_map, perm, offsets))
         return cls(*as_int, lengths, n_out, ragged)
 

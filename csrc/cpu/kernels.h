@@ -1,8 +1,11 @@
 // The table of kernels that every instruction-set unit fills, and the choice among the units.
 #pragma once
 #include "bipartite_match.h"
+#include "cluster_kmeans.h"
+#include "cluster_tokens.h"
 #include "merge_tokens.h"
 #include "soft_merge.h"
+#include "reconstruct_tokens.h"
 #include "window_attention.h"
 
 namespace vitkern {
@@ -14,6 +17,9 @@ struct Kernels {
   MatchKernels match_f32, match_f64;
   MergeKernels merge_f32, merge_f64;
   SoftMergeKernels soft_f32, soft_f64;
+  ClusterKernels cluster_f32, cluster_f64;
+  KmeansKernels kmeans_f32, kmeans_f64;
+  ReconstructKernels reconstruct_f32, reconstruct_f64;
   void (*exp_f32)(const float* x, float* y, int64_t n);     // n a multiple of lanes
   void (*exp_f64)(const double* x, double* y, int64_t n);
   void (*log_f32)(const float* x, float* y, int64_t n);

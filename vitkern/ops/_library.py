@@ -15,6 +15,8 @@ OPS = (
     "merge_plan",
     "merge_tokens",
     "unmerge_tokens",
+    "cluster_tokens",
+    "reconstruct_tokens",
 )
 
 library.define("_cpu_capability() -> str")

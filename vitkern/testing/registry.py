@@ -102,9 +102,12 @@ def entries() -> dict[str, Entry]:
     """Every op's entry, by name."""
     from vitkern.testing import (
         bipartite_match,
+        cluster_kmeans,
+        cluster_tokens,
         drop_tokens,
         merge_plan,
         merge_tokens,
+        reconstruct_tokens,
         restore_tokens,
         select_tokens,
         soft_merge,
@@ -112,8 +115,8 @@ def entries() -> dict[str, Entry]:
         window_attention,
     )
 
-    merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens)
-    modules = (window_attention, *merging, select_tokens, restore_tokens, drop_tokens, soft_merge)
+    merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens, select_tokens, restore_tokens, drop_tokens)
+    modules = (window_attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 
