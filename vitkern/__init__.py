@@ -26,7 +26,6 @@ __all__ = [
     "MergePlan",
     "PatchReport",
     "Stats",
-    "_cpu",
     "bias",
     "bipartite_match",
     "cluster_tokens",
