@@ -5,7 +5,7 @@ from gpu_path import tokens_on_gpu
 
 from vitkern import testing
 
-SEEDS = range(4)
+SEEDS = range(8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("bipartite_match", "merge_plan", "merge_tokens", "unmerge_tokens")
 ENTRIES = testing.entries()
