@@ -9,6 +9,11 @@ import vitkern
 from vitkern.merging import attention_rank, token_energy
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 256, 600])
 def test_energy_against_the_whole_matrix(tokens):
     keys = torch.randn(2, tokens, 3, 16, dtype=torch.float64)
