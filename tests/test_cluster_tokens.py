@@ -221,6 +221,30 @@ def test_agglomerative_ties_merge_the_first_pair(backend):
     assert plan.token_map[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
+def joined_by_hand(x, k, linkage):
+    """Integer rows of one norm: the closest pair, found by looking at all pairs, joins; ties go to the first."""
+    d = [[-sum(a * b for a, b in zip(p, q, strict=True)) for q in x] for p in x]
+    groups = {i: [i] for i in range(len(x))}
+    for _ in range(len(x) - k):
+        pick = {"single": min, "complete": max}[linkage]
+        pairs = [(i, j) for i in groups for j in groups if i < j]
+        i, j = min(pairs, key=lambda p: (pick(d[a][b] for a in groups[p[0]] for b in groups[p[1]]), p))
+        groups[i] += groups.pop(j)
+    label = {token: place for place, head in enumerate(sorted(groups)) for token in groups[head]}
+    return [label[i] for i in range(len(x))]
+
+
+@ON
+@pytest.mark.parametrize("linkage", ["single", "complete"])
+def test_agglomerative_ties_against_a_loop(backend, linkage):
+    x = torch.randint(0, 2, (12, 14, 16), generator=torch.Generator().manual_seed(5)).float() * 2 - 1
+    for k in (3, 5, 7, 9, 11):
+        _, plan, _ = vitkern.cluster_tokens(x, k, method="agglomerative", linkage=linkage, backend=backend)
+        for b in range(12):
+            rows = [[int(v) for v in row] for row in x[b]]
+            assert plan.token_map[b].tolist() == joined_by_hand(rows, k, linkage), (b, k)
+
+
 def medoids_by_hand(x, w, k, iters, weighted):
     tokens = range(len(x))
     d = [[sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in x] for p in x]

@@ -54,21 +54,16 @@ class Clustering {
   }
 
   void density_peaks(int64_t neighbors) {
-    std::vector<Acc> spread(size_t(batch_ * p_.tokens)), widest(spread.size()), delta(spread.size());
+    std::vector<Acc> spread(size_t(batch_ * p_.tokens)), delta(spread.size());
     p_.neighbors = int32_t(std::min<int64_t>(neighbors, p_.tokens));
     p_.value = spread.data();
-    p_.widest = widest.data();
     among(real_, kernels_.spread);
     auto ranked = real_;
-    std::vector<Acc> top(static_cast<size_t>(batch_));
     for (int64_t b = 0; b < batch_; ++b) {
       auto& order = ranked[size_t(b)];
       Acc* s = &spread[size_t(b * p_.tokens)];
       const Acc count = Acc(std::min<int64_t>(neighbors, int64_t(order.size()))) * Acc(p_.distances.width);
-      for (int32_t i : order) {
-        s[i] /= count;
-        top[size_t(b)] = std::max(top[size_t(b)], widest[size_t(b * p_.tokens + i)]);
-      }
+      for (int32_t i : order) s[i] /= count;
       std::stable_sort(order.begin(), order.end(), [s](int32_t i, int32_t j) { return s[i] < s[j]; });
     }
     p_.neighbors = 0;
@@ -79,7 +74,8 @@ class Clustering {
       const auto& order = ranked[size_t(b)];
       Acc *score = &delta[size_t(b * p_.tokens)], *s = &spread[size_t(b * p_.tokens)];
       for (size_t r = 0; r < order.size(); ++r) {
-        const Acc squared = (r == 0 ? top[size_t(b)] : score[order[r]]) / Acc(p_.distances.width);
+        // The densest token has the largest delta of all, whatever it is: nothing scores higher.
+        const Acc squared = r == 0 ? std::numeric_limits<Acc>::infinity() : score[order[r]] / Acc(p_.distances.width);
         score[order[r]] = std::log(squared) / 2 - s[order[r]];
       }
       centres[size_t(b)] = largest(b, score);

@@ -13,14 +13,14 @@ struct ClusterProblem {
   DistanceProblem distances;
   int32_t tokens, neighbors;
   const void* weight;  // Acc [B][N], for sums
-  void *value, *widest;  // Acc [B][N]
-  int32_t* place;        // [B][N]
+  void* value;         // Acc [B][N]
+  int32_t* place;      // [B][N]
 };
 
 // `pack` writes one panel of a group's columns. The others work on rows [first, last) of a group whose columns are packed;
 // `scratch` is aligned to 64 bytes and holds scratch_bytes(p, last - first).
 //   nearest: value = the least distance, place = the first column that has it
-//   spread:  value = the sum of the `neighbors` least distances, the row itself at 0; widest = the largest; rows = columns
+//   spread:  value = the sum of the `neighbors` least distances, the row itself at 0; rows = columns
 //   before:  value = the least distance to a column that stands before the row; rows = columns
 //   sums:    value = the sum of weight times distance; rows = columns
 // `agglomerate` joins `count` listed tokens of a sample until k clusters remain; root [count] gets the place of the first
