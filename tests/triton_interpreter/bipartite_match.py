@@ -38,7 +38,7 @@ def test_small_calls(call, dtype):
     testing.assert_matches(ENTRY, call, dtype, "triton")
 
 
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", range(6))
 def test_sampled_calls(seed):
     testing.assert_matches(ENTRY, draw(random.Random(f"triton {seed}")), torch.float32, "triton")
 

@@ -25,14 +25,14 @@ def interpreted():
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_small_calls(name, dtype):
+def test_small_calls(name):
     for call in ENTRIES[name].small():
+        dtype = (torch.float32, torch.float16)[call.seed % 2]  # the interpreter is slow
         testing.assert_matches(ENTRIES[name], call, dtype, "triton")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NAMES)
 def test_sampled_calls(name, seed):
     call = ENTRIES[name].draw(random.Random(f"triton {seed}"))
