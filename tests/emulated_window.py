@@ -189,8 +189,8 @@ def run(build, inputs: Inputs) -> dict[str, torch.Tensor]:
     layout, options = inputs.case.layout, inputs.options()
     with build.active(), poisoned():
         args = (inputs.q, inputs.k, inputs.v, *options)
-        out, lse = _window_gpu.forward(None, *args, "cuda")
+        out, lse = _window_gpu.forward("cuda", *args)
         into = tuple(arrange(torch.empty(x.shape, dtype=x.dtype), layout) for x in args[:3])
-        rest = _window_gpu.backward(None, into, inputs.dout, inputs.dlse, lse, *args, "cuda", 0b1111111)
+        rest = _window_gpu.backward("cuda", into, inputs.dout, inputs.dlse, lse, *args, 0b1111111)
     results = {"out": out, "lse": lse} | {f"d{name}": x for name, x in zip(GRADIENTS, (*into, *rest), strict=True)}
     return {name: x for name, x in results.items() if x is not None}

@@ -23,7 +23,7 @@ def apply(op: Op, *args: Any) -> Any:
     class Through(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            outputs = op.cuda_forward(*args)
+            outputs = op.gpu.forward(op, *args)
             op._save(ctx, args, outputs)
             return outputs
 
@@ -31,7 +31,7 @@ def apply(op: Op, *args: Any) -> Any:
         def backward(ctx: Any, *douts: Any) -> Any:
             everything, count = ctx.saved_tensors, len(op.tensors)
             need = op.need(lambda i: ctx.needs_input_grad[i])
-            found = op.cuda_backward(*douts, *everything[count:], *everything[:count], *ctx.options, need)
+            found = op.gpu.backward(op, *douts, *everything[count:], *everything[:count], *ctx.options, need)
             grads = [None] * (count + len(ctx.options))
             for position, grad in zip(op.differentiable, _as_tuple(found), strict=True):
                 grads[position] = grad
@@ -44,13 +44,13 @@ def apply(op: Op, *args: Any) -> Any:
 def tokens_on_gpu(gpu: str) -> Iterator[None]:
     """The token functions run what CUDA tensors run, with `gpu` forced, behind every backend but "reference"."""
 
-    def run(op: Op | PlainOp, args: tuple[Any, ...], backend: str | None, *refusals: Any) -> Any:
+    def run(op: Op | PlainOp, args: tuple[Any, ...], backend: str | None) -> Any:
         if backend == "reference":
             return op.definition(*args)
-        if gpu == "cuda" and (reasons := refusals[1](args)):
+        if gpu == "cuda" and (reasons := op.gpu.cuda_refusals(args)):
             pytest.skip("; ".join(reasons))
-        assert gpu == "cuda" or isinstance(op, PlainOp) or refusals[0](args) == []
-        return op.cuda(*args, gpu) if isinstance(op, PlainOp) else apply(op, *args, gpu)
+        assert gpu == "cuda" or isinstance(op, PlainOp) or op.gpu.triton_refusals(args) == []
+        return op.gpu.forward(op, *args, gpu) if isinstance(op, PlainOp) else apply(op, *args, gpu)
 
     with mock.patch.object(_call, "run", run):
         yield

@@ -147,7 +147,7 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square(tokens):
         ),
         (dict(partition="random2d"), r"grid must be \(Hs, Ws\) for partition='random2d', got None"),
         (dict(partition=torch.tensor([1, 9])), r"partition must hold positions in \[0, 8\), got 1 to 9"),
-        (dict(partition=torch.tensor([1.0])), "partition must hold integer positions, got torch.float32"),
+        (dict(partition=torch.tensor([1.0])), "partition must hold integers, got torch.float32"),
         (dict(mask=torch.ones(2, 7, dtype=torch.bool)), r"mask must have shape \[B, N\] = \[2, 8\], got \[2, 7\]"),
         (dict(segments=torch.zeros(3, 8, dtype=torch.int32)), r"segments must have shape \[B, N\] = \[2, 8\] or \[N\]"),
         (dict(window=(1, 1)), "grid must be given with a window of two sides, got None"),

@@ -14,6 +14,7 @@ from emulated import Edit, build, emulated
 from emulated_window import CASES, GRADIENTS, Case, Inputs, check
 
 from vitkern.ops import _window_gpu
+from vitkern.ops.window_attention import PLAIN
 from vitkern.testing import poisoned
 
 PARTS = min(4, len(os.sched_getaffinity(0)))
@@ -84,7 +85,7 @@ def test_what_the_kernels_do_not_serve_is_refused(kernels, case, dtype, words, s
     args = (inputs.q, inputs.k, inputs.v, *inputs.options())
     with kernels.active():
         (reason,) = _window_gpu.cuda_refusals(args)
-        assert _window_gpu.choose(args) != "cuda"
+        assert PLAIN.gpu.choose(args) != "cuda"
     assert re.search(sentence, reason)
 
 
@@ -92,7 +93,7 @@ def test_refusals_of_the_back_end(kernels):
     inputs = Inputs(Case(bias="dense"), torch.bfloat16)
     args = [inputs.q, inputs.k, inputs.v, *inputs.options()]
     with kernels.active():
-        assert _window_gpu.cuda_refusals(tuple(args)) == [] and _window_gpu.choose(tuple(args)) == "cuda"
+        assert _window_gpu.cuda_refusals(tuple(args)) == [] and PLAIN.gpu.choose(tuple(args)) == "cuda"
         strided = torch.empty(*inputs.q.shape[:-1], 2 * inputs.q.shape[-1], dtype=torch.bfloat16)[..., ::2]
         (reason,) = _window_gpu.cuda_refusals((args[0], strided, *args[2:]))
         assert "last dimension of k must be contiguous" in reason
@@ -112,8 +113,8 @@ def test_only_the_gradients_that_are_needed_are_returned(kernels, need):
     args = (inputs.q, inputs.k, inputs.v, *inputs.options())
     into = tuple(torch.empty_like(x) for x in args[:3])
     with kernels.active(), poisoned():
-        out, lse = _window_gpu.forward(None, *args, "")
-        rest = _window_gpu.backward(None, into, inputs.dout, inputs.dlse, lse, *args, "", need)
+        out, lse = _window_gpu.forward("cuda", *args)
+        rest = _window_gpu.backward("cuda", into, inputs.dout, inputs.dlse, lse, *args, need)
     for bit, (name, x) in enumerate(zip(GRADIENTS, (*into, *rest), strict=True)):
         if need >> bit & 1:
             assert torch.equal(x, want[f"d{name}"]) and x.dtype == getattr(inputs, name).dtype
@@ -127,10 +128,10 @@ def test_no_gradient_of_the_output_is_a_gradient_of_zero(kernels):
     dout = (None, torch.zeros_like(inputs.dout), inputs.dout.new_zeros(1).expand(inputs.dout.shape))
     found = []
     with kernels.active(), poisoned():
-        lse = _window_gpu.forward(None, *args, "cuda")[1]
+        lse = _window_gpu.forward("cuda", *args)[1]
         for given in dout:
             into = tuple(torch.empty_like(x) for x in args[:3])
-            rest = _window_gpu.backward(None, into, given, inputs.dlse, lse, *args, "cuda", 0b1111111)
+            rest = _window_gpu.backward("cuda", into, given, inputs.dlse, lse, *args, 0b1111111)
             found.append((*into, rest[0]))
     assert (found[0][0] != 0).any() and (found[0][2] == 0).all()
     for other in found[1:]:
@@ -202,8 +203,8 @@ args = (inputs.q, inputs.k, inputs.v, *inputs.options())
 into = tuple(torch.empty_like(x) for x in args[:3])
 with emulated(STRAY, sanitize=True).active():
     if sys.argv[1] == "out":
-        _window_gpu.forward(None, *args, "cuda")
-    _window_gpu.backward(None, into, inputs.dout, None, reference(*args)[1], *args, "cuda", 0b1111111)
+        _window_gpu.forward("cuda", *args)
+    _window_gpu.backward("cuda", into, inputs.dout, None, reference(*args)[1], *args, 0b1111111)
 """
 
 

@@ -2,6 +2,7 @@
 schedules are in cuda_emulator/tokens.py, which test_cuda_emulated.py runs under the sanitizers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from emulated_tokens import check
 from gpu_path import tokens_on_gpu
 
 import vitkern
-from vitkern.ops import _call, _cuda
+from vitkern.ops import _cuda
+from vitkern.ops._gpu import Gpu
 from vitkern.testing import bipartite_match, merge_plan, merge_tokens, unmerge_tokens
 
 pytestmark = pytest.mark.compile
@@ -70,14 +72,15 @@ def test_the_choice_falls_to_what_can_run(kernels):
     x = torch.randn(1, 8, 4)
     plan = torch.zeros(1, 8, dtype=torch.int32)
     args = (x, plan, plan, torch.tensor([[0, 8]], dtype=torch.int32), None, "mean", True)
-    refuse = lambda _: ["no"]  # noqa: E731
+    alone = Gpu(cuda=_cuda.MERGE)
+    both = Gpu(lambda: SimpleNamespace(supported=lambda *_: []), _cuda.MERGE)
     with kernels.active():
-        assert _call.choose("", args, refuse, _cuda.merge_refusals) == "cuda"
+        assert both.choose(args) == "cuda"
         strided = (torch.randn(1, 4, 8).mT, *args[1:])
         (reason,) = _cuda.merge_refusals(strided)
         assert "last dimension must be contiguous, its stride is 8" in reason
-        assert _call.choose("", strided, lambda _: [], _cuda.merge_refusals) == "triton"
-        assert _call.choose("", strided, refuse, _cuda.merge_refusals) == "reference"
+        assert both.choose(strided) == "triton"
+        assert alone.choose(strided) == "reference"
         assert "it is torch.float64" in _cuda.match_refusals((x.double(),))[0]
         assert (
             "weights must not be torch.float64" in _cuda.merge_refusals((*args[:4], x[..., 0].double(), *args[5:]))[0]

@@ -184,7 +184,7 @@ X = torch.randn(2, 12, 4)
             "seed must be an int or one int64 element",
         ),
         (lambda: vitkern.drop_tokens(X, 0.5, order="score"), ValueError, "order must be 'noise' or 'position'"),
-        (lambda: vitkern.drop_tokens(X, 0.5, min_keep=-1), ValueError, "min_keep must be an int of at least 0"),
+        (lambda: vitkern.drop_tokens(X, 0.5, min_keep=-1), ValueError, "min_keep must be at least 0, got -1"),
         (lambda: vitkern.drop_tokens(X, 0.5, structure="cell"), ValueError, "structure must be 'token', 'row', 'col'"),
         (lambda: vitkern.drop_tokens(X, 0.5, grid=(3, 4)), ValueError, "grid must go with structure="),
         (

@@ -229,9 +229,13 @@ X, L = torch.randn(2, 6, 4), torch.randn(2, 6, 3)
         (lambda: vitkern.soft_merge(X, L, axis="slot", normalize="l2"), ValueError, "axis must be 'token' with"),
         (lambda: vitkern.soft_merge(X, L, scale="big"), TypeError, "scale must be a float, got 'big'"),
         (lambda: vitkern.soft_merge(X, L, scale=math.nan), ValueError, "scale must be finite, got nan"),
-        (lambda: vitkern.soft_merge(X, L, renormalize=0.0), ValueError, "renormalize must be positive, got 0.0"),
-        (lambda: vitkern.soft_merge(X, L, eps=-1.0), ValueError, "eps must be positive, got -1.0"),
-        (lambda: vitkern.soft_merge(X, L, iters=0), ValueError, "iters must be an int of at least 1, got 0"),
+        (
+            lambda: vitkern.soft_merge(X, L, renormalize=0.0),
+            ValueError,
+            "renormalize must be positive and finite, got 0.0",
+        ),
+        (lambda: vitkern.soft_merge(X, L, eps=-1.0), ValueError, "eps must be positive and finite, got -1.0"),
+        (lambda: vitkern.soft_merge(X, L, iters=0), ValueError, "iters must be at least 1, got 0"),
         (lambda: vitkern.soft_merge(X, L, weight=X), ValueError, r"weight must have shape \[B, N\] = \[2, 6\]"),
         (
             lambda: vitkern.soft_merge(X, L, weight=X[..., 0], axis="slot"),

@@ -7,6 +7,8 @@ import torch
 
 import vitkern
 
+from ._random import tensors
+
 BASELINES = ("eager", "compiled")
 PASSES = ("fwd",)
 
@@ -25,8 +27,7 @@ class Case:
         return f"{self.model}, N={self.tokens}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        return {"metric": torch.randn(self.batch, self.tokens, self.width, generator=generator).to(dtype).to(device)}
+        return tensors(dtype, device, False, metric=(self.batch, self.tokens, self.width))
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         return vitkern.bipartite_match(inputs["metric"], protect=self.protect, backend=backend).score

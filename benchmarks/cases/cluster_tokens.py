@@ -7,6 +7,8 @@ import torch
 
 import vitkern
 
+from ._random import moved, tensors
+
 BASELINES = ("eager", "compiled")
 PASSES = ("fwd",)
 
@@ -28,11 +30,10 @@ class Case:
         return f"{self.model}, {self.method}, N={self.tokens}, k={self.k}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        made = {"x": torch.randn(self.batch, self.tokens, self.width, generator=generator)}
+        shapes = {"x": (self.batch, self.tokens, self.width)}
         if self.method == "nearest":
-            made["centers"] = torch.randn(self.batch, self.k, self.width, generator=generator)
-        return {name: t.to(dtype).to(device) for name, t in made.items()}
+            shapes["centers"] = (self.batch, self.k, self.width)
+        return tensors(dtype, device, False, **shapes)
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         x, options = inputs["x"], {}
@@ -55,9 +56,8 @@ class Case:
             "agglomerative": tokens**2,
             "kmedoids": (k + 5) * tokens + 5 * tokens**2 / k + tokens * k * 5,
         }[self.method]
-        element = torch.finfo(dtype).bits // 8
         return {
-            "bytes": float(self.batch * (tokens * (width * element + 4) + k * width * element)),
+            "bytes": moved(self.batch * (tokens + k), width, dtype, self.batch * tokens * 4),
             "flops": 2.0 * self.batch * products * width,
             "exps": 0.0 if self.method != "kmeans" else float(self.batch * 5 * 25 * tokens),
         }

@@ -7,6 +7,8 @@ import torch
 
 import vitkern
 
+from ._random import moved, tensors
+
 BASELINES = ("eager", "compiled")
 
 
@@ -28,10 +30,8 @@ class Case:
         return int(self.tokens * (1 - self.ratio))
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.batch, self.tokens, self.width, generator=generator).to(dtype).to(device)
-        noise = torch.rand(self.batch, self.tokens, generator=generator).to(device)
-        return {"x": x.requires_grad_(grad), "noise": noise}
+        noise = torch.rand(self.batch, self.tokens, generator=torch.Generator().manual_seed(1)).to(device)
+        return tensors(dtype, device, grad, x=(self.batch, self.tokens, self.width)) | {"noise": noise}
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         return vitkern.drop_tokens(inputs["x"], self.ratio, noise=inputs["noise"], backend=backend)[0]
@@ -39,9 +39,11 @@ class Case:
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
         """Bytes: the kept rows read and written; backward reads dy and writes dx."""
         rows = 2 * self.kept + (self.kept + self.tokens if backward else 0)
-        element = torch.finfo(dtype).bits // 8
-        moved = self.batch * (rows * self.width * element + self.tokens * 4)
-        return {"bytes": float(moved), "flops": 0.0, "exps": 0.0}
+        return {
+            "bytes": moved(self.batch * rows, self.width, dtype, self.batch * self.tokens * 4),
+            "flops": 0.0,
+            "exps": 0.0,
+        }
 
 
 CASES = [

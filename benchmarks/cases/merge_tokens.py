@@ -8,6 +8,8 @@ import torch
 
 import vitkern
 
+from ._random import moved, tensors
+
 BASELINES = ("eager", "compiled")
 
 
@@ -32,13 +34,10 @@ class Case:
         return f"{self.model}, N={self.tokens}, r={self.r}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.batch, self.tokens, self.width, generator=generator).to(dtype).to(device)
-        size = torch.randint(1, 5, (self.batch, self.tokens), generator=generator)
-        return {
-            "x": x.requires_grad_(grad),
-            "size": size.to(torch.float64 if dtype == torch.float64 else torch.float32),
-        }
+        size = torch.randint(1, 5, (self.batch, self.tokens), generator=torch.Generator().manual_seed(1))
+        wide = torch.promote_types(dtype, torch.float32)
+        made = tensors(dtype, device, grad, x=(self.batch, self.tokens, self.width))
+        return made | {"size": size.to(wide).to(device)}
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         x = inputs["x"]
@@ -47,11 +46,9 @@ class Case:
 
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
         """Bytes and floating-point operations: x read, y written; backward reads dy and writes dx."""
-        element = torch.finfo(dtype).bits // 8
-        rows = self.batch * (2 * self.tokens - self.r)
-        once = rows * self.width * element + rows * 8
+        rows = self.batch * (2 * self.tokens - self.r) * (2 if backward else 1)
         return {
-            "bytes": float(once * (2 if backward else 1)),
+            "bytes": moved(rows, self.width, dtype, rows * 8),
             "flops": 2.0 * self.batch * self.tokens * self.width,
             "exps": 0.0,
         }

@@ -7,6 +7,8 @@ import torch
 
 import vitkern
 
+from ._random import moved, tensors
+
 BASELINES = ("eager", "compiled")
 
 
@@ -25,14 +27,12 @@ class Case:
         return f"{self.model}, N={self.tokens}, M={self.clusters}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
         shapes = {
-            "y": (self.clusters, self.width),
-            "x": (self.tokens, self.depth),
-            "centers": (self.clusters, self.depth),
+            "y": (self.batch, self.clusters, self.width),
+            "x": (self.batch, self.tokens, self.depth),
+            "centers": (self.batch, self.clusters, self.depth),
         }
-        made = {n: torch.randn(self.batch, *shape, generator=generator) for n, shape in shapes.items()}
-        return {n: t.to(dtype).to(device).requires_grad_(grad) for n, t in made.items()}
+        return tensors(dtype, device, grad, **shapes)
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         return vitkern.reconstruct_tokens(inputs["y"], inputs["x"], inputs["centers"], norm="l2", backend=backend)
@@ -40,13 +40,12 @@ class Case:
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
         """Bytes and floating-point operations: one product for the distances, 20 rows of y a token; the backward the
         product again, and 20 rows in and out of y, x and centers."""
-        element = torch.finfo(dtype).bits // 8
-        rows = self.tokens * (self.width + self.depth) + self.clusters * (self.width + self.depth)
+        rows = self.batch * (self.tokens + self.clusters) * (3 if backward else 1)
         few = 20 * self.tokens
         once = 2.0 * self.tokens * self.clusters * self.depth + 2.0 * few * self.width
         again = 2.0 * self.tokens * self.clusters * self.depth + 2.0 * few * (2 * self.width + 2 * self.depth)
         return {
-            "bytes": float(self.batch * rows * element * (3 if backward else 1)),
+            "bytes": moved(rows, self.width + self.depth, dtype),
             "flops": self.batch * (once + (again if backward else 0.0)),
             "exps": float(self.batch * few * (2 if backward else 1)),
         }

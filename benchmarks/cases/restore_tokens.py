@@ -8,6 +8,8 @@ import torch
 
 import vitkern
 
+from ._random import moved, tensors
+
 BASELINES = ("eager", "compiled")
 
 
@@ -31,10 +33,7 @@ class Case:
         return f"{self.model}, n={self.tokens}, K={self.kept}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        y = torch.randn(self.batch, self.kept, self.width, generator=generator).to(dtype).to(device)
-        token = torch.randn(self.width, generator=generator).to(dtype).to(device)
-        return {"y": y.requires_grad_(grad), "token": token.requires_grad_(grad)}
+        return tensors(dtype, device, grad, y=(self.batch, self.kept, self.width), token=(self.width,))
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         y = inputs["y"]
@@ -43,9 +42,9 @@ class Case:
 
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
         """Bytes: y read, all rows written; backward reads all rows and writes dy."""
-        once = self.batch * (self.kept + self.tokens) * self.width * (torch.finfo(dtype).bits // 8)
+        rows = self.batch * (self.kept + self.tokens) * (2 if backward else 1)
         missing = self.batch * (self.tokens - self.kept) * self.width
-        return {"bytes": float(once * (2 if backward else 1)), "flops": float(missing * backward), "exps": 0.0}
+        return {"bytes": moved(rows, self.width, dtype), "flops": float(missing * backward), "exps": 0.0}
 
 
 CASES = [

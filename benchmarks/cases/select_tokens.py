@@ -7,6 +7,8 @@ import torch
 
 import vitkern
 
+from ._random import moved, tensors
+
 BASELINES = ("eager", "compiled")
 
 
@@ -25,10 +27,8 @@ class Case:
         return f"{self.model}, N={self.tokens}, k={self.k}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.batch, self.tokens, self.width, generator=generator).to(dtype).to(device)
-        score = torch.rand(self.batch, self.tokens, generator=generator).to(device)
-        return {"x": x.requires_grad_(grad), "score": score}
+        score = torch.rand(self.batch, self.tokens, generator=torch.Generator().manual_seed(1)).to(device)
+        return tensors(dtype, device, grad, x=(self.batch, self.tokens, self.width)) | {"score": score}
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         options = {"fuse_rest": self.fuse, "order": "score", "backend": backend}
@@ -36,13 +36,12 @@ class Case:
 
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
         """Bytes: rows read (all of them where the rest is fused), rows written; backward reads dy and writes dx."""
-        element = torch.finfo(dtype).bits // 8
         kept = self.k + 1 + self.fuse
         forward = (self.tokens if self.fuse else kept) + kept
         rows = forward + (kept + self.tokens if backward else 0)
         fused = self.batch * (self.tokens - 1 - self.k) * self.width if self.fuse else 0
         return {
-            "bytes": float(self.batch * (rows * self.width * element + self.tokens * 4)),
+            "bytes": moved(self.batch * rows, self.width, dtype, self.batch * self.tokens * 4),
             "flops": 2.0 * fused * (2 if backward else 1),
             "exps": 0.0,
         }

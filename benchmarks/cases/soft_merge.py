@@ -7,6 +7,8 @@ import torch
 
 import vitkern
 
+from ._random import tensors
+
 BASELINES = ("eager", "compiled")
 
 
@@ -28,10 +30,8 @@ class Case:
         return f"{self.model}, N={self.tokens}, M={self.slots}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.batch, self.tokens, self.width, generator=generator).to(dtype).to(device)
-        logits = torch.randn(self.batch, self.tokens, self.slots, generator=generator).to(dtype).to(device)
-        return {"x": x.requires_grad_(grad), "logits": logits.requires_grad_(grad)}
+        shapes = {"x": (self.batch, self.tokens, self.width), "logits": (self.batch, self.tokens, self.slots)}
+        return tensors(dtype, device, grad, **shapes)
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         options = {"axis": self.axis, "normalize": self.normalize, "renormalize": self.renormalize, "scale": self.scale}

@@ -7,6 +7,7 @@ import torch
 
 import vitkern
 
+from ._random import moved, tensors
 from .merge_tokens import BASELINES, plan_of
 
 __all__ = ["BASELINES", "CASES", "GPU_CASES", "Case"]
@@ -26,9 +27,7 @@ class Case:
         return f"{self.model}, N={self.tokens}, r={self.r}, C={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        y = torch.randn(self.batch, self.tokens - self.r, self.width, generator=generator).to(dtype).to(device)
-        return {"y": y.requires_grad_(grad)}
+        return tensors(dtype, device, grad, y=(self.batch, self.tokens - self.r, self.width))
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         y = inputs["y"]
@@ -36,9 +35,8 @@ class Case:
 
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
         """Bytes: y read, x written; backward reads dx and writes dy."""
-        rows = self.batch * (2 * self.tokens - self.r)
-        once = rows * self.width * (torch.finfo(dtype).bits // 8) + rows * 4
-        return {"bytes": float(once * (2 if backward else 1)), "flops": 0.0, "exps": 0.0}
+        rows = self.batch * (2 * self.tokens - self.r) * (2 if backward else 1)
+        return {"bytes": moved(rows, self.width, dtype, rows * 4), "flops": 0.0, "exps": 0.0}
 
 
 CASES = [

@@ -11,6 +11,7 @@ from gpu_path import lowered, on_gpu
 
 from vitkern import testing
 from vitkern.ops import _window_gpu
+from vitkern.ops.window_attention import PLAIN
 from vitkern.testing import window_attention as registry
 
 ENTRIES = testing.entries()
@@ -31,7 +32,7 @@ def test_the_choice_falls_on_triton_where_the_cuda_kernels_are_not():
     args = lowered(call, call.leaves(torch.float32))
     reasons = " ".join(_window_gpu.cuda_refusals(args))
     assert "must be bfloat16 or float16" in reasons and "multiple of 8 up to 128, it is 7" in reasons
-    assert _window_gpu.choose(args) == "triton"
+    assert PLAIN.gpu.choose(args) == "triton"
     wide = registry.make(1, (1, 1), (40, 40), (0, 0), batch=1, heads=1)
     (reason,) = _window_gpu.triton_refusals(lowered(wide, wide.leaves(torch.float32)))
     assert "1024 tokens, got 1600" in reason
@@ -43,13 +44,13 @@ def test_only_the_gradients_that_are_needed_are_written_and_returned(dout, dlse)
     call = registry.make(3, (5,), (3,), (1,), batch=1, heads=1, bias="table", cosine=True, pads="given")
     args = lowered(call, call.leaves(torch.float32))
     with testing.poisoned():
-        out, lse = _window_gpu.forward(None, *args, "triton")
+        out, lse = _window_gpu.forward("triton", *args)
         dout = None if dout is None else torch.randn(out.shape)
         dlse = None if dlse is None else torch.randn(lse.shape)
 
         def gradients(need):
             into = tuple(torch.empty(x.shape) for x in args[:3])
-            return *into, *_window_gpu.backward(None, into, dout, dlse, lse, *args, "triton", need)
+            return *into, *_window_gpu.backward("triton", into, dout, dlse, lse, *args, need)
 
         everything = gradients(0b1111111)
         assert all(x.isfinite().all() for x in everything)

@@ -1,49 +1,48 @@
-"""How a token op's public function reaches a back-end: the choice, a forced one, and why the others cannot."""
+"""How a public function reaches a back-end of its op: the choice, a forced one, and why the others cannot."""
 
-from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from vitkern import backends
 from vitkern.ops._op import Op, PlainOp
 
-Refusals = Callable[[tuple[Any, ...]], list[str]]
+Found = tuple[str, dict[str, list[str]]]
 
 
-def no_triton(args: tuple[Any, ...]) -> list[str]:
-    return ["no Triton kernel is written for this op"]
-
-
-def no_cuda(args: tuple[Any, ...]) -> list[str]:
-    return ["no CUDA C++ kernel is written for this op"]
-
-
-def run(
-    op: Op | PlainOp, args: tuple[Any, ...], backend: str | None, triton: Refusals, cuda: Refusals = no_cuda
-) -> Any:
+def run(op: Op | PlainOp, args: tuple[Any, ...], backend: str | None) -> Any:
     """The outputs of the op; `args` are its arguments without the last, which names the GPU back-end."""
     wanted = backends.forced(backend)
-    device = args[0].device.type
     if wanted is not None:
-        refused = reasons(args, triton, cuda)
+        refused = reasons(op, args)
         if refused[wanted]:
             backends.refuse(op.name, wanted, refused)
-    elif device == "cpu" and backends.load("_cpu"):
+    return dispatch(op, args, wanted)
+
+
+def dispatch(op: Op | PlainOp, args: tuple[Any, ...], wanted: str | None) -> Any:
+    """As `run`, with a back-end that is known to be able to."""
+    device, gpu = args[0].device.type, ""
+    if device == "cuda":
+        gpu = wanted = wanted or op.gpu.choose(args)
+    elif wanted is None and backends.load("_cpu"):
         backends.warn_without_library()
         wanted = "reference"
     if wanted == "reference" or backends.reference_only():
-        return op.definition(*args)
-    gpu = wanted if device == "cuda" and wanted else ""
+        return _reference(op, args, device)
     if isinstance(op, PlainOp):
         return op.overload()(*args, gpu)
     return op.overload("" if backends.needs_grad(args[: len(op.tensors)]) else "_fwd")(*args, gpu)
 
 
-def choose(gpu: str, args: tuple[Any, ...], triton: Refusals, cuda: Refusals = no_cuda) -> str:
-    """The back-end for CUDA tensors: the one that is named, else the first that can run."""
-    return gpu or next((n for n, refusals in (("cuda", cuda), ("triton", triton)) if not refusals(args)), "reference")
+def _reference(op: Op | PlainOp, args: tuple[Any, ...], device: str) -> Any:
+    if not torch.is_autocast_enabled(device):
+        return op.definition(*args)
+    with torch.autocast(device, enabled=False):
+        return op.definition(*(op.cast(args, device) if isinstance(op, Op) and op.autocast else args))
 
 
-def reasons(args: tuple[Any, ...], triton: Refusals, cuda: Refusals = no_cuda) -> dict[str, list[str]]:
+def reasons(op: Op | PlainOp, args: tuple[Any, ...]) -> dict[str, list[str]]:
     """Back-end -> sentences why it cannot run these arguments."""
     device = args[0].device.type
     cpu = [] if device == "cpu" else [f"the tensors are on {device}"]
@@ -54,18 +53,25 @@ def reasons(args: tuple[Any, ...], triton: Refusals, cuda: Refusals = no_cuda) -
     return {
         "reference": [],
         "cpu": cpu,
-        "triton": gpu or triton(args),
-        "cuda": gpu or cuda(args),
+        "triton": gpu or op.gpu.triton_refusals(args),
+        "cuda": gpu or op.gpu.cuda_refusals(args),
     }
 
 
-def explanation(
-    name: str, args: tuple[Any, ...], backend: str | None, triton: Refusals, cuda: Refusals = no_cuda
-) -> tuple[str, dict[str, list[str]]]:
-    """The back-end that would run and every back-end's reasons against."""
-    wanted, refused = backends.forced(backend), reasons(args, triton, cuda)
+def explanation(name: str, op: Op | PlainOp, args: tuple[Any, ...], backend: str | None) -> Found:
+    """The back-end that would run, for the function `name`, and every back-end's reasons against."""
+    wanted, refused = backends.forced(backend), reasons(op, args)
     if wanted is None:
         wanted = next((n for n in ("cpu", "cuda", "triton") if not refused[n]), "reference")
     elif refused[wanted]:
+        backends.refuse(name, wanted, refused)
+    return wanted, refused
+
+
+def torch_only(name: str, why: str, backend: str | None) -> Found:
+    """`explanation` of a call that is PyTorch's own work on every device; raises where another back-end is named."""
+    refused = {"reference": []} | {other: [why] for other in ("cpu", "triton", "cuda")}
+    wanted = backends.forced(backend) or "reference"
+    if refused[wanted]:
         backends.refuse(name, wanted, refused)
     return wanted, refused

@@ -54,6 +54,64 @@ def flags(op: str, name: str, value: Any, want: tuple[int, ...], of: str, device
     on_device(op, name, value, of, device)
 
 
+def integers(op: str, name: str, value: Any) -> None:
+    """A tensor of integers."""
+    tensor(op, name, value)
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must hold integers, got {value.dtype}")
+
+
+def integer(op: str, name: str, value: Any, least: int | None = None, what: str = "an int") -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be {what}, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    return value
+
+
+def count(op: str, name: str, value: Any, most: int, text: str) -> int:
+    """An int from 0 to `most`, which `text` names."""
+    if not 0 <= integer(op, name, value) <= most:
+        raise ValueError(f"{op}: {name} must lie in [0, {text}] = [0, {most}], got {value}")
+    return value
+
+
+def prefix(op: str, value: Any, tokens: int, what: str = "an int") -> int:
+    """`protect` as a number of first tokens: no more than there are."""
+    return min(integer(op, "protect", value, 0, what), tokens)
+
+
+def number(op: str, name: str, value: Any, least: float | None = None, what: str = "a float") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be {what}, got {value!r}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    return float(value)
+
+
+def threshold(op: str, value: Any, batch: int, device: torch.device, of: str) -> Tensor:
+    """A float, or floats [B], as float32 [B]."""
+    if not isinstance(value, Tensor):
+        value = number(op, "threshold", value, what="a float or a tensor [B]")
+        return torch.full((batch,), value, dtype=torch.float32, device=device)
+    parameter(op, "threshold", value, device, of)
+    shape(op, "threshold", value, (batch,), "[B]")
+    return value.detach().float().contiguous()
+
+
+def seed(op: str, name: str, value: Any, device: torch.device) -> Tensor:
+    """A seed of Philox as int64 [1]."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype != torch.int64 or value.device != device:
+            raise ValueError(
+                f"{op}: {name} must be an int or one int64 element on {device}, "
+                f"got {value.dtype} {list(value.shape)} on {value.device}"
+            )
+        return value.reshape(1)
+    integer(op, name, value, what="an int or an int64 tensor of one element")
+    return torch.tensor([value], dtype=torch.int64, device=device)
+
+
 def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
     """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L."""
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -70,8 +128,7 @@ def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
             raise ValueError(
                 f"{op}: {name} must have the batch and map of q, {list(q.shape[:-2])}, got {list(t.shape[:-2])}"
             )
-        if t.device != q.device:
-            raise ValueError(f"{op}: {name} must be on the device of q ({q.device}), got {t.device}")
+        on_device(op, name, t, "q", q.device)
         if same_dtype and t.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must have the dtype of q ({q.dtype}), got {t.dtype}")
     heads, kv_heads = q.shape[-2], k.shape[-2]

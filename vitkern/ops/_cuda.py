@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
+from vitkern.ops._gpu import Cuda
 from vitkern.ops._op import library
 
 ops: Any = torch.ops.vitkern  # tests put emulated ones here
@@ -93,7 +94,7 @@ def merge(
 
 
 def merge_backward(
-    dy: Any, dsize: Any, x: Tensor, token_map: Tensor, perm: Tensor, offsets: Tensor, weight: Any, reduce: str,
+    dy: Any, dsize: Any, _size: Tensor, x: Tensor, token_map: Tensor, perm: Tensor, offsets: Tensor, weight: Any, reduce: str,
     include_dst: bool, need: int,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     dx = x.new_empty(x.shape) if need & 1 else None
@@ -125,3 +126,9 @@ def unmerge_backward(
     if not need & 1:
         return None
     return merge(dx.contiguous(), token_map, perm, offsets, None, "sum", True)[0]
+
+
+MATCH = Cuda(match_refusals, match)
+PLAN = Cuda(plan_refusals, plan)
+MERGE = Cuda(merge_refusals, merge, merge_backward)
+UNMERGE = Cuda(unmerge_refusals, unmerge, unmerge_backward)

@@ -6,18 +6,8 @@ from typing import Any
 import torch
 
 from vitkern import backends
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import library
-
-OPS = (
-    "window_attention",
-    "window_attention_qkvpacked",
-    "bipartite_match",
-    "merge_plan",
-    "merge_tokens",
-    "unmerge_tokens",
-    "cluster_tokens",
-    "reconstruct_tokens",
-)
 
 library.define("_cpu_capability() -> str")
 library.define("_cpu_capabilities() -> str")
@@ -41,5 +31,45 @@ def info() -> dict[str, Any]:
         "instruction set": cpu or torch.ops.vitkern._cpu_capability(),
         "instruction sets here": cpu or torch.ops.vitkern._cpu_capabilities(),
     }
-    found["ops"] = {op: {"reference": None, "cpu": cpu, "triton": triton, "cuda": cuda} for op in OPS}
+    unwritten = Gpu()
+    found["ops"] = {
+        name: {
+            "reference": None,
+            "cpu": cpu,
+            "triton": triton if gpu.triton else unwritten.triton_refusals(())[0],
+            "cuda": cuda if gpu.cuda else unwritten.cuda_refusals(())[0],
+        }
+        for name, gpu in _public().items()
+    }
     return found
+
+
+def _public() -> dict[str, Gpu]:
+    """Every public op with its kernels for GPUs."""
+    from vitkern.ops import (
+        bipartite_match,
+        cluster_tokens,
+        merge_plan,
+        merge_tokens,
+        reconstruct_tokens,
+        restore_tokens,
+        soft_merge,
+        unmerge_tokens,
+        window_attention,
+    )
+
+    moved = merge_tokens.OP.gpu  # what select_tokens and drop_tokens choose is moved by merge_tokens
+    return {
+        "window_attention": window_attention.PLAIN.gpu,
+        "window_attention_qkvpacked": window_attention.PACKED.gpu,
+        "bipartite_match": bipartite_match.OP.gpu,
+        "merge_plan": merge_plan.OP.gpu,
+        "merge_tokens": merge_tokens.OP.gpu,
+        "unmerge_tokens": unmerge_tokens.OP.gpu,
+        "select_tokens": moved,
+        "drop_tokens": moved,
+        "restore_tokens": restore_tokens.OP.gpu,
+        "soft_merge": soft_merge.OP.gpu,
+        "cluster_tokens": cluster_tokens.OP.gpu,
+        "reconstruct_tokens": reconstruct_tokens.OP.gpu,
+    }

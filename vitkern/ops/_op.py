@@ -10,10 +10,13 @@ where a name is missing, `register_autograd` is used.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vitkern.ops._gpu import Gpu
 
 _C = torch._C
 library = torch.library.Library("vitkern", "FRAGMENT")
@@ -39,8 +42,7 @@ class Op:
     batched: int  # the first arguments: those with a batch dimension, cast by autocast
     definition: Callable[..., tuple[Tensor, ...]]
     fake: Callable[..., tuple[Tensor, ...]]
-    cuda_forward: Callable[..., tuple[Tensor, ...]]
-    cuda_backward: Callable[..., tuple[Tensor | None, ...]]
+    gpu: Gpu = Gpu()  # what CUDA tensors run
     outputs: tuple[str, ...] = ("out", "lse")
     autocast: bool = True  # whether autocast casts the batched tensors
 
@@ -51,7 +53,7 @@ class Op:
         for name in (self.name, f"{self.name}_fwd"):
             library.define(f"{name}({arguments}) -> ({', '.join(['Tensor'] * len(self.outputs))})")
             library.impl(name, self.definition, "CompositeExplicitAutograd")
-            library.impl(name, self.cuda_forward, "CUDA")
+            library.impl(name, partial(self.gpu.forward, self), "CUDA")
             torch.library.register_fake(f"vitkern::{name}", self.fake, lib=library)
             torch.library.register_vmap(f"vitkern::{name}", self._vmap_of(name), lib=library)
             if self.autocast:
@@ -59,7 +61,7 @@ class Op:
         saved = [*(f"Tensor? d{name}" for name in self.outputs), *(f"Tensor {name}" for name in self.outputs[1:])]
         library.define(f"{self.name}_bwd({', '.join(saved)}, {arguments}, SymInt need) -> ({gradients})")
         library.impl(f"{self.name}_bwd", self._reference_backward_kernel, "CompositeExplicitAutograd")
-        library.impl(f"{self.name}_bwd", self.cuda_backward, "CUDA")
+        library.impl(f"{self.name}_bwd", partial(self.gpu.backward, self), "CUDA")
         torch.library.register_fake(f"vitkern::{self.name}_bwd", self._fake_backward, lib=library)
         _register_autograd(self.name, self._save, self._backward)
         _register_autograd(f"{self.name}_bwd", self._save_all, self._double_backward)
@@ -68,7 +70,7 @@ class Op:
         return getattr(torch.ops.vitkern, self.name + suffix).default
 
     @property
-    def _lead(self) -> int:
+    def lead(self) -> int:
         """The arguments of the backward before those of the op: gradients, then all outputs but the first."""
         return 2 * len(self.outputs) - 1
 
@@ -98,14 +100,14 @@ class Op:
         return tuple(grads)
 
     def _fake_backward(self, *args: Any) -> Any:
-        inputs, need = args[self._lead : -1], args[-1]
+        inputs, need = args[self.lead : -1], args[-1]
         wanted = [inputs[p] if need >> bit & 1 else None for bit, p in enumerate(self.differentiable)]
         return _one_or_all(None if t is None else t.new_empty(t.shape) for t in wanted)
 
     def reference_backward(self, *args: Any) -> Any:
         """The gradients by differentiating the reference."""
         with torch.enable_grad():
-            nodes = _own_nodes(list(args[self._lead : -1]))
+            nodes = _own_nodes(list(args[self.lead : -1]))
             grads = self._differentiate(args[: len(self.outputs)], nodes, args[-1], create_graph=False)
         return _one_or_all(None if g is None else g.detach() for g in grads)
 
@@ -140,14 +142,14 @@ class Op:
         return grads
 
     def _save_all(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        count = self._lead + len(self.tensors)
+        count = self.lead + len(self.tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:count])
         ctx.options = inputs[count:]
 
     def _double_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Differentiates the reference's gradient; the saved outputs are functions of the inputs and get none."""
-        lead, first_saved = self._lead, len(self.outputs)
+        lead, first_saved = self.lead, len(self.outputs)
         count = lead + len(self.tensors)
         result: list[Any] = [None] * (count + len(ctx.options))
         if all(g is None for g in grads):
@@ -206,13 +208,13 @@ class PlainOp:
     batched: int  # the first arguments: those that every sample has its own of
     definition: Callable[..., tuple[Tensor, ...]]
     fake: Callable[..., tuple[Tensor, ...]]
-    cuda: Callable[..., tuple[Tensor, ...]]
+    gpu: Gpu = Gpu()
 
     def register(self) -> None:
         arguments = ", ".join((*self.tensors, self.options))
         library.define(f"{self.name}({arguments}) -> ({', '.join(['Tensor'] * self.outputs)})")
         library.impl(self.name, self.definition, "CompositeExplicitAutograd")
-        library.impl(self.name, self.cuda, "CUDA")
+        library.impl(self.name, partial(self.gpu.forward, self), "CUDA")
         torch.library.register_fake(f"vitkern::{self.name}", self.fake, lib=library)
         torch.library.register_vmap(
             f"vitkern::{self.name}", _vmap_rule(self.name, len(self.tensors), self.batched), lib=library

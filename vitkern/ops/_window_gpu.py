@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.ops import _cuda
+from vitkern.ops._gpu import Gpu
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_MAX_TOKENS = 64
@@ -67,51 +69,63 @@ def cuda_refusals(args: tuple[Any, ...]) -> list[str]:
     return reasons
 
 
-def choose(args: tuple[Any, ...]) -> str:
-    """The faster back-end that can run: CUDA C++ for small windows in half precision, Triton otherwise."""
-    if not cuda_refusals(args):
-        return "cuda"
-    if not triton_refusals(args):
-        return "triton"
-    return "reference"
+@dataclass(frozen=True)
+class WindowGpu(Gpu):
+    """q, k and v by themselves, or `packed` in one tensor."""
+
+    packed: bool = False
+
+    def _separate(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*args[0].unbind(-3), *args[1:]) if self.packed else args
+
+    def triton_refusals(self, args: tuple[Any, ...]) -> list[str]:
+        return triton_refusals(self._separate(args))
+
+    def cuda_refusals(self, args: tuple[Any, ...]) -> list[str]:
+        return cuda_refusals(self._separate(args))
+
+    def forward(self, op: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, named = args
+        chosen = named or self.choose(tuple(inputs))
+        return op.definition(*args) if chosen == "reference" else forward(chosen, *self._separate(tuple(inputs)))
+
+    def backward(self, op: Any, dout: Any, dlse: Any, lse: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        *inputs, named, need = args
+        chosen = named or self.choose(tuple(inputs))
+        if chosen == "reference":
+            return op.reference_backward(dout, dlse, lse, *args)
+        leading = inputs[: 1 if self.packed else 3]
+        grads = tuple(t.new_empty(t.shape) for t in leading)
+        into = grads[0].unbind(-3) if self.packed else grads
+        each = (need & 1) * 7 | need >> 1 << 3 if self.packed else need
+        rest = backward(chosen, into, dout, dlse, lse, *self._separate(tuple(inputs)), each)
+        return (*(t if need >> bit & 1 else None for bit, t in enumerate(grads)), *rest)
 
 
-def forward(definition: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    """The CUDA implementation of window_attention and window_attention_fwd."""
-    *inputs, gpu = args
-    gpu = gpu or choose(tuple(inputs))
-    if gpu == "triton":
+def forward(chosen: str, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of the separate q, k, v by "triton" or "cuda"."""
+    if chosen == "triton":
         from vitkern.triton_kernels import window_attention as kernels
 
         return kernels.fwd(*inputs)
-    if gpu == "cuda":
-        q, v = inputs[0], inputs[2]
-        out = v.new_empty((*q.shape[:-1], v.shape[-1]))
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        _cuda.ops._window_attention_cuda_fwd(*_as_kernel(inputs), out, lse)
-        return out, lse
-    return definition(*args)
+    q, v = inputs[0], inputs[2]
+    out = v.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    _cuda.ops._window_attention_cuda_fwd(*_as_kernel(list(inputs)), out, lse)
+    return out, lse
 
 
 def backward(
-    reference_backward: Any, into: tuple[Tensor, Tensor, Tensor], dout: Any, dlse: Any, lse: Tensor, *args: Any
+    chosen: str, into: tuple[Tensor, Tensor, Tensor], dout: Any, dlse: Any, lse: Tensor, *args: Any
 ) -> tuple[Tensor | None, ...]:
     """Gradients of bias, logit_scale, k_pad, v_pad; those of q, k, v are written to `into`."""
-    *inputs, gpu, need = args
-    gpu = gpu or choose(tuple(inputs))
+    *inputs, need = args
     wanted = [bool(need >> bit & 1) for bit in range(7)]
-    dq, dk, dv = into
-    if gpu == "triton":
+    if chosen == "triton":
         from vitkern.triton_kernels import window_attention_bwd as kernels
 
-        return kernels.bwd(dout, dlse, lse, *inputs, wanted, dq, dk, dv)[3:]
-    if gpu == "cuda":
-        return _cuda_backward(into, dout, dlse, lse, inputs, wanted)
-    grads = reference_backward(dout, dlse, lse, *args)
-    for target, grad in zip(into, grads, strict=False):
-        if grad is not None:
-            target.copy_(grad)
-    return grads[3:]
+        return kernels.bwd(dout, dlse, lse, *inputs, wanted, *into)[3:]
+    return _cuda_backward(into, dout, dlse, lse, inputs, wanted)
 
 
 def _as_kernel(inputs: list[Any]) -> list[Any]:

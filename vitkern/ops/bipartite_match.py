@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.ops import _call, _checks, _cuda
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import PlainOp
 from vitkern.reference.bipartite_match import BYSTANDER, DESTINATION, MASKED, PROTECTED, SOURCE
 from vitkern.reference.bipartite_match import bipartite_match as definition
@@ -64,7 +65,7 @@ def bipartite_match(
     args, limit, ragged = _lower(
         metric, protect, partition, mask, grid, stride, seed, segments, window, similarity, eps
     )
-    score, dst, role = _call.run(OP, args, backend, _triton_refusals, _cuda.match_refusals)
+    score, dst, role = _call.run(OP, args, backend)
     return Match(score, dst, role, limit, ragged)
 
 
@@ -118,11 +119,7 @@ def _prefix(protect: Any, metric: Tensor) -> int:
     if isinstance(protect, Tensor):
         _checks.flags(NAME, "protect", protect, tuple(metric.shape[:2]), "metric", metric.device)
         return 0
-    if isinstance(protect, bool) or not isinstance(protect, (int, torch.SymInt)):
-        raise TypeError(f"{NAME}: protect must be an int or a bool tensor [B, N], got {protect!r}")
-    if protect < 0:
-        raise ValueError(f"{NAME}: protect must be at least 0, got {protect}")
-    return min(protect, metric.shape[1])
+    return _checks.prefix(NAME, protect, metric.shape[1], "an int or a bool tensor [B, N]")
 
 
 def _pair_of_ints(name: str, value: Any, least: int) -> tuple[int, int]:
@@ -154,9 +151,7 @@ def _window(window: Any, grid: tuple[int, int] | None) -> list[int]:
 
 
 def _segments(segments: Any, metric: Tensor) -> Tensor:
-    _checks.tensor(NAME, "segments", segments)
-    if segments.is_floating_point() or segments.dtype == torch.bool:
-        raise TypeError(f"{NAME}: segments must be integers, got {segments.dtype}")
+    _checks.integers(NAME, "segments", segments)
     if segments.dim() == 1:
         segments = segments[None]
     if segments.dim() != 2 or segments.shape[0] not in (1, metric.shape[0]) or segments.shape[1] != metric.shape[1]:
@@ -173,8 +168,8 @@ def _partition(partition: Any, metric: Tensor, prefix: int, grid: Any, stride: A
         if grid is None:
             raise ValueError(f"{NAME}: grid must be (Hs, Ws) for partition='random2d', got None")
         sides = _pair_of_ints("stride", stride, 1)
-        if isinstance(seed, bool) or not (seed is None or isinstance(seed, int)):
-            raise TypeError(f"{NAME}: seed must be an int or None, got {seed!r}")
+        if seed is not None:
+            _checks.integer(NAME, "seed", seed, what="an int or None")
         place = random_places(grid, sides, seed, metric.device) + (tokens - grid[0] * grid[1])  # [cells]
         role = torch.full((1, tokens), BYSTANDER, dtype=torch.int8, device=metric.device)
         role[:, tokens - grid[0] * grid[1] :] = SOURCE
@@ -197,9 +192,7 @@ def _partition(partition: Any, metric: Tensor, prefix: int, grid: Any, stride: A
 
 def _index(index: Any, metric: Tensor) -> Tensor:
     """Positions as int64 [B|1, n]."""
-    _checks.tensor(NAME, "partition", index)
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise TypeError(f"{NAME}: partition must hold integer positions, got {index.dtype}")
+    _checks.integers(NAME, "partition", index)
     if index.dim() == 1:
         index = index[None]
     if index.dim() != 2 or index.shape[0] not in (1, metric.shape[0]):
@@ -243,13 +236,10 @@ def random_places(grid: tuple[int, int], stride: tuple[int, int], seed: int | No
 # the op -----------------------------------------------------------------------------------------------------------------
 
 
-def _triton_refusals(args: tuple[Any, ...]) -> list[str]:
-    missing = backends.triton_missing()
-    if missing:
-        return [missing]
+def _triton() -> Any:
     from vitkern.triton_kernels import bipartite_match as kernels
 
-    return kernels.supported(*args)
+    return kernels
 
 
 def _fake(metric: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,20 +247,8 @@ def _fake(metric: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(metric.new_empty(shape, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int8))
 
 
-def _gpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, gpu = args
-    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.match_refusals)
-    if chosen == "cuda":
-        return _cuda.match(*inputs)
-    if chosen == "triton":
-        from vitkern.triton_kernels import bipartite_match as kernels
-
-        return kernels.fwd(*inputs)
-    return definition(*args)
-
-
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options)[0], backend, _triton_refusals, _cuda.match_refusals)
+def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    return _call.explanation(NAME, OP, _lower(*args, **options)[0], backend)
 
 
 OP = PlainOp(
@@ -281,7 +259,7 @@ OP = PlainOp(
     batched=3,
     definition=definition,
     fake=_fake,
-    cuda=_gpu,
+    gpu=Gpu(_triton, _cuda.MATCH),
 )
 OP.register()
 bipartite_match.explain = _explain  # type: ignore[attr-defined]

@@ -25,16 +25,12 @@ def cluster_kmeans(
 ) -> Tensor:
     """The centres ``[B, h w, C]`` after ``iters`` turns from ``start``; the arguments are those of the reference."""
     args = (x, start.detach(), mask, grid, window, temperature, iters)
-    return _call.run(OP, args, backend, _call.no_triton)[0]
+    return _call.run(OP, args, backend)[0]
 
 
 def _fake(x: Tensor, start: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     acc = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(start.shape), x.new_empty(start.shape, dtype=acc), x.new_empty(start.shape[:2], dtype=acc)
-
-
-def _cuda_backward(*args: Any) -> Any:
-    return OP.reference_backward(*args)
 
 
 OP = Op(
@@ -45,8 +41,6 @@ OP = Op(
     batched=3,
     definition=definition,
     fake=_fake,
-    cuda_forward=definition,
-    cuda_backward=_cuda_backward,
     outputs=("centers", "previous", "total"),
     autocast=False,
 )

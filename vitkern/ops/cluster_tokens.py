@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.ops import _call, _checks, _grid
 from vitkern.ops._op import PlainOp
 from vitkern.ops.cluster_kmeans import cluster_kmeans
@@ -14,6 +13,7 @@ from vitkern.reference.cluster_tokens import cluster_tokens as definition
 from vitkern.tokens import MergePlan
 
 NAME = "cluster_tokens"
+OWN_GRID = "method='grid' is two matrix products of PyTorch"
 METHODS = ("grid", "kmeans", "dpc_knn", "nearest", "agglomerative", "kmedoids")
 LINKAGES = ("average", "single", "complete")
 OWNERS = {  # option -> the methods that read it
@@ -93,8 +93,9 @@ def cluster_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    given = {"grid": grid, "centers": centers, "threshold": threshold, "weight": weight}
-    k, grids = _check(x, k, method, given, iters, temperature, window, k_neighbors, linkage, mask)
+    k, grids = _check(
+        x, k, method, centers, grid, iters, temperature, window, k_neighbors, threshold, linkage, weight, mask
+    )
     if method == "grid":
         return _grid_clusters(x, grids, threshold, mask, backend)
     if method == "nearest":
@@ -108,7 +109,7 @@ def cluster_tokens(
         return found, _nearest_clusters(x, found, None, mask, backend)[1], None
     ragged = mask is not None
     args = (x.detach(), None, mask, weight, method, k, k_neighbors, iters, linkage)
-    label, index, _ = _call.run(OP, args, backend, _call.no_triton)
+    label, index, _ = _call.run(OP, args, backend)
     lengths = mask.sum(1).clamp(max=k).to(torch.int32) if ragged else label.new_full((len(x),), k)
     plan = _headed(label, index, k, lengths, ragged)
     if method == "agglomerative":
@@ -133,7 +134,7 @@ def _nearest_clusters(
     centers = centers.expand(batch, -1, -1)
     k = centers.shape[1]
     args = (x.detach(), centers.detach(), mask, None, "nearest", k, 1, 0, "average")
-    label, _, distance = _call.run(OP, args, backend, _call.no_triton)
+    label, _, distance = _call.run(OP, args, backend)
     if threshold is None:
         return centers, MergePlan._listed(label, k, label.new_full((batch,), k), False), None
     far = (label < k) & (distance > threshold * threshold)
@@ -149,9 +150,7 @@ def _nearest_clusters(
 def _grid_clusters(
     x: Tensor, grids: list[int], threshold: float | None, mask: Tensor | None, backend: str | None
 ) -> tuple[Tensor, MergePlan, Tensor | None]:
-    wanted = backends.forced(backend)
-    if wanted not in (None, "reference"):
-        backends.refuse(NAME, wanted, _grid_reasons())
+    _call.torch_only(NAME, OWN_GRID, backend)
     batch, tokens, _ = x.shape
     count = grids[2] * grids[3]
     cell = _grid.labels(grids, batch, mask, x.device)
@@ -179,15 +178,18 @@ def _grid_clusters(
 
 def _check(
     x: Any,
-    k: Any,
-    method: Any,
-    given: dict[str, Any],
-    iters: Any,
-    temperature: Any,
-    window: Any,
-    k_neighbors: Any,
-    linkage: Any,
-    mask: Any,
+    k: Any = None,
+    method: Any = "kmeans",
+    centers: Any = None,
+    grid: Any = None,
+    iters: Any = 5,
+    temperature: Any = 0.01,
+    window: Any = 5,
+    k_neighbors: Any = 5,
+    threshold: Any = None,
+    linkage: Any = "average",
+    weight: Any = None,
+    mask: Any = None,
 ) -> tuple[Any, list[int]]:
     """The number of clusters, and H, W, h, w of the methods on a grid ([] for others)."""
     _checks.tensor(NAME, "x", x)
@@ -196,59 +198,36 @@ def _check(
         raise ValueError(f"{NAME}: x must have shape [B, N, C], got {list(x.shape)}")
     if method not in METHODS:
         raise ValueError(f"{NAME}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    given = {"grid": grid, "centers": centers, "threshold": threshold, "weight": weight}
     for option, owners in OWNERS.items():
         if given[option] is not None and method not in owners:
             raise ValueError(f"{NAME}: {option} must go with method={' or '.join(map(repr, owners))}, got {method!r}")
     for option, value, least in (("iters", iters, 0), ("window", window, 1), ("k_neighbors", k_neighbors, 1)):
-        _integer(option, value, least)
+        _checks.integer(NAME, option, value, least)
     if window % 2 == 0:
         raise ValueError(f"{NAME}: window must be odd, got {window}")
     if linkage not in LINKAGES:
         raise ValueError(f"{NAME}: linkage must be 'average', 'single' or 'complete', got {linkage!r}")
-    _number("temperature", temperature, 0.0)
-    if given["threshold"] is not None:
-        _number("threshold", given["threshold"], 0.0 if method == "nearest" else None)
+    _checks.number(NAME, "temperature", temperature, 0)
+    if threshold is not None:
+        _checks.number(NAME, "threshold", threshold, 0 if method == "nearest" else None)
     if mask is not None:
-        _checks.tensor(NAME, "mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{NAME}: mask must be bool, got {mask.dtype}")
-        _same(x, "mask", mask)
-    if given["weight"] is not None:
-        _checks.tensor(NAME, "weight", given["weight"])
-        _checks.floating(NAME, "weight", given["weight"])
-        _same(x, "weight", given["weight"])
+        _checks.flags(NAME, "mask", mask, tuple(x.shape[:2]), "x", x.device)
+    if weight is not None:
+        _checks.parameter(NAME, "weight", weight, x.device, "x")
+        _checks.shape(NAME, "weight", weight, tuple(x.shape[:2]), "[B, N]")
     if method in ("grid", "kmeans"):
-        grids = _grids(x, k, given["grid"])
+        grids = _grids(x, k, grid)
         return grids[2] * grids[3], grids
     if method == "nearest":
         if k is not None:
             raise ValueError(f"{NAME}: k must be None with method='nearest', got {k!r}")
-        _check_centers(x, given["centers"])
-        return given["centers"].shape[1], []
-    _integer("k", k, 1)
+        _check_centers(x, centers)
+        return centers.shape[1], []
+    _checks.integer(NAME, "k", k, 1)
     if k > x.shape[1]:
         raise ValueError(f"{NAME}: k must be at most the tokens of x ({x.shape[1]}), got {k}")
     return k, []
-
-
-def _same(x: Tensor, name: str, value: Tensor) -> None:
-    _checks.shape(NAME, name, value, tuple(x.shape[:2]), "[B, N]")
-    if value.device != x.device:
-        raise ValueError(f"{NAME}: {name} must be on the device of x ({x.device}), got {value.device}")
-
-
-def _integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{NAME}: {name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{NAME}: {name} must be at least {least}, got {value}")
-
-
-def _number(name: str, value: Any, least: float | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{NAME}: {name} must be a float, got {value!r}")
-    if least is not None and not value >= least:
-        raise ValueError(f"{NAME}: {name} must be at least {least}, got {value}")
 
 
 def _grids(x: Tensor, k: Any, grid: Any) -> list[int]:
@@ -256,7 +235,7 @@ def _grids(x: Tensor, k: Any, grid: Any) -> list[int]:
         if not isinstance(value, (list, tuple)) or len(value) != 2:
             raise TypeError(f"{NAME}: {name} must be two ints with method='grid' or 'kmeans', got {value!r}")
         for side in value:
-            _integer(name, side, 1)
+            _checks.integer(NAME, name, side, 1)
     if grid[0] * grid[1] != x.shape[1]:
         raise ValueError(f"{NAME}: grid must hold exactly the tokens of x ({x.shape[1]}), got {grid[0]} x {grid[1]}")
     return [*grid, *k]
@@ -266,8 +245,7 @@ def _check_centers(x: Tensor, centers: Any) -> None:
     _checks.tensor(NAME, "centers", centers)
     if centers.dtype != x.dtype:
         raise TypeError(f"{NAME}: centers must have the dtype of x ({x.dtype}), got {centers.dtype}")
-    if centers.device != x.device:
-        raise ValueError(f"{NAME}: centers must be on the device of x ({x.device}), got {centers.device}")
+    _checks.on_device(NAME, "centers", centers, "x", x.device)
     batch, _, width = x.shape
     fits = centers.dim() == 3 and centers.shape[0] in (1, batch) and centers.shape[1] >= 1 and centers.shape[2] == width
     if not fits:
@@ -279,11 +257,6 @@ def _check_centers(x: Tensor, centers: Any) -> None:
 # the op -----------------------------------------------------------------------------------------------------------------
 
 
-def _grid_reasons() -> dict[str, list[str]]:
-    own = ["method='grid' is two matrix products of PyTorch"]
-    return {"reference": [], "cpu": own, "triton": own, "cuda": own}
-
-
 def _fake(x: Tensor, centers: Any, mask: Any, weight: Any, method: str, k: int, *rest: Any) -> tuple[Tensor, ...]:
     batch, tokens, _ = x.shape
     acc = torch.promote_types(x.dtype, torch.float32)
@@ -291,15 +264,10 @@ def _fake(x: Tensor, centers: Any, mask: Any, weight: Any, method: str, k: int, 
     return (*integers, x.new_empty((batch, tokens), dtype=acc))
 
 
-def _explain(
-    x: Any, k: Any = None, *, method: str = "kmeans", backend: str | None = None, **options: Any
-) -> tuple[str, dict[str, list[str]]]:
-    if method == "grid":
-        wanted = backends.forced(backend) or "reference"
-        if wanted != "reference":
-            backends.refuse(NAME, wanted, _grid_reasons())
-        return wanted, _grid_reasons()
-    return _call.explanation(NAME, (x,), backend, _call.no_triton)
+def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    _check(x, *args, **options)
+    method = options.get("method", "kmeans")
+    return _call.torch_only(NAME, OWN_GRID, backend) if method == "grid" else _call.explanation(NAME, OP, (x,), backend)
 
 
 OP = PlainOp(
@@ -310,7 +278,6 @@ OP = PlainOp(
     batched=4,
     definition=definition,
     fake=_fake,
-    cuda=definition,
 )
 OP.register()
 cluster_tokens.explain = _explain  # type: ignore[attr-defined]

@@ -44,7 +44,8 @@ def drop_tokens(
         structure: what goes as a whole: a ``"token"``; a ``"row"`` or ``"col"`` of ``grid``, ``(rows, columns)``; a
             ``"channel"`` of ``grid``, ``(channels, tokens of each)``. ``M`` then counts these.
         grid: the last ``N - protect`` tokens as a grid, with a ``structure``.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` (which moves the rows); raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (which move the rows); raises with all reasons if it
+            cannot run.
 
     Returns:
         ``(y, index)``: ``y [B, protect + kept, ...]`` in the dtype of x, ``index [B, protect + kept]`` int32.
@@ -53,7 +54,7 @@ def drop_tokens(
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
     args = _lower(x, ratio, seed, noise, protect, order, min_keep, structure, grid)
-    y, index, _ = select_tokens.gathered(x, args[0], args, "first", False, backend)
+    y, index, _ = select_tokens.gathered(NAME, x, args[0], args, "first", False, backend)
     return y, index
 
 
@@ -70,15 +71,12 @@ def _lower(
 ) -> tuple[Any, ...]:
     """The arguments of the op that chooses."""
     batch, tokens = _checks.rows(NAME, x)
-    prefix = select_tokens.check_protect(NAME, protect, tokens)
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(f"{NAME}: ratio must be a float, got {ratio!r}")
-    if not 0.0 <= ratio < 1.0:
+    prefix = _checks.prefix(NAME, protect, tokens)
+    if not 0.0 <= _checks.number(NAME, "ratio", ratio) < 1.0:
         raise ValueError(f"{NAME}: ratio must lie in [0, 1), got {ratio!r}")
     if order not in ("noise", "position"):
         raise ValueError(f"{NAME}: order must be 'noise' or 'position', got {order!r}")
-    if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 0:
-        raise ValueError(f"{NAME}: min_keep must be an int of at least 0, got {min_keep!r}")
+    _checks.integer(NAME, "min_keep", min_keep, 0)
     groups, each = _groups(structure, grid, tokens - prefix)
     if noise is not None:
         if seed is not None:
@@ -118,25 +116,16 @@ def _groups(structure: Any, grid: Any, tokens: int) -> tuple[int, int]:
 
 def seeded(seed: int | Tensor, batch: int, count: int, device: torch.device) -> Tensor:
     """The first word of Philox(seed; position, sample, 0, 0) as a float in [0, 1) of 24 bits: float32 [batch, count]."""
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
-            raise ValueError(
-                f"{NAME}: seed must be an int or one int64 element on {device}, "
-                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
-            )
-        key = seed.reshape(1)
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{NAME}: seed must be an int or an int64 tensor of one element, got {seed!r}")
-    else:
-        key = torch.tensor([seed], dtype=torch.int64, device=device)
+    key = _checks.seed(NAME, "seed", seed, device)
     sample = torch.arange(batch, device=device)[:, None].expand(batch, count)
     position = torch.arange(count, device=device).expand(batch, count)
     zero = torch.zeros_like(position)
     return (philox([position, sample, zero, zero], key)[0] >> 8).float() * 2.0**-24
 
 
-def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(x, *args, **options), backend, select_tokens.refusals(x))
+def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    _lower(x, *args, **options)
+    return select_tokens.explained(NAME, x, "first", backend)
 
 
 drop_tokens.explain = _explain  # type: ignore[attr-defined]

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.ops import _call, _checks, _cuda
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import PlainOp
 from vitkern.reference.merge_plan import merge_plan as definition
 from vitkern.tokens import Match, MergePlan
 
 NAME = "merge_plan"
-ORDERS = ("split", "score", "position")
+ORDERS = _cuda.ORDERS
 
 
 def merge_plan(
@@ -47,7 +48,7 @@ def merge_plan(
         ValueError, TypeError: an argument does not fit, or a sample keeps more tokens than there are slots.
     """
     args, n_out, ragged = _lower(match, r, threshold, order, n_max, clip)
-    return MergePlan(*_call.run(OP, args, backend, _call.no_triton, _cuda.plan_refusals), n_out, ragged)
+    return MergePlan(*_call.run(OP, args, backend), n_out, ragged)
 
 
 def _lower(
@@ -64,33 +65,25 @@ def _lower(
         counts = _counts(r, match, clip)
     elif r is not None:
         most = _count(r, match.limit, clip)
-    least = None if threshold is None else _threshold(threshold, match)
+    least = None if threshold is None else _checks.threshold(NAME, threshold, batch, match.score.device, "match")
     if n_max is None:
         fixed = counts is None and least is None and (r is not None or not match.ragged)
         n_out = tokens - most if fixed else tokens
     else:
-        if isinstance(n_max, bool) or not isinstance(n_max, (int, torch.SymInt)):
-            raise TypeError(f"{NAME}: n_max must be an int, got {n_max!r}")
-        if not 0 <= n_max <= tokens:
-            raise ValueError(f"{NAME}: n_max must lie in [0, N] = [0, {tokens}], got {n_max}")
-        n_out = n_max
+        n_out = _checks.count(NAME, "n_max", n_max, tokens, "N")
     ragged = match.ragged or counts is not None or least is not None or n_max is not None
     return (match.score, match.dst, match.role, counts, least, most, n_out, order), n_out, ragged
 
 
 def _count(r: Any, limit: int, clip: bool) -> int:
-    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
-        raise TypeError(f"{NAME}: r must be an int or an integer tensor [B], got {r!r}")
-    if r < 0:
-        raise ValueError(f"{NAME}: r must be at least 0, got {r}")
+    _checks.integer(NAME, "r", r, 0, "an int or an integer tensor [B]")
     if r > limit and not clip:
         raise ValueError(f"{NAME}: r must be at most {limit}, the tokens that can merge, got {r}; clip=True lowers it")
     return min(r, limit)
 
 
 def _counts(r: Tensor, match: Match, clip: bool) -> Tensor:
-    if r.is_floating_point() or r.dtype == torch.bool:
-        raise TypeError(f"{NAME}: r must hold integers, got {r.dtype}")
+    _checks.integers(NAME, "r", r)
     _checks.shape(NAME, "r", r, (match.score.shape[0],), "[B]")
     if backends.may_read(r) and r.numel():
         low, high = int(r.min()), int(r.max())
@@ -101,31 +94,14 @@ def _counts(r: Tensor, match: Match, clip: bool) -> Tensor:
     return r.to(torch.int32).contiguous()
 
 
-def _threshold(threshold: Any, match: Match) -> Tensor:
-    if not isinstance(threshold, Tensor):
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise TypeError(f"{NAME}: threshold must be a float or a tensor [B], got {threshold!r}")
-        return match.score.new_full((match.score.shape[0],), float(threshold))
-    _checks.parameter(NAME, "threshold", threshold, match.score.device)
-    _checks.shape(NAME, "threshold", threshold, (match.score.shape[0],), "[B]")
-    return threshold.detach().float().contiguous()
-
-
 def _fake(score: Tensor, dst: Any, role: Any, r: Any, threshold: Any, most: int, n_out: int, *rest: Any) -> Any:
     batch, tokens = score.shape
     shapes = ((batch, tokens), (batch, tokens), (batch, n_out + 1), (batch,))
     return tuple(score.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options)[0], backend, _call.no_triton, _cuda.plan_refusals)
-
-
-def _gpu(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, gpu = args
-    if _call.choose(gpu, tuple(inputs), _call.no_triton, _cuda.plan_refusals) == "cuda":
-        return _cuda.plan(*inputs)
-    return definition(*args)
+def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    return _call.explanation(NAME, OP, _lower(*args, **options)[0], backend)
 
 
 OP = PlainOp(
@@ -136,7 +112,7 @@ OP = PlainOp(
     batched=5,
     definition=definition,
     fake=_fake,
-    cuda=_gpu,
+    gpu=Gpu(cuda=_cuda.PLAN),
 )
 OP.register()
 merge_plan.explain = _explain  # type: ignore[attr-defined]

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.ops import _call, _checks, _cuda
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.merge_tokens import merge_tokens as definition
 from vitkern.tokens import MergePlan
 
 NAME = "merge_tokens"
-REDUCTIONS = ("mean", "sum", "max", "first", "mlerp")
+REDUCTIONS = (*_cuda.REDUCTIONS, "mlerp")
 
 
 def merge_tokens(
@@ -30,7 +30,7 @@ def merge_tokens(
         x: ``[B, N, ...]`` of any trailing shape and strides, or a tuple of such tensors, which one plan merges.
         plan: from :func:`vitkern.merge_plan`.
         weight: ``[B, N]``, usually the tokens' sizes; with gradient. Without it every token counts 1.
-        reduce: ``"mean"`` (weighted), ``"sum"`` (weighted), ``"max"`` (elementwise, ties share the gradient) or
+        reduce: ``"mean"`` (weighted), ``"sum"`` (weighted), ``"max"`` (elementwise, ties share the gradient),
             ``"first"`` (the destination) or ``"mlerp"`` (Kim et al. 2024): the weighted mean u, as long as the longest token
             of the slot: ``u max_i |x_i| / max(|u|, 1e-12)``; the norm is over all trailing axes. A tuple with a tuple ``x``.
         include_dst: False leaves the first token of every slot out of means, sums and sizes.
@@ -52,7 +52,7 @@ def merge_tokens(
     size: Any = None
     for t, name in zip(each, names, strict=True):
         args = _lower(t, plan, weight, name, include_dst)
-        y, found = _call.run(OP, args, backend, _triton_refusals, _cuda.merge_refusals)
+        y, found = _call.run(OP, args, backend)
         size = found if size is None else size
         merged.append(y.reshape(y.shape[0], y.shape[1], *t.shape[2:]))
     if size.requires_grad and not (weight is not None and weight.requires_grad):
@@ -70,8 +70,7 @@ def _lower(x: Any, plan: Any, weight: Any = None, reduce: Any = "mean", include_
         raise ValueError(
             f"{NAME}: x must have the batch and length of the plan, {list(plan.token_map.shape)}, got {list(x.shape)}"
         )
-    if x.device != plan.token_map.device:
-        raise ValueError(f"{NAME}: x must be on the device of the plan ({plan.token_map.device}), got {x.device}")
+    _checks.on_device(NAME, "x", x, "the plan", plan.token_map.device)
     if reduce not in REDUCTIONS:
         raise ValueError(f"{NAME}: reduce must be 'mean', 'sum', 'max', 'first' or 'mlerp', got {reduce!r}")
     if not include_dst and reduce not in ("mean", "sum"):
@@ -92,13 +91,10 @@ def rows(x: Tensor) -> Tensor:
 # the op -----------------------------------------------------------------------------------------------------------------
 
 
-def _triton_refusals(args: tuple[Any, ...]) -> list[str]:
-    missing = backends.triton_missing()
-    if missing:
-        return [missing]
+def _triton() -> Any:
     from vitkern.triton_kernels import merge_tokens as kernels
 
-    return kernels.supported(*args)
+    return kernels
 
 
 def _fake(
@@ -109,33 +105,9 @@ def _fake(
     return x.new_empty((x.shape[0], slots, x.shape[2])), x.new_empty((x.shape[0], slots), dtype=dtype)
 
 
-def _gpu(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, gpu = args
-    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.merge_refusals)
-    if chosen == "cuda":
-        return _cuda.merge(*inputs)
-    if chosen == "triton":
-        from vitkern.triton_kernels import merge_tokens as kernels
-
-        return kernels.fwd(*inputs)
-    return definition(*args)
-
-
-def _gpu_backward(dy: Any, dsize: Any, size: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    *inputs, gpu, need = args
-    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.merge_refusals)
-    if chosen == "cuda":
-        return _cuda.merge_backward(dy, dsize, *inputs, need)
-    if chosen == "triton":
-        from vitkern.triton_kernels import merge_tokens as kernels
-
-        return kernels.bwd(dy, dsize, size, *inputs, need)
-    return OP.reference_backward(dy, dsize, size, *args)
-
-
-def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
+def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> _call.Found:
     first = x[0] if isinstance(x, (tuple, list)) else x
-    return _call.explanation(NAME, _lower(first, *args, **options), backend, _triton_refusals, _cuda.merge_refusals)
+    return _call.explanation(NAME, OP, _lower(first, *args, **options), backend)
 
 
 OP = Op(
@@ -146,8 +118,7 @@ OP = Op(
     batched=5,
     definition=definition,
     fake=_fake,
-    cuda_forward=_gpu,
-    cuda_backward=_gpu_backward,
+    gpu=Gpu(_triton, _cuda.MERGE),
     outputs=("y", "size"),
     autocast=False,
 )

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.ops import _call, _checks
 from vitkern.ops._op import Op
 from vitkern.reference.reconstruct_tokens import reconstruct_tokens as definition
 
 NAME = "reconstruct_tokens"
+OWN = "weights are multiplied by PyTorch"
 
 
 def reconstruct_tokens(
@@ -40,7 +40,7 @@ def reconstruct_tokens(
         temperature: :math:`\tau`, at least 0.
         norm: ``"l1"`` or ``"l2"``.
         backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run. Weights go through PyTorch's
-            product on every back-end.
+            product, which is the reference.
 
     Returns:
         ``[B, N, C]`` in the dtype of y, with gradients to y, x and centers (or y and the weights); the set of entries
@@ -51,7 +51,7 @@ def reconstruct_tokens(
     """
     if centers is None:
         return _weighted(y, x, backend)
-    return _call.run(OP, _lower(y, x, centers, k, temperature, norm), backend, _call.no_triton)
+    return _call.run(OP, _lower(y, x, centers, k, temperature, norm), backend)
 
 
 def _lower(y: Any, x: Any, centers: Any, k: Any = 20, temperature: Any = 0.01, norm: Any = "l1") -> tuple[Any, ...]:
@@ -66,14 +66,8 @@ def _lower(y: Any, x: Any, centers: Any, k: Any = 20, temperature: Any = 0.01, n
     _checks.shape(NAME, "centers", centers, want, "[B, M, E] of y and x")
     if y.shape[1] < 1:
         raise ValueError(f"{NAME}: y must have at least one cluster, got {list(y.shape)}")
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"{NAME}: k must be an int, got {k!r}")
-    if k < 1:
-        raise ValueError(f"{NAME}: k must be at least 1, got {k}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"{NAME}: temperature must be a float, got {temperature!r}")
-    if not temperature >= 0:
-        raise ValueError(f"{NAME}: temperature must be at least 0, got {temperature}")
+    _checks.integer(NAME, "k", k, 1)
+    _checks.number(NAME, "temperature", temperature, 0)
     if norm not in ("l1", "l2"):
         raise ValueError(f"{NAME}: norm must be 'l1' or 'l2', got {norm!r}")
     return (y, x, centers, k, float(temperature), norm == "l2")
@@ -87,15 +81,19 @@ def _rows(name: str, t: Any, y: Tensor) -> None:
 
 
 def _weighted(y: Any, weights: Any, backend: str | None) -> Tensor:
+    _check_weighted(y, weights)
+    _call.torch_only(NAME, OWN, backend)
+    acc = torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32)
+    return (weights.to(acc) @ y.to(acc)).to(y.dtype)
+
+
+def _check_weighted(y: Any, weights: Any) -> None:
     _rows("y", y, y)
     _rows("weights", weights, y)
     if weights.shape[2] != y.shape[1]:
         raise ValueError(
             f"{NAME}: weights must have shape [B, N, M] with the M = {y.shape[1]} of y, got {list(weights.shape)}"
         )
-    backends.forced(backend)
-    acc = torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32)
-    return (weights.to(acc) @ y.to(acc)).to(y.dtype)
 
 
 # the op -----------------------------------------------------------------------------------------------------------------
@@ -105,18 +103,11 @@ def _fake(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return y.new_empty((x.shape[0], x.shape[1], y.shape[2]))
 
 
-def _cuda_backward(*args: Any) -> Any:
-    return OP.reference_backward(*args)
-
-
-def _explain(
-    y: Any, x: Any, centers: Any = None, *, backend: str | None = None, **options: Any
-) -> tuple[str, dict[str, list[str]]]:
+def _explain(y: Any, x: Any, centers: Any = None, *, backend: str | None = None, **options: Any) -> _call.Found:
     if centers is None:
-        return "reference", {"reference": []} | dict.fromkeys(
-            ("cpu", "triton", "cuda"), ["weights are multiplied by PyTorch"]
-        )
-    return _call.explanation(NAME, _lower(y, x, centers, **options), backend, _call.no_triton)
+        _check_weighted(y, x)
+        return _call.torch_only(NAME, OWN, backend)
+    return _call.explanation(NAME, OP, _lower(y, x, centers, **options), backend)
 
 
 OP = Op(
@@ -127,8 +118,6 @@ OP = Op(
     batched=3,
     definition=definition,
     fake=_fake,
-    cuda_forward=definition,
-    cuda_backward=_cuda_backward,
     outputs=("out",),
     autocast=False,
 )

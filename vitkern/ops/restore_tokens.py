@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.ops import _call, _checks
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.ops.merge_tokens import rows
 from vitkern.reference.restore_tokens import restore_tokens as definition
@@ -37,7 +38,7 @@ def restore_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    out = _call.run(OP, _lower(y, index, n, fill), backend, _triton_refusals)
+    out = _call.run(OP, _lower(y, index, n, fill), backend)
     return out.reshape(out.shape[0], out.shape[1], *y.shape[2:])
 
 
@@ -47,15 +48,10 @@ def _lower(y: Any, index: Any, n: Any, fill: Any = 0.0) -> tuple[Any, ...]:
     _checks.floating(NAME, "y", y)
     if y.dim() < 2:
         raise ValueError(f"{NAME}: y must have shape [B, K, ...], got {list(y.shape)}")
-    _checks.tensor(NAME, "index", index)
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise TypeError(f"{NAME}: index must hold integers, got {index.dtype}")
+    _checks.integers(NAME, "index", index)
     _checks.shape(NAME, "index", index, tuple(y.shape[:2]), "[B, K]")
     _checks.on_device(NAME, "index", index, "y", y.device)
-    if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
-        raise TypeError(f"{NAME}: n must be an int, got {n!r}")
-    if n < 0:
-        raise ValueError(f"{NAME}: n must be at least 0, got {n}")
+    _checks.integer(NAME, "n", n, 0)
     if backends.may_read(index) and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < 0 or high > n:
@@ -65,9 +61,7 @@ def _lower(y: Any, index: Any, n: Any, fill: Any = 0.0) -> tuple[Any, ...]:
             raise ValueError(f"{NAME}: index must hold distinct positions in every sample")
     value, each, mask_token = 0.0, None, None
     if not isinstance(fill, Tensor):
-        if isinstance(fill, bool) or not isinstance(fill, (int, float)):
-            raise TypeError(f"{NAME}: fill must be a number or a tensor, got {fill!r}")
-        value = float(fill)
+        value = _checks.number(NAME, "fill", fill, what="a number or a tensor")
     else:
         each, mask_token = _fill(fill, y, n)
     return (rows(y), index.to(torch.int32).contiguous(), each, mask_token, n, value)
@@ -93,39 +87,18 @@ def _fill(fill: Tensor, y: Tensor, n: int) -> tuple[Tensor | None, Tensor | None
 # the op -----------------------------------------------------------------------------------------------------------------
 
 
-def _triton_refusals(args: tuple[Any, ...]) -> list[str]:
-    missing = backends.triton_missing()
-    if missing:
-        return [missing]
+def _triton() -> Any:
     from vitkern.triton_kernels import restore_tokens as kernels
 
-    return kernels.supported(*args)
+    return kernels
 
 
 def _fake(y: Tensor, index: Tensor, fill: Any, mask_token: Any, n: int, *rest: Any) -> Tensor:
     return y.new_empty((y.shape[0], n, y.shape[2]))
 
 
-def _cuda(*args: Any) -> Tensor:
-    *inputs, gpu = args
-    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
-        from vitkern.triton_kernels import restore_tokens as kernels
-
-        return kernels.fwd(*inputs)
-    return definition(*args)
-
-
-def _cuda_backward(dout: Any, *args: Any) -> tuple[Tensor | None, ...]:
-    *inputs, gpu, need = args
-    if gpu == "triton" or not _triton_refusals(tuple(inputs)):
-        from vitkern.triton_kernels import restore_tokens as kernels
-
-        return kernels.bwd(dout, *inputs, need)
-    return OP.reference_backward(dout, *args)
-
-
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options), backend, _triton_refusals)
+def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    return _call.explanation(NAME, OP, _lower(*args, **options), backend)
 
 
 OP = Op(
@@ -136,8 +109,7 @@ OP = Op(
     batched=3,
     definition=definition,
     fake=_fake,
-    cuda_forward=_cuda,
-    cuda_backward=_cuda_backward,
+    gpu=Gpu(_triton),
     outputs=("x",),
     autocast=False,
 )

@@ -1,11 +1,11 @@
 """select_tokens: argument checks, lowering, and the op that chooses; merge_tokens moves the rows."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitkern import backends
 from vitkern.ops import _call, _checks, merge_tokens
 from vitkern.ops._op import PlainOp
 from vitkern.reference.select_tokens import select_tokens as definition
@@ -46,8 +46,8 @@ def select_tokens(
         order: of the kept tokens: ``"position"``, or ``"score"``, the largest first (as EViT and DynamicViT return them).
         mask: bool ``[B, N]``, True for a real token; the score of the others is ``-inf``.
         n_max: with ``threshold``: the length of y, protected tokens included; at most so many are kept.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` (which moves the rows; plain PyTorch chooses); raises with all
-            reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (which move the rows; plain PyTorch chooses);
+            raises with all reasons if it cannot run.
 
     Returns:
         ``(y, index)``: ``y [B, protect + k (+ 1), ...]`` in the dtype of x, ``index [B, protect + k]`` int32, the positions
@@ -60,7 +60,7 @@ def select_tokens(
     """
     args, reduce = _lower(x, score, k, protect, threshold, fuse_rest, order, mask, n_max)
     ragged = threshold is not None
-    y, index, plan = gathered(x, score, args, reduce, ragged, backend)
+    y, index, plan = gathered(NAME, x, score, args, reduce, ragged, backend)
     if not ragged:
         return y, index
     if n_max is not None:
@@ -69,21 +69,32 @@ def select_tokens(
 
 
 def gathered(
-    x: Tensor, score: Tensor, args: tuple[Any, ...], reduce: str, ragged: bool, backend: str | None
+    name: str, x: Tensor, score: Tensor, args: tuple[Any, ...], reduce: str, ragged: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, MergePlan]:
-    """The rows that `args` (of the op) choose, their positions, and the plan."""
+    """The rows that `args` (of the op) choose, their positions, and the plan. A named back-end moves the rows; on CUDA
+    tensors plain PyTorch chooses."""
     *_, slots, by_score, fuse = args
-    plan = MergePlan(*_call.run(OP, args, backend, refusals(x)), slots + int(fuse), ragged)
+    if backends.forced(backend):
+        explained(name, x, reduce, backend)
+    chosen = _call.run(OP, args, backends.forced(backend) if x.device.type == "cpu" else "reference")
+    plan = MergePlan(*chosen, slots + int(fuse), ragged)
     weight = None
     if fuse:
         alone = plan.token_map < slots
         weight = torch.where(alone, 1.0, score.to(torch.promote_types(score.dtype, torch.float32)))
     rows = (merge_tokens.rows(x), plan.token_map, plan.perm, plan.offsets, weight, reduce, True)
-    y = _call.run(merge_tokens.OP, rows, backend, merge_tokens._triton_refusals)[0]
+    y = _call.run(merge_tokens.OP, rows, backend)[0]
     index = plan.perm[:, :slots]
     if ragged:
         index = torch.where(plan.key_mask, index, x.shape[1])
     return y.reshape(y.shape[0], y.shape[1], *x.shape[2:]), index, plan
+
+
+def explained(name: str, x: Tensor, reduce: str, backend: str | None) -> _call.Found:
+    """What moves the rows of x."""
+    return _call.explanation(
+        name, merge_tokens.OP, (merge_tokens.rows(x), None, None, None, None, reduce, True), backend
+    )
 
 
 # lowering ---------------------------------------------------------------------------------------------------------------
@@ -106,24 +117,24 @@ def _lower(
     _checks.floating(NAME, "score", score)
     _checks.shape(NAME, "score", score, (batch, tokens), "[B, N]")
     _checks.on_device(NAME, "score", score, "x", x.device)
-    prefix = check_protect(NAME, protect, tokens)
+    prefix = _checks.prefix(NAME, protect, tokens)
     if order not in ("position", "score"):
         raise ValueError(f"{NAME}: order must be 'position' or 'score', got {order!r}")
     if fuse_rest not in (False, True, "sum", "mean"):
         raise ValueError(f"{NAME}: fuse_rest must be False, True, 'sum' or 'mean', got {fuse_rest!r}")
     if k is None and threshold is None:
         raise ValueError(f"{NAME}: k must be an int where there is no threshold, got None")
-    most = tokens - prefix if k is None else _count("k", k, tokens - prefix, "N - protect")
+    most = tokens - prefix if k is None else _checks.count(NAME, "k", k, tokens - prefix, "N - protect")
     least = None
     if threshold is not None:
-        least = _threshold(threshold, x)
+        least = _checks.threshold(NAME, threshold, batch, x.device, "x")
         if fuse_rest:
             raise ValueError(f"{NAME}: fuse_rest must be False with a threshold, got {fuse_rest!r}")
     slots = prefix + most
     if n_max is not None:
         if threshold is None:
             raise ValueError(f"{NAME}: n_max must go with a threshold, got {n_max!r} without one")
-        slots = _count("n_max", n_max, tokens, "N")
+        slots = _checks.count(NAME, "n_max", n_max, tokens, "N")
         if slots < prefix:
             raise ValueError(f"{NAME}: n_max must hold the {prefix} protected tokens, got {n_max}")
         most = min(most, slots - prefix)
@@ -136,39 +147,7 @@ def _lower(
     return (ranked.contiguous(), least, prefix, most, slots, order == "score", fuse), reduce
 
 
-def check_protect(op: str, protect: Any, tokens: int) -> int:
-    if isinstance(protect, bool) or not isinstance(protect, (int, torch.SymInt)):
-        raise TypeError(f"{op}: protect must be an int, got {protect!r}")
-    if protect < 0:
-        raise ValueError(f"{op}: protect must be at least 0, got {protect}")
-    return min(protect, tokens)
-
-
-def _count(name: str, value: Any, most: int, text: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{NAME}: {name} must be an int, got {value!r}")
-    if not 0 <= value <= most:
-        raise ValueError(f"{NAME}: {name} must lie in [0, {text}] = [0, {most}], got {value}")
-    return value
-
-
-def _threshold(threshold: Any, x: Tensor) -> Tensor:
-    if not isinstance(threshold, Tensor):
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise TypeError(f"{NAME}: threshold must be a float or a tensor [B], got {threshold!r}")
-        return torch.full((x.shape[0],), float(threshold), dtype=torch.float32, device=x.device)
-    _checks.floating(NAME, "threshold", threshold)
-    _checks.shape(NAME, "threshold", threshold, (x.shape[0],), "[B]")
-    _checks.on_device(NAME, "threshold", threshold, "x", x.device)
-    return threshold.detach().float().contiguous()
-
-
 # the op -----------------------------------------------------------------------------------------------------------------
-
-
-def refusals(x: Tensor) -> Callable[[tuple[Any, ...]], list[str]]:
-    """Why Triton cannot move the rows of x."""
-    return lambda _: merge_tokens._triton_refusals((merge_tokens.rows(x), None, None, None, None, "sum", True))
 
 
 def _fake(score: Tensor, threshold: Any, protect: int, most: int, slots: int, by_score: bool, fuse: bool, *rest: Any):
@@ -177,8 +156,8 @@ def _fake(score: Tensor, threshold: Any, protect: int, most: int, slots: int, by
     return tuple(score.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
-def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(x, *args, **options)[0], backend, refusals(x))
+def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    return explained(NAME, x, _lower(x, *args, **options)[1], backend)
 
 
 OP = PlainOp(
@@ -189,7 +168,6 @@ OP = PlainOp(
     batched=2,
     definition=definition,
     fake=_fake,
-    cuda=definition,
 )
 OP.register()
 select_tokens.explain = _explain  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ def soft_merge(
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
     args = _lower(x, logits, axis, normalize, scale, weight, mask, renormalize, eps, iters)
-    y = _call.run(OP, args, backend, _call.no_triton)[1]
+    y = _call.run(OP, args, backend)[1]
     return y.to(x.dtype).reshape(y.shape[0], y.shape[1], *x.shape[2:])
 
 
@@ -105,24 +105,16 @@ def _lower(
     if mask is not None:
         _checks.flags(NAME, "mask", mask, (batch, tokens), "x", x.device)
         mask = mask.contiguous()
-    scale = _number("scale", scale)
+    if not -math.inf < _checks.number(NAME, "scale", scale) < math.inf:
+        raise ValueError(f"{NAME}: scale must be finite, got {scale!r}")
     floor = 0.0 if renormalize is None else _positive("renormalize", renormalize)
-    if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
-        raise ValueError(f"{NAME}: iters must be an int of at least 1, got {iters!r}")
-    return (rows(x), logits, weight, mask, axis, normalize, scale, floor, _positive("eps", eps), iters)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{NAME}: {name} must be a float, got {value!r}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{NAME}: {name} must be finite, got {value!r}")
-    return float(value)
+    _checks.integer(NAME, "iters", iters, 1)
+    return (rows(x), logits, weight, mask, axis, normalize, float(scale), floor, _positive("eps", eps), iters)
 
 
 def _positive(name: str, value: Any) -> float:
-    if _number(name, value) <= 0:
-        raise ValueError(f"{NAME}: {name} must be positive, got {value!r}")
+    if not 0 < _checks.number(NAME, name, value) < math.inf:
+        raise ValueError(f"{NAME}: {name} must be positive and finite, got {value!r}")
     return float(value)
 
 
@@ -135,12 +127,8 @@ def _fake(x: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((batch, slots), dtype=wide), x.new_empty((batch, slots, x.shape[2]), dtype=wide)
 
 
-def _cuda_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    return OP.reference_backward(*args)
-
-
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options), backend, _call.no_triton)
+def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    return _call.explanation(NAME, OP, _lower(*args, **options), backend)
 
 
 OP = Op(
@@ -151,8 +139,6 @@ OP = Op(
     batched=4,
     definition=definition,
     fake=_fake,
-    cuda_forward=definition,
-    cuda_backward=_cuda_backward,
     outputs=("total", "y"),  # y last, and not rounded: the backward is given all outputs but the first
     autocast=False,
 )

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.ops import _call, _checks, _cuda
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.ops.merge_tokens import rows
 from vitkern.reference.unmerge_tokens import unmerge_tokens as definition
@@ -29,7 +29,7 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, fill: float = 0.0, backend: st
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    x = _call.run(OP, _lower(y, plan, fill), backend, _triton_refusals, _cuda.unmerge_refusals)
+    x = _call.run(OP, _lower(y, plan, fill), backend)
     return x.reshape(x.shape[0], x.shape[1], *y.shape[2:])
 
 
@@ -42,50 +42,22 @@ def _lower(y: Any, plan: Any, fill: float = 0.0) -> tuple[Any, ...]:
     want = (plan.token_map.shape[0], plan.n_out)
     if y.dim() < 2 or tuple(y.shape[:2]) != want:
         raise ValueError(f"{NAME}: y must have the batch and slots of the plan, {list(want)}, got {list(y.shape)}")
-    if y.device != plan.token_map.device:
-        raise ValueError(f"{NAME}: y must be on the device of the plan ({plan.token_map.device}), got {y.device}")
+    _checks.on_device(NAME, "y", y, "the plan", plan.token_map.device)
     return (rows(y), plan.token_map, plan.perm, plan.offsets, float(fill))
 
 
-def _triton_refusals(args: tuple[Any, ...]) -> list[str]:
-    missing = backends.triton_missing()
-    if missing:
-        return [missing]
+def _triton() -> Any:
     from vitkern.triton_kernels import unmerge_tokens as kernels
 
-    return kernels.supported(*args)
+    return kernels
 
 
 def _fake(y: Tensor, token_map: Tensor, *rest: Any) -> Tensor:
     return y.new_empty((*token_map.shape, y.shape[2]))
 
 
-def _gpu(*args: Any) -> Tensor:
-    *inputs, gpu = args
-    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.unmerge_refusals)
-    if chosen == "cuda":
-        return _cuda.unmerge(*inputs)
-    if chosen == "triton":
-        from vitkern.triton_kernels import unmerge_tokens as kernels
-
-        return kernels.fwd(*inputs)
-    return definition(*args)
-
-
-def _gpu_backward(dx: Any, *args: Any) -> Tensor | None:
-    *inputs, gpu, need = args
-    chosen = _call.choose(gpu, tuple(inputs), _triton_refusals, _cuda.unmerge_refusals)
-    if chosen == "cuda":
-        return _cuda.unmerge_backward(dx, *inputs, need)
-    if chosen == "triton":
-        from vitkern.triton_kernels import unmerge_tokens as kernels
-
-        return kernels.bwd(dx, *inputs, need)
-    return OP.reference_backward(dx, *args)
-
-
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _call.explanation(NAME, _lower(*args, **options), backend, _triton_refusals, _cuda.unmerge_refusals)
+def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    return _call.explanation(NAME, OP, _lower(*args, **options), backend)
 
 
 OP = Op(
@@ -96,8 +68,7 @@ OP = Op(
     batched=4,
     definition=definition,
     fake=_fake,
-    cuda_forward=_gpu,
-    cuda_backward=_gpu_backward,
+    gpu=Gpu(_triton, _cuda.UNMERGE),
     outputs=("x",),
     autocast=False,
 )

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.ops import _checks, _window_gpu
+from vitkern.ops import _call, _checks, _window_gpu
 from vitkern.ops._op import Op
 from vitkern.ops._window_checks import NAME, check, refuse_unbuilt, signature
 from vitkern.reference.window_attention import window_attention as definition
@@ -112,7 +111,7 @@ def window_attention(
         order=order,
         return_stats=return_stats,
     )
-    out, lse = _run(PLAIN, args, backend)
+    out, lse = _call.run(PLAIN, args, backend)
     return (out, Stats(lse=lse)) if return_stats else out
 
 
@@ -136,7 +135,7 @@ def window_attention_qkvpacked(
             f"{NAME}: qkv must have shape [B, *spatial, 3, heads, head_dim] with 1 to 4 spatial axes, got {list(qkv.shape)}"
         )
     args = _lower(*qkv.unbind(-3), window_size, shift_size, **options)
-    out, lse = _run(PACKED, (qkv, *args[3:]), backend)
+    out, lse = _call.run(PACKED, (qkv, *args[3:]), backend)
     return (out, Stats(lse=lse)) if return_stats else out
 
 
@@ -217,98 +216,16 @@ def _seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> 
         raise ValueError(f"{NAME}: dropout_p must be in [0, 1), got {dropout_p!r}")
     if seed is None:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
-            raise ValueError(
-                f"{NAME}: dropout_seed must be an int or one int64 element on {device}, "
-                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
-            )
-        return seed.reshape(1)
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return _checks.seed(NAME, "dropout_seed", seed, device)
 
 
-# running ----------------------------------------------------------------------------------------------------------------
+def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+    return _call.explanation(NAME, PLAIN, _lower(*args, **options), backend)
 
 
-def _run(op: Op, args: tuple[Any, ...], backend: str | None) -> tuple[Tensor, Tensor]:
-    wanted = backends.forced(backend)
-    device = args[0].device.type
-    if wanted is None and device == "cpu" and not backends.load("_cpu"):
-        if backends.reference_only():
-            return _reference(op, args, device)
-    else:
-        wanted = _resolve(op, args, wanted, device)
-        if wanted == "reference" or backends.reference_only():
-            return _reference(op, args, device)
-    gpu = wanted if device == "cuda" and wanted else ""
-    return op.overload("" if backends.needs_grad(args[: len(op.tensors)]) else "_fwd")(*args, gpu)
-
-
-def _reference(op: Op, args: tuple[Any, ...], device: str) -> tuple[Tensor, Tensor]:
-    if not torch.is_autocast_enabled(device):
-        return op.definition(*args)
-    with torch.autocast(device, enabled=False):
-        return op.definition(*op.cast(args, device))
-
-
-def _resolve(op: Op, args: tuple[Any, ...], wanted: str | None, device: str) -> str:
-    """The back-end to run; raises if `wanted` names one that cannot."""
-    if wanted is None:
-        if device == "cuda":
-            return _window_gpu.choose(_separate(op, args))
-        if device == "cpu":
-            backends.warn_without_library()
-        return "reference"
-    reasons = _reasons(op, args)
-    if reasons[wanted]:
-        backends.refuse(NAME, wanted, reasons)
-    return wanted
-
-
-def _separate(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*args[0].unbind(-3), *args[1:]) if op is PACKED else args
-
-
-def _reasons(op: Op, args: tuple[Any, ...]) -> dict[str, list[str]]:
-    """Back-end -> sentences why it cannot run these arguments."""
-    device = args[0].device.type
-    cpu = [] if device == "cpu" else [f"the tensors are on {device}"]
-    missing = backends.load("_cpu")
-    if missing:
-        cpu.append(missing)
-    gpu = [] if device == "cuda" else [f"the tensors are on {device}"]
-    if gpu:
-        return {"reference": [], "cpu": cpu, "triton": gpu, "cuda": gpu}
-    separate = _separate(op, args)
-    return {
-        "reference": [],
-        "cpu": cpu,
-        "triton": _window_gpu.triton_refusals(separate),
-        "cuda": _window_gpu.cuda_refusals(separate),
-    }
-
-
-def _explanation(op: Op, args: tuple[Any, ...], backend: str | None) -> tuple[str, dict[str, list[str]]]:
-    """The back-end that would run and every back-end's reasons against."""
-    wanted = backends.forced(backend)
-    reasons = _reasons(op, args)
-    if wanted is None:
-        order = ("cpu",) if args[0].device.type == "cpu" else ("cuda", "triton")
-        wanted = next((name for name in order if not reasons[name]), "reference")
-    elif reasons[wanted]:
-        backends.refuse(NAME, wanted, reasons)
-    return wanted, reasons
-
-
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> tuple[str, dict[str, list[str]]]:
-    return _explanation(PLAIN, _lower(*args, **options), backend)
-
-
-def _explain_packed(
-    qkv: Tensor, *args: Any, backend: str | None = None, **options: Any
-) -> tuple[str, dict[str, list[str]]]:
+def _explain_packed(qkv: Tensor, *args: Any, backend: str | None = None, **options: Any) -> _call.Found:
     lowered = _lower(*qkv.unbind(-3), *args, **options)
-    return _explanation(PACKED, (qkv, *lowered[3:]), backend)
+    return _call.explanation(NAME, PACKED, (qkv, *lowered[3:]), backend)
 
 
 # the ops ----------------------------------------------------------------------------------------------------------------
@@ -327,28 +244,6 @@ def _packed_fake(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _fake(*qkv.unbind(-3), *rest)
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    return _window_gpu.forward(definition, *args)
-
-
-def _packed_cuda(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _window_gpu.forward(definition, *qkv.unbind(-3), *rest)
-
-
-def _cuda_backward(dout: Any, dlse: Any, lse: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    into = tuple(t.new_empty(t.shape) for t in args[:3])
-    rest = _window_gpu.backward(PLAIN.reference_backward, into, dout, dlse, lse, *args)
-    return (*(t if args[-1] >> bit & 1 else None for bit, t in enumerate(into)), *rest)
-
-
-def _packed_cuda_backward(dout: Any, dlse: Any, lse: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    packed, (*options, need) = qkv.new_empty(qkv.shape), rest
-    need_separate = (need & 1) * 7 | need >> 1 << 3
-    args = (*qkv.unbind(-3), *options, need_separate)
-    grads = _window_gpu.backward(PLAIN.reference_backward, packed.unbind(-3), dout, dlse, lse, *args)
-    return (packed if need & 1 else None, *grads)
-
-
 PLAIN = Op(
     NAME,
     ("Tensor q", "Tensor k", "Tensor v", *OPTION_TENSORS),
@@ -357,8 +252,7 @@ PLAIN = Op(
     batched=3,
     definition=definition,
     fake=_fake,
-    cuda_forward=_cuda,
-    cuda_backward=_cuda_backward,
+    gpu=_window_gpu.WindowGpu(),
 )
 PACKED = Op(
     f"{NAME}_qkvpacked",
@@ -368,8 +262,7 @@ PACKED = Op(
     batched=1,
     definition=_packed_definition,
     fake=_packed_fake,
-    cuda_forward=_packed_cuda,
-    cuda_backward=_packed_cuda_backward,
+    gpu=_window_gpu.WindowGpu(packed=True),
 )
 PLAIN.register()
 PACKED.register()

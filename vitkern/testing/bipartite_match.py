@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.registry import Call, Entry, label
 
 
 def judged(
@@ -83,8 +83,8 @@ def make(
 
     facts = {"B": batch, "N": tokens, "C": width, "H": heads, "integers": integers, "damage": damage}
     facts |= {"partition": partition, "mask": mask, "protect": protect, "segments": segments, "strided": strided}
-    label = f"number={number} " + " ".join(f"{k}={v}" for k, v in (facts | options).items())
-    return Call(label, judged, build, tensors, seed=number)
+    text = label(number, facts | options)
+    return Call(text, judged, build, tensors, seed=number)
 
 
 def draw(rng: random.Random) -> Call:

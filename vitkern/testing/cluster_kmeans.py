@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitkern.ops.cluster_kmeans import cluster_kmeans
 from vitkern.testing.merge_tokens import view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.registry import Call, Entry, label
 
 
 def make(
@@ -49,8 +49,8 @@ def make(
 
     facts = {"B": batch, "grid": grid, "C": width, "window": window, "temperature": temperature, "iters": iters}
     facts |= {"mask": mask, "layout": layout}
-    label = f"number={number} " + " ".join(f"{k}={v}" for k, v in facts.items())
-    return Call(label, cluster_kmeans, build, tensors, frozenset(), expanded_gradient, number)
+    text = label(number, facts)
+    return Call(text, cluster_kmeans, build, tensors, frozenset(), expanded_gradient, number)
 
 
 def draw(rng: random.Random) -> Call:

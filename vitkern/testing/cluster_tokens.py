@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vitkern
 from vitkern.testing.merge_tokens import view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.registry import Call, Entry, label
 
 
 def clustered(x: Tensor, k: Any, *, backend: str | None = None, **options: Any) -> Any:
@@ -72,8 +72,8 @@ def make(
 
     facts = {"B": batch, "N": tokens, "C": width, "k": k, "method": method, "integers": integers, "doubled": doubled}
     facts |= {"mask": mask, "weight": weight, "layout": layout, "shared": shared}
-    label = f"number={number} " + " ".join(f"{k}={v}" for k, v in (facts | options).items())
-    return Call(label, clustered, build, tensors, frozenset(("weight",)), seed=number)
+    text = label(number, facts | options)
+    return Call(text, clustered, build, tensors, frozenset(("weight",)), seed=number)
 
 
 def draw(rng: random.Random) -> Call:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern.testing.merge_tokens import WIDTHS, rows, view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.merge_tokens import draw_tail, rows, view
+from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.select_tokens import shuffled
 
 
@@ -34,8 +34,8 @@ def make(
         return (view(layout, t["x"]), ratio), dict(options, noise=noise)
 
     facts = {"B": batch, "N": tokens, "ratio": ratio, "tail": tail, "layout": layout}
-    label = f"number={number} " + " ".join(f"{n}={v}" for n, v in (facts | options).items())
-    return Call(label, vitkern.drop_tokens, build, tensors, frozenset(), expanded_gradient, number)
+    text = label(number, facts | options)
+    return Call(text, vitkern.drop_tokens, build, tensors, frozenset(), expanded_gradient, number)
 
 
 def draw(rng: random.Random) -> Call:
@@ -45,7 +45,7 @@ def draw(rng: random.Random) -> Call:
         rng.choice((1, 2, 3)),
         tokens,
         rng.choice((0.1, 0.5, 0.75)),
-        *rng.choice(((), (rng.choice(WIDTHS),), (rng.choice(WIDTHS),), (3, 5))),
+        *draw_tail(rng),
         layout=rng.choice(("plain", "plain", "channels", "batch")),
         expanded_gradient=rng.random() < 0.2,
         protect=rng.choice((0, 1)),

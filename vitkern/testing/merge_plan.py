@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.registry import Call, Entry, label
 
 
 def planned(match: vitkern.Match, *, backend: str | None = None, **options: Any) -> tuple[Tensor, ...]:
@@ -54,8 +54,8 @@ def make(
         return (match,), dict(options, r=given, threshold=t.get("threshold"), clip=True)
 
     facts = {"B": batch, "N": tokens, "roles": roles, "values": values, "r": r, "threshold": threshold, "limit": limit}
-    label = f"number={number} " + " ".join(f"{k}={v}" for k, v in (facts | options).items())
-    return Call(label, planned, build, tensors, frozenset(("score", "threshold")), seed=number)
+    text = label(number, facts | options)
+    return Call(text, planned, build, tensors, frozenset(("score", "threshold")), seed=number)
 
 
 def draw(rng: random.Random) -> Call:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.registry import Call, Entry, label
 
 WIDTHS = (1, 3, 8, 17, 64, 100)
 
@@ -74,14 +74,18 @@ def make(
         "dropped": dropped,
         "layout": layout,
     }
-    label = f"number={number} " + " ".join(f"{k}={v}" for k, v in (facts | options).items())
-    return Call(label, vitkern.merge_tokens, build, tensors, frozenset(("weight",)), expanded_gradient, number)
+    text = label(number, facts | options)
+    return Call(text, vitkern.merge_tokens, build, tensors, frozenset(("weight",)), expanded_gradient, number)
+
+
+def draw_tail(rng: random.Random) -> tuple[int, ...]:
+    return rng.choice(((), (rng.choice(WIDTHS),), (rng.choice(WIDTHS),), (3, 5)))
 
 
 def draw(rng: random.Random) -> Call:
     tokens = rng.choice((1, 2, 7, 40, 197))
     reduce = rng.choice(("mean", "mean", "sum", "max", "first", "mlerp"))
-    tail = rng.choice(((), (rng.choice(WIDTHS),), (rng.choice(WIDTHS),), (3, 5)))
+    tail = draw_tail(rng)
     options = {"include_dst": rng.random() < 0.7} if reduce in ("mean", "sum") else {}
     return make(
         rng.randrange(2**31),

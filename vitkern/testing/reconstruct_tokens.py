@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vitkern
 from vitkern.testing.merge_tokens import rows, view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.registry import Call, Entry, label
 
 
 def make(
@@ -38,8 +38,8 @@ def make(
         return tuple(view(layout, t[n]) for n in ("y", "x", "centers")), dict(options)
 
     facts = {"B": batch, "N": tokens, "M": clusters, "C": width, "E": depth, "layout": layout, "own": own}
-    label = f"number={number} " + " ".join(f"{k}={v}" for k, v in (facts | options).items())
-    return Call(label, vitkern.reconstruct_tokens, build, tensors, frozenset(), expanded_gradient, number)
+    text = label(number, facts | options)
+    return Call(text, vitkern.reconstruct_tokens, build, tensors, frozenset(), expanded_gradient, number)
 
 
 def draw(rng: random.Random) -> Call:

@@ -77,6 +77,10 @@ class Call:
         return replace(self, tensors=moved)
 
 
+def label(number: int, facts: dict[str, Any]) -> str:
+    return f"number={number} " + " ".join(f"{name}={value}" for name, value in facts.items())
+
+
 def flatten(result: Any) -> tuple[Tensor, ...]:
     if isinstance(result, Tensor):
         return (result,)

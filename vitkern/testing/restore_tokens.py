@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern.testing.merge_tokens import WIDTHS, rows, view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.merge_tokens import draw_tail, rows, view
+from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.select_tokens import shuffled
 
 
@@ -38,9 +38,9 @@ def make(
         return (y, t["index"], t["index"].shape[1] + n - kept, t.get("fill", 1.5)), {}
 
     facts = {"B": batch, "K": kept, "n": n, "tail": tail, "fill": fill, "nowhere": nowhere, "layout": layout}
-    label = f"number={number} " + " ".join(f"{name}={v}" for name, v in facts.items())
+    text = label(number, facts)
     parameters = frozenset(("fill",)) if fill == "token" else frozenset()
-    return Call(label, vitkern.restore_tokens, build, tensors, parameters, expanded_gradient, number)
+    return Call(text, vitkern.restore_tokens, build, tensors, parameters, expanded_gradient, number)
 
 
 def draw(rng: random.Random) -> Call:
@@ -50,7 +50,7 @@ def draw(rng: random.Random) -> Call:
         rng.choice((1, 2, 3)),
         rng.choice((0, 1, (n + 1) // 2, n)),
         n,
-        *rng.choice(((), (rng.choice(WIDTHS),), (rng.choice(WIDTHS),), (3, 5))),
+        *draw_tail(rng),
         fill=rng.choice(("value", "token", "token", "sample", "position", "full")),
         nowhere=rng.random() < 0.2,
         layout=rng.choice(("plain", "plain", "channels", "batch")),

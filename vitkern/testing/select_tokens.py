@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern.testing.merge_tokens import WIDTHS, rows, view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.merge_tokens import draw_tail, rows, view
+from vitkern.testing.registry import Call, Entry, label
 
 
 def shuffled(g: torch.Generator, batch: int, count: int) -> Tensor:
@@ -39,8 +39,8 @@ def make(
         return (view(layout, t["x"]), t["score"], k), dict(options, mask=t.get("mask"))
 
     facts = {"B": batch, "N": tokens, "k": k, "tail": tail, "masked": masked, "layout": layout}
-    label = f"number={number} " + " ".join(f"{n}={v}" for n, v in (facts | options).items())
-    return Call(label, vitkern.select_tokens, build, tensors, frozenset(("score",)), expanded_gradient, number)
+    text = label(number, facts | options)
+    return Call(text, vitkern.select_tokens, build, tensors, frozenset(("score",)), expanded_gradient, number)
 
 
 def draw(rng: random.Random) -> Call:
@@ -57,7 +57,7 @@ def draw(rng: random.Random) -> Call:
         rng.choice((1, 2, 3)),
         tokens,
         rng.randint(0, most),
-        *rng.choice(((), (rng.choice(WIDTHS),), (rng.choice(WIDTHS),), (3, 5))),
+        *draw_tail(rng),
         masked=rng.random() < 0.2,
         layout=rng.choice(("plain", "plain", "channels", "batch")),
         expanded_gradient=rng.random() < 0.2,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vitkern
 from vitkern.testing.merge_tokens import WIDTHS, rows, view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.registry import Call, Entry, label
 
 KINDS = (
     ("token", "softmax"),
@@ -51,8 +51,8 @@ def make(
 
     facts = {"B": batch, "N": tokens, "M": slots, "tail": tail, "weight": weight, "masked": masked}
     facts |= {"transposed": transposed, "layout": layout}
-    label = f"number={number} " + " ".join(f"{n}={v}" for n, v in (facts | options).items())
-    return Call(label, vitkern.soft_merge, build, tensors, frozenset(("weight",)), expanded_gradient, number)
+    text = label(number, facts | options)
+    return Call(text, vitkern.soft_merge, build, tensors, frozenset(("weight",)), expanded_gradient, number)
 
 
 def draw(rng: random.Random) -> Call:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern.testing.merge_tokens import WIDTHS, plan_of, random_plan, rows, view
-from vitkern.testing.registry import Call, Entry
+from vitkern.testing.merge_tokens import draw_tail, plan_of, random_plan, rows, view
+from vitkern.testing.registry import Call, Entry, label
 
 
 def make(
@@ -29,8 +29,8 @@ def make(
         return (view(layout, t["y"]), plan_of(t)), dict(options)
 
     facts = {"B": batch, "N": tokens, "slots": slots, "tail": tail, "dropped": dropped, "layout": layout}
-    label = f"number={number} " + " ".join(f"{k}={v}" for k, v in (facts | options).items())
-    return Call(label, vitkern.unmerge_tokens, build, tensors, frozenset(), expanded_gradient, number)
+    text = label(number, facts | options)
+    return Call(text, vitkern.unmerge_tokens, build, tensors, frozenset(), expanded_gradient, number)
 
 
 def draw(rng: random.Random) -> Call:
@@ -40,7 +40,7 @@ def draw(rng: random.Random) -> Call:
         rng.choice((1, 2, 3)),
         tokens,
         rng.choice((1, max(1, tokens // 2), tokens)),
-        *rng.choice(((), (rng.choice(WIDTHS),), (rng.choice(WIDTHS),), (3, 5))),
+        *draw_tail(rng),
         dropped=rng.random() < 0.4,
         layout=rng.choice(("plain", "plain", "channels", "batch")),
         expanded_gradient=rng.random() < 0.2,
