@@ -73,14 +73,14 @@ int64_t number_slots(const Sample& s, Order order, const std::vector<char>& merg
   if (order == Order::split) {
     give(middle);
   } else {
-    std::vector<int64_t> rest;
-    for (int64_t i = 0; i < s.tokens; ++i)
-      if (!merged[size_t(i)] && middle(s.role[i])) rest.push_back(i);
-    const auto key = [&](int64_t i) {
-      return s.role[i] == kSource && std::isfinite(s.score[i]) ? int64_t(ordered(s.score[i])) : int64_t(-1);
-    };
-    std::stable_sort(rest.begin(), rest.end(), [&](int64_t a, int64_t b) { return key(a) > key(b); });
-    for (const int64_t i : rest) s.token_map[i] = int32_t(next++);
+    std::vector<uint64_t> rest;  // no finite score has the key 0
+    for (int64_t i = 0; i < s.tokens; ++i) {
+      if (merged[size_t(i)] || !middle(s.role[i])) continue;
+      const bool scored = s.role[i] == kSource && std::isfinite(s.score[i]);
+      rest.push_back(uint64_t(scored ? ordered(s.score[i]) : 0) << 32 | uint64_t(i));
+    }
+    sort_descending(rest);
+    for (const uint64_t item : rest) s.token_map[uint32_t(item)] = int32_t(next++);
   }
   give([](int8_t role) { return role == kDestination; });
   return next;
@@ -120,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_plan(Tensor score, Tensor dst, 
   Tensor lengths = torch::stable::empty({batch}, ScalarType::Int);
   const auto ints = [](const Tensor& t) { return static_cast<int32_t*>(const_cast<void*>(t.const_data_ptr())); };
   const int32_t* partners = ints(dst);
-  for (int64_t i = 0; i < batch * tokens; ++i)
-    check(partners[i] >= 0 && partners[i] < tokens, kOp, "dst must hold positions in [0, N)");
+  check(std::all_of(partners, partners + batch * tokens, [&](int32_t j) { return j >= 0 && j < tokens; }), kOp,
+        "dst must hold positions in [0, N)");
   torch::stable::parallel_for(0, batch, std::max<int64_t>(1, 4096 / std::max<int64_t>(tokens, 1)), [&](int64_t first, int64_t last) {
     std::vector<char> merged;
     for (int64_t b = first; b < last; ++b) {
@@ -141,9 +141,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_plan(Tensor score, Tensor dst, 
     }
   });
   for (int64_t b = 0; b < batch; ++b)
-    check(ints(lengths)[b] <= n_out, kOp,
-          "r must be at most what every sample can merge, or n_max larger: sample " + std::to_string(b) + " keeps " +
-              std::to_string(ints(lengths)[b]) + " tokens, there are " + std::to_string(n_out) + " slots");
+    if (ints(lengths)[b] > n_out) {
+      const std::string kept = std::to_string(ints(lengths)[b]), slots = std::to_string(n_out);
+      check(false, kOp, ("r must be at most what every sample can merge, or n_max larger: sample " + std::to_string(b) +
+                         " keeps " + kept + " tokens, there are " + slots + " slots").c_str());
+    }
   return {token_map, perm, offsets, lengths};
 }
 

@@ -1,4 +1,4 @@
-// Selection of the largest scores without a sort; shared by merge_plan and select_tokens.
+// Selection of the largest scores without a sort, and their order; shared by merge_plan and select_tokens.
 #pragma once
 #include <stdint.h>
 
@@ -29,6 +29,20 @@ inline std::pair<uint32_t, int64_t> radix_select(const std::vector<uint32_t>& ke
     known |= 255u << shift;
   }
   return {found, count};
+}
+
+// The items (a key in the upper half, anything below), largest keys first, equal keys in the order given: a radix sort by
+// 8 bits that skips what all keys share.
+inline void sort_descending(std::vector<uint64_t>& items) {
+  std::vector<uint64_t> other(items.size());
+  for (int shift = 32; shift < 64; shift += 8) {
+    size_t bins[257] = {};
+    for (const uint64_t item : items) ++bins[256 - (item >> shift & 255)];
+    if (items.empty() || bins[256 - (items[0] >> shift & 255)] == items.size()) continue;
+    for (int bin = 1; bin <= 256; ++bin) bins[bin] += bins[bin - 1];
+    for (const uint64_t item : items) other[bins[255 - (item >> shift & 255)]++] = item;
+    items.swap(other);
+  }
 }
 
 }  // namespace vitkern

@@ -50,10 +50,12 @@ std::vector<int32_t> choose(const Sample& s) {
     const uint32_t key = keys[size_t(i - s.protect)];
     if (key > least || (key == least && equal-- > 0)) kept[next++] = int32_t(i);
   }
-  if (s.by_score)
-    std::stable_sort(kept.begin() + s.protect, kept.end(), [&](int32_t a, int32_t b) {
-      return keys[size_t(a - s.protect)] > keys[size_t(b - s.protect)];
-    });
+  if (!s.by_score) return kept;
+  std::vector<uint64_t> items;
+  for (auto i = kept.begin() + s.protect; i != kept.end(); ++i)
+    items.push_back(uint64_t(keys[size_t(*i - s.protect)]) << 32 | uint64_t(*i));
+  sort_descending(items);
+  std::transform(items.begin(), items.end(), kept.begin() + s.protect, [](uint64_t item) { return int32_t(uint32_t(item)); });
   return kept;
 }
 

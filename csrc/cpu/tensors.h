@@ -15,7 +15,7 @@
 namespace vitkern {
 
 // A sentence that names the op. Python has checked the arguments already; this is the second fence.
-inline void check(bool ok, const char* op, const std::string& sentence) {
+inline void check(bool ok, const char* op, const char* sentence) {
   if (!ok) throw std::runtime_error(std::string(op) + ": " + sentence);
 }
 

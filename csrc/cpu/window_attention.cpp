@@ -74,9 +74,9 @@ void check_index(const int32_t* index, int64_t row, int64_t column, int64_t n, i
       low = std::min(low, entry);
       high = std::max(high, entry);
     }
-  check(low >= 0 && high < table_rows, kOp,
-        "bias.index must lie in [0, " + std::to_string(table_rows) + "), the rows of the table, got entries from " +
-            std::to_string(low) + " to " + std::to_string(high));
+  if (low < 0 || high >= table_rows)
+    check(false, kOp, ("bias.index must lie in [0, " + std::to_string(table_rows) + "), the rows of the table, got entries from " +
+                       std::to_string(low) + " to " + std::to_string(high)).c_str());
 }
 
 // The bias of every head, in score units, as rows of p.padded: gathered from the table or copied from a dense tensor.
