@@ -149,6 +149,17 @@ def test_info_names_versions_sets_and_reasons(capsys):
     assert torch.__version__ in text and "instruction set" in text and "window_attention" in text
 
 
+def test_info_lists_every_public_op_and_tells_what_is_not_written():
+    import vitkern
+
+    ops = vitkern.info()["ops"]
+    assert set(ops) == {name for name in vitkern.__all__ if hasattr(getattr(vitkern, name), "explain")}
+    for name in ("window_attention", "merge_tokens", "select_tokens"):
+        assert "is written" not in f"{ops[name]['triton']} {ops[name]['cuda']}"
+    assert ops["attention"]["cpu"] == "no kernel is written for this op"
+    assert ops["soft_merge"]["cuda"] == "no CUDA C++ kernel is written for this op"
+
+
 def test_no_source_file_grows_past_450_lines():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     files = [f for f in listed if f.endswith((".py", ".cpp", ".cu", ".h", ".cuh", ".inc")) and (ROOT / f).exists()]

@@ -1,9 +1,10 @@
 """vitkern: fused attention kernels for vision transformers."""
 
-from vitkern import bias, merging, nn
+from vitkern import bias, mask, merging, modulation, nn
 from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
+from vitkern.ops.attention import attention
 from vitkern.ops.bipartite_match import bipartite_match
 from vitkern.ops.cluster_tokens import cluster_tokens
 from vitkern.ops.drop_tokens import drop_tokens
@@ -16,6 +17,7 @@ from vitkern.ops.soft_merge import soft_merge
 from vitkern.ops.unmerge_tokens import unmerge_tokens
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 from vitkern.patch import PatchReport, patch, patched
+from vitkern.rope import Rope
 from vitkern.stats import Stats
 from vitkern.tokens import Match, MergePlan
 
@@ -25,16 +27,20 @@ __all__ = [
     "Match",
     "MergePlan",
     "PatchReport",
+    "Rope",
     "Stats",
+    "attention",
     "bias",
     "bipartite_match",
     "cluster_tokens",
     "drop_tokens",
     "explain",
     "info",
+    "mask",
     "merge_plan",
     "merge_tokens",
     "merging",
+    "modulation",
     "nn",
     "patch",
     "patched",

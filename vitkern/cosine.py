@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vitkern._export import exportable
 
+
+@exportable
 @dataclass(frozen=True, eq=False)
 class CosineScore:
     """Scores ``exp(min(logit_scale_h, max)) * cos(q, k)`` in place of ``scale * q.k`` (Swin V2, Liu et al. 2022, eq. 2).

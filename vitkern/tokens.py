@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
+from vitkern._export import exportable
 from vitkern.ops import _checks
 from vitkern.reference.merge_plan import segments
 
 
+@exportable
 @dataclass(frozen=True, eq=False)
 class Match:
     """The best partner of every token, from :func:`vitkern.bipartite_match`.
@@ -27,9 +29,7 @@ class Match:
     ragged: bool
 
 
-torch.export.register_dataclass(Match, serialized_type_name="vitkern.Match")
-
-
+@exportable
 @dataclass(frozen=True, eq=False)
 class MergePlan:
     """Which output slot every token goes to, from :func:`vitkern.merge_plan`; all tensors int32.
@@ -118,6 +118,3 @@ class MergePlan:
             )
         mask = self.key_mask
         return y.flatten(0, 1) if mask is None else y[mask]
-
-
-torch.export.register_dataclass(MergePlan, serialized_type_name="vitkern.MergePlan")

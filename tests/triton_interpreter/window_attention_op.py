@@ -23,7 +23,7 @@ NAMES = ("dq", "dk", "dv", "dbias", "dlogit_scale", "dk_pad", "dv_pad")
 @pytest.mark.parametrize("entry, call", SMALL, ids=lambda x: str(x) if isinstance(x, testing.Call) else x.name)
 def test_small_calls_of_the_registry_match(entry, call):
     dtype = (torch.float32, torch.float16)[call.seed % 2]  # the interpreter cannot multiply bfloat16
-    assert _window_gpu.triton_refusals(lowered(call, call.leaves(dtype))) == []
+    assert PLAIN.gpu.triton_refusals(lowered(call, call.leaves(dtype))) == []
     testing.assert_matches(entry, on_gpu(call, "triton"), dtype, "triton")
 
 
@@ -34,7 +34,7 @@ def test_the_choice_falls_on_triton_where_the_cuda_kernels_are_not():
     assert "must be bfloat16 or float16" in reasons and "multiple of 8 up to 128, it is 7" in reasons
     assert PLAIN.gpu.choose(args) == "triton"
     wide = registry.make(1, (1, 1), (40, 40), (0, 0), batch=1, heads=1)
-    (reason,) = _window_gpu.triton_refusals(lowered(wide, wide.leaves(torch.float32)))
+    (reason,) = PLAIN.gpu.triton_refusals(lowered(wide, wide.leaves(torch.float32)))
     assert "1024 tokens, got 1600" in reason
 
 

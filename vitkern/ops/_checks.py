@@ -112,6 +112,17 @@ def seed(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     return torch.tensor([value], dtype=torch.int64, device=device)
 
 
+def dropout(op: str, p: Any, value: Any, device: torch.device) -> Tensor | None:
+    """The seed int64 [1] of dropout with probability p; None where p is 0."""
+    if not p:
+        return None
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p!r}")
+    if value is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return seed(op, "dropout_seed", value, device)
+
+
 def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
     """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L."""
     for name, t in (("q", q), ("k", k), ("v", v)):

@@ -31,6 +31,8 @@ def info() -> dict[str, Any]:
         "instruction set": cpu or torch.ops.vitkern._cpu_capability(),
         "instruction sets here": cpu or torch.ops.vitkern._cpu_capabilities(),
     }
+    from vitkern.ops.attention import OWN
+
     unwritten = Gpu()
     found["ops"] = {
         name: {
@@ -41,11 +43,12 @@ def info() -> dict[str, Any]:
         }
         for name, gpu in _public().items()
     }
+    found["ops"]["attention"] = {"reference": None} | dict.fromkeys(("cpu", "triton", "cuda"), OWN)
     return found
 
 
 def _public() -> dict[str, Gpu]:
-    """Every public op with its kernels for GPUs."""
+    """Every public op that has kernels, with those for GPUs."""
     from vitkern.ops import (
         bipartite_match,
         cluster_tokens,

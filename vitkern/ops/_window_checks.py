@@ -19,7 +19,14 @@ def signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, RelativePosition):
-        return value.sign, value.grid, value.prefix_tokens, signature(value.table), signature(value.index)
+        return (
+            value.sign,
+            value.grid,
+            value.prefix_tokens,
+            value.q_stride,
+            signature(value.table),
+            signature(value.index),
+        )
     if isinstance(value, CosineScore):
         return signature(value.logit_scale), value.max, value.eps
     if isinstance(value, tuple):
@@ -88,6 +95,8 @@ def _check_bias(bias: Any, q: Tensor, window: tuple[int, ...]) -> None:
         _checks.parameter(NAME, "bias.table", bias.table, q.device)
         if bias.prefix_tokens:
             raise ValueError(f"{NAME}: windows have no prefix tokens, got bias.prefix_tokens={bias.prefix_tokens}")
+        if bias.q_stride != 1:
+            raise ValueError(f"{NAME}: the queries of a window are all its tokens, got bias.q_stride={bias.q_stride}")
         if bias.sign not in SIGNS:
             raise ValueError(f"{NAME}: bias.sign must be one of {', '.join(SIGNS)}, got {bias.sign!r}")
         if bias.table.dim() != 2 or bias.table.shape[1] != heads:

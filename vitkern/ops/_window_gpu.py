@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.ops import _cuda
-from vitkern.ops._gpu import Gpu
+from vitkern.ops._gpu import Cuda, Gpu
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_MAX_TOKENS = 64
@@ -32,13 +33,10 @@ _cuda.define(
 )
 
 
-def triton_refusals(args: tuple[Any, ...]) -> list[str]:
-    missing = backends.triton_missing()
-    if missing:
-        return [missing]
+def _triton() -> Any:
     from vitkern.triton_kernels import window_attention as kernels
 
-    return kernels.supported(*args)
+    return kernels
 
 
 def cuda_refusals(args: tuple[Any, ...]) -> list[str]:
@@ -79,10 +77,10 @@ class WindowGpu(Gpu):
         return (*args[0].unbind(-3), *args[1:]) if self.packed else args
 
     def triton_refusals(self, args: tuple[Any, ...]) -> list[str]:
-        return triton_refusals(self._separate(args))
+        return super().triton_refusals(self._separate(args))
 
     def cuda_refusals(self, args: tuple[Any, ...]) -> list[str]:
-        return cuda_refusals(self._separate(args))
+        return super().cuda_refusals(self._separate(args))
 
     def forward(self, op: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *inputs, named = args
@@ -105,9 +103,7 @@ class WindowGpu(Gpu):
 def forward(chosen: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """out and lse of the separate q, k, v by "triton" or "cuda"."""
     if chosen == "triton":
-        from vitkern.triton_kernels import window_attention as kernels
-
-        return kernels.fwd(*inputs)
+        return _triton().fwd(*inputs)
     q, v = inputs[0], inputs[2]
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -168,3 +164,7 @@ def _cuda_backward(
         None if s is None else s.sum_to_size(like.shape).to(like.dtype)
         for s, like in zip(sums, (bias, logit_scale, k_pad, v_pad), strict=True)
     )
+
+
+_CUDA = Cuda(cuda_refusals, partial(forward, "cuda"), partial(backward, "cuda"))
+PLAIN, PACKED = (WindowGpu(_triton, _CUDA, packed) for packed in (False, True))

@@ -187,9 +187,7 @@ def _lower(
     if cosine is not None:
         tau, cosine_max, cosine_eps = cosine.logit_scale.reshape(-1), float(cosine.max), float(cosine.eps)
     k_pad, v_pad = pad_kv if isinstance(pad_kv, tuple) else (None, None)
-    seed = None
-    if dropout_p:
-        seed = _seed(dropout_p, dropout_seed, q.device)
+    seed = _checks.dropout(NAME, dropout_p, dropout_seed, q.device)
     options = (
         window,
         shift,
@@ -209,14 +207,6 @@ def _remember(key: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         _lowered.clear()
     _lowered[key] = fixed = check(*arguments)
     return fixed
-
-
-def _seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{NAME}: dropout_p must be in [0, 1), got {dropout_p!r}")
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return _checks.seed(NAME, "dropout_seed", seed, device)
 
 
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
@@ -252,7 +242,7 @@ PLAIN = Op(
     batched=3,
     definition=definition,
     fake=_fake,
-    gpu=_window_gpu.WindowGpu(),
+    gpu=_window_gpu.PLAIN,
 )
 PACKED = Op(
     f"{NAME}_qkvpacked",
@@ -262,7 +252,7 @@ PACKED = Op(
     batched=1,
     definition=_packed_definition,
     fake=_packed_fake,
-    gpu=_window_gpu.WindowGpu(packed=True),
+    gpu=_window_gpu.PACKED,
 )
 PLAIN.register()
 PACKED.register()

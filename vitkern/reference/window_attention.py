@@ -79,7 +79,9 @@ def window_attention(
     lse = (top + z.log()).masked_fill(empty, -math.inf)  # [B, nW, H, N, 1]
     p = e / z  # [B, nW, H, N, N]
     if dropout_p > 0.0:
-        p = p * keep_pattern(seed, batch, heads, token, dropout_p).to(acc) / (1.0 - dropout_p)  # [B, nW, H, N, N]
+        p = (
+            p * keep_pattern(seed, batch, heads, token, dropout_p, token.shape[1]).to(acc) / (1.0 - dropout_p)
+        )  # [B, nW, H, N, N]
     finite = vw.isfinite()  # [B, nW, H, N, Dv]
     o = p.to(q.dtype).to(acc) @ vw.masked_fill(~finite, 0.0)  # [B, nW, H, N, Dv]
     o = o.masked_fill((~unseen).to(acc) @ (~finite).to(acc) > 0, math.nan)  # [B, nW, H, N, Dv]
@@ -147,10 +149,10 @@ def dense_bias(bias: Tensor, index: Tensor | None) -> Tensor:
     return bias[index.long()].permute(2, 0, 1)  # [H, N, N]
 
 
-def keep_pattern(seed: Tensor, batch: int, heads: int, token: Tensor, p: float) -> Tensor:
-    """True where dropout keeps a weight, [B, nW, H, N, N]: a function of seed, image, head, query token and key slot."""
+def keep_pattern(seed: Tensor, batch: int, heads: int, token: Tensor, p: float, keys: int) -> Tensor:
+    """True where dropout keeps a weight, [B, nW, H, N, keys]: a function of seed, image, head, query token and key slot."""
     windows, n = token.shape
-    slots = -(-n // 4)
+    slots = -(-keys // 4)
     shape = (batch, windows, heads, n, slots)
     grid = [torch.arange(m, device=token.device) for m in (batch, heads, slots)]
     counter = [
@@ -159,7 +161,7 @@ def keep_pattern(seed: Tensor, batch: int, heads: int, token: Tensor, p: float) 
         token.clamp(min=0).view(1, windows, 1, n, 1).expand(shape),  # query token on the map
         grid[2].view(1, 1, 1, 1, -1).expand(shape),  # key slot div 4
     ]
-    lanes = torch.stack(philox(counter, seed), -1).flatten(-2)[..., :n]  # [B, nW, H, N, N]
+    lanes = torch.stack(philox(counter, seed), -1).flatten(-2)[..., :keys]  # [B, nW, H, N, keys]
     return lanes >= math.ceil(p * 2.0**32)  # u = lane 2^-32 >= p
 
 

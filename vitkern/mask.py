@@ -1,0 +1,106 @@
+"""Typed masks: which keys a query may see. ``.dense(q, k)`` is the definition: bool, True may attend, broadcastable to the
+scores ``[B, H, Nq, Nk]`` of ``q [B, Nq, H, D]`` and ``k [B, Nk, Hk, D]``."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitkern._export import exportable
+
+EMPTY = ("full", "none")
+
+
+@exportable
+@dataclass(frozen=True, eq=False)
+class Causal:
+    """``j <= i + offset``; ``offset = Nk - Nq`` aligns the last query with the last key."""
+
+    offset: int = 0
+
+    def dense(self, q: Tensor, k: Tensor) -> Tensor:
+        """``[Nq, Nk]``."""
+        i, j = _places(q, k)
+        return j <= i + self.offset
+
+
+@exportable
+@dataclass(frozen=True, eq=False)
+class NoSelf:
+    """``i != j``: nobody sees the token at its own position."""
+
+    def dense(self, q: Tensor, k: Tensor) -> Tensor:
+        """``[Nq, Nk]``."""
+        i, j = _places(q, k)
+        return i != j
+
+
+@exportable
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Tokens of one segment see each other: ``q_ids [B|1, Nq]`` and ``k_ids [B|1, Nk]`` are equal, or
+    ``allow[q_id, k_id]``, a bool table. A negative id is padding: such a key is seen by nobody, such a query sees nothing."""
+
+    q_ids: Tensor
+    k_ids: Tensor
+    allow: Tensor | None = None
+
+    def dense(self, q: Tensor, k: Tensor) -> Tensor:
+        """``[B|1, 1, Nq, Nk]``."""
+        a, b = self.q_ids[:, None, :, None], self.k_ids[:, None, None, :]
+        same = a == b if self.allow is None else self.allow[a.clamp(min=0).long(), b.clamp(min=0).long()]
+        return same & (a >= 0) & (b >= 0)
+
+
+@exportable
+@dataclass(frozen=True, eq=False)
+class BlockCausal:
+    """``k_levels[j] <= q_levels[i]``: scales, chunks, prefixes (level 0). Levels are integers ``[B|1, N]``."""
+
+    q_levels: Tensor
+    k_levels: Tensor
+
+    def dense(self, q: Tensor, k: Tensor) -> Tensor:
+        """``[B|1, 1, Nq, Nk]``."""
+        return self.k_levels[:, None, None, :] <= self.q_levels[:, None, :, None]
+
+
+@exportable
+@dataclass(frozen=True, eq=False)
+class FromLogits:
+    """Keys where a predicted mask is on (Mask2Former, Cheng et al. 2022; EoMT). No gradient goes to the logits.
+
+    ``logits [B, Q, h, w]`` are resized bilinearly (``align_corners=False``, float32) to ``size``, whose row-major cells are
+    the keys ``cols`` (all by default) of the queries ``rows`` (all by default); other pairs are visible. A cell is on where
+    its logit is above ``threshold``; with ``inclusive`` where it is not below it, ties and NaN included.
+    ``empty="full"``: a query that sees nothing of the block sees all of it; ``"none"``: it stays so.
+    ``open_rows [B, Q]`` bool: these queries see the whole block.
+    """
+
+    logits: Tensor
+    size: tuple[int, int]
+    threshold: float = 0.0
+    empty: str = "full"
+    inclusive: bool = True
+    rows: tuple[int, int] | None = None
+    cols: tuple[int, int] | None = None
+    open_rows: Tensor | None = None
+
+    def dense(self, q: Tensor, k: Tensor) -> Tensor:
+        """``[B, 1, Nq, Nk]``."""
+        acc = torch.promote_types(self.logits.dtype, torch.float32)
+        resized = torch.nn.functional.interpolate(
+            self.logits.detach().to(acc), size=self.size, mode="bilinear", align_corners=False
+        ).flatten(2)  # [B, Q, cells]
+        on = ~(resized < self.threshold) if self.inclusive else resized > self.threshold
+        if self.empty == "full":
+            on = on | ~on.any(-1, keepdim=True)
+        if self.open_rows is not None:
+            on = on | self.open_rows[:, :, None]
+        (first, last), (left, right) = self.rows or (0, q.shape[1]), self.cols or (0, k.shape[1])
+        around = (left, k.shape[1] - right, first, q.shape[1] - last)
+        return torch.nn.functional.pad(on, around, value=True)[:, None]
+
+
+def _places(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(q.shape[1], device=q.device)[:, None], torch.arange(k.shape[1], device=q.device)[None, :]
