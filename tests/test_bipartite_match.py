@@ -1,10 +1,10 @@
 """bipartite_match: the published rules, edges, memory and refusals. What every op must do is in tests/test_ops.py."""
 
 import math
-import tracemalloc
 
 import pytest
 import torch
+from memory import grown
 
 import vitkern
 from vitkern import testing
@@ -123,16 +123,10 @@ def test_random_2d_places_one_destination_in_every_whole_cell():
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
 @pytest.mark.parametrize("tokens", [16384, 65536])
 def test_memory_grows_with_the_tokens_and_not_with_their_square(tokens):
-    import resource
-
-    metric = torch.randn(1, tokens, 8 if tokens > 20000 else 64)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tracemalloc.start()
-    found = vitkern.bipartite_match(metric)
-    tracemalloc.stop()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert grown < 2 * metric.numel() * 4 + 64 * tokens, f"{grown} bytes for {tokens} tokens"
-    assert found.score[0, 2::2].isfinite().all()
+    width = 8 if tokens > 20000 else 64
+    setup = f"metric = torch.randn(1, {tokens}, {width})\nvitkern.bipartite_match(metric[:, :100])"
+    more = grown(setup, "assert vitkern.bipartite_match(metric).score[0, 2::2].isfinite().all()")
+    assert more < 2 * width * tokens * 4 + 64 * tokens, f"{more} bytes for {tokens} tokens"
 
 
 @pytest.mark.parametrize(

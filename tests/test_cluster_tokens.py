@@ -2,11 +2,10 @@
 test_cluster_tokens_methods.py, what every op must do in test_ops.py."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from memory import grown
 
 import vitkern
 from vitkern import testing
@@ -131,12 +130,7 @@ def test_every_method_compiles_without_graph_breaks(method):
     assert torch.equal(plan.token_map, want.token_map) and torch.equal(plan.perm, want.perm)
 
 
-MEMORY = """
-import resource, torch, vitkern
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
+CLUSTERED = """
 def run(side, k):
     n = side * side
     x, own = torch.randn(1, n, 8), {"nearest": {"centers": torch.randn(1, n, 8)}, "kmeans": {"grid": (side, side)}}
@@ -145,16 +139,13 @@ def run(side, k):
             for m in ("dpc_knn", "nearest", "kmeans", "kmedoids")]
 
 run(16, 20)
-before = peak()
-assert all(int(p.offsets[0, -1]) == 128 * 128 for p in run(128, 100))
-print(peak() - before)
 """
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
 def test_no_matrix_of_distances_exists():
-    ran = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert int(ran.stdout) < 64e6, f"{ran.stdout} bytes; a matrix would take {4 * 16384**2}"
+    more = grown(CLUSTERED, "assert all(int(p.offsets[0, -1]) == 128 * 128 for p in run(128, 100))")
+    assert more < 64e6, f"{more} bytes; a matrix would take {4 * 16384**2}"
 
 
 X = torch.randn(2, 12, 4)

@@ -208,3 +208,23 @@ def test_plans_refuse_what_does_not_fit():
         MergePlan.identity(1, 4).compose(MergePlan.identity(1, 5))
     with pytest.raises(ValueError, match="pack: y must have the batch and slots of the plan"):
         MergePlan.identity(1, 4).pack(torch.zeros(1, 5))
+
+
+@ON
+def test_a_partner_that_is_not_kept_leaves_its_token_without_a_slot(backend):
+    """No match of bipartite_match is like this; a match made by hand may be."""
+    score = torch.tensor([[0.9, 0.8, 0.1, 0.7, 0.2, -math.inf]])
+    dst = torch.tensor([[3, 5, 5, 4, 5, 5]], dtype=torch.int32)  # 0 -> 3, which merges too; 1 -> 5, which is masked
+    role = torch.tensor([[0, 0, 0, 0, 0, 4]], dtype=torch.int8)
+    plan = vitkern.merge_plan(vitkern.Match(score, dst, role, 5, True), r=3, backend=backend)
+    assert plan.token_map.tolist() == [[plan.n_out, plan.n_out, 0, 1, 1, plan.n_out]]
+    assert plan.perm[0, :3].tolist() == [2, 4, 3] and plan.lengths.tolist() == [2]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
+def test_a_match_that_is_none_is_refused_by_the_kernel():
+    score, dst, role = torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="role must hold 0 to 4"):
+        vitkern.merge_plan(vitkern.Match(score, dst, role + 5, 2, False), r=1)
+    with pytest.raises(RuntimeError, match=r"dst must hold positions in \[0, N\)"):
+        vitkern.merge_plan(vitkern.Match(score, dst - 1, role, 2, False), r=1)

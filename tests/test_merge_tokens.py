@@ -109,6 +109,17 @@ def test_dropped_tokens_are_seen_by_nothing_and_get_no_gradient(backend):
 
 
 @ON
+def test_a_token_without_a_part_gets_no_gradient_however_large_the_others_are(backend):
+    x = torch.randn(1, 4, 3, requires_grad=True)
+    plan = MergePlan.from_map(torch.tensor([[0, 0, 1, 1]]), 2)
+    go = torch.full((1, 2, 3), math.inf)
+    for options, alone in (({"reduce": "first"}, [1, 3]), ({"include_dst": False}, [0, 2])):
+        y, _ = vitkern.merge_tokens(x, plan, backend=backend, **options)
+        (dx,) = torch.autograd.grad(y, x, go)
+        assert dx[0, alone].eq(0).all() and dx.isinf().any()
+
+
+@ON
 def test_an_untouched_token_comes_out_bit_for_bit_and_a_slot_of_size_0_is_0(backend):
     x = torch.randn(1, 5, 9)
     plan = MergePlan.from_map(torch.tensor([[0, 1, 2, 2, 3]]), 5)

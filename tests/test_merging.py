@@ -49,7 +49,7 @@ def hf_parts(block):
     return norm1, heads, out, scale1, norm2, lambda x: scale2(block.mlp(x))
 
 
-def dense(blocks, parts, x, r, prefix):
+def dense(blocks, parts, x, r, prefix, metric="k", prop_attn=True, reduce="mean", order="split"):
     """The intended merge, image by image and token by token; returns tokens and which inputs each holds."""
     results = []
     for image in x.split(1):
@@ -58,16 +58,17 @@ def dense(blocks, parts, x, r, prefix):
         for block in blocks:
             norm1, heads, out, scale, norm2, mlp = parts(block)
             q, k, v, projected = heads(norm1(image))
-            weight = (q @ k.mT * q.shape[-1] ** -0.5).exp() * size
+            weight = (q @ k.mT * q.shape[-1] ** -0.5).exp() * (size if prop_attn else 1.0)
             attended = (weight / weight.sum(-1, keepdim=True)) @ v
             image = image + scale(out(attended.transpose(1, 2).flatten(2)))
-            image, size, holds = merge(image[0], projected[0].mean(0), size, holds, r, prefix)
+            of = projected[0].mean(0) if metric == "k" else image[0]
+            image, size, holds = merge(image[0], of, size, holds, r, prefix, reduce, order)
             image = image[None] + mlp(norm2(image[None]))
         results.append((image, holds))
     return torch.cat([i for i, _ in results]), torch.stack([h for _, h in results])
 
 
-def merge(x, metric, size, holds, r, prefix):
+def merge(x, metric, size, holds, r, prefix, reduce, order):
     tokens = len(x)
     unit = metric / metric.norm(dim=-1, keepdim=True)
     pairs = []
@@ -78,11 +79,16 @@ def merge(x, metric, size, holds, r, prefix):
     gone = {i: j for _, i, j in sorted(pairs)[: min(r, (tokens - prefix) // 2)]}
     left = [*range(prefix), *(i for i in range(prefix, tokens) if i % 2 == 0 and i not in gone)]
     left += [j for j in range(prefix, tokens) if j % 2 == 1]
+    if order == "position":
+        left = sorted(left)
     rows = torch.zeros(len(left), tokens, dtype=x.dtype)
     for slot, token in enumerate(left):
         rows[slot, [token, *(i for i, j in gone.items() if j == token)]] = 1.0
     total = rows @ size
-    return (rows * size) @ x / total[:, None], total, (rows @ holds.to(x.dtype)).bool()
+    merged = (rows * size) @ x / total[:, None]
+    if reduce == "max":
+        merged = torch.stack([x[row.bool()].amax(0) for row in rows])
+    return merged, total, (rows @ holds.to(x.dtype)).bool()
 
 
 TIMM = {
@@ -206,9 +212,18 @@ def test_a_threshold_merges_another_number_in_every_image_and_padding_is_seen_by
 def test_a_ratio_other_metrics_and_no_size_bias():
     model = timm_model()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    options = {"metric": "x", "prop_attn": False, "reduce": "max", "order": "position"}
     with torch.no_grad():
-        report = merging.apply(model, ratio=0.25, metric="x", prop_attn=False, reduce="max", order="position")
+        report = merging.apply(model, ratio=0.25, **options)
         assert model(x).isfinite().all() and report.tokens == [13, 10, 8]
+        report.undo()
+        start = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        for left_out in (None, *options):  # each option changes something, and all together are the oracle's
+            given = {name: value for name, value in options.items() if name != left_out}
+            report = merging.apply(model, r=R, **given)
+            want = model.norm(dense(model.blocks, timm_parts, start, R, 1, **options)[0])
+            assert torch.allclose(model.forward_features(x), want) == (left_out is None), left_out
+            report.undo()
 
 
 def test_the_metric_k_norm_reads_the_keys_behind_the_norm():
@@ -305,9 +320,9 @@ def test_published_destinations():
         (dict(ratio=1.0), r"ratio must lie in \(0, 1\), got 1.0"),
         (dict(r=2, metric="q"), "metric must be 'k', 'k_norm' or 'x', got 'q'"),
         (dict(r=2, pool="max"), "pool must be 'model' or 'size', got 'max'"),
-        (dict(r=2, protect=-1), "protect must be None or an int of at least 0, got -1"),
+        (dict(r=2, protect=-1), "protect must be at least 0, got -1"),
         (dict(r=2, order="size"), "order must be 'split', 'score' or 'position', got 'size'"),
-        (dict(r=2, reduce="min"), "reduce must be 'mean', 'sum', 'max' or 'first', got 'min'"),
+        (dict(r=2, reduce="min"), "reduce must be 'mean', 'sum', 'max', 'first' or 'mlerp', got 'min'"),
     ],
 )
 def test_refusals_are_sentences(options, sentence):

@@ -1,5 +1,7 @@
 """vitkern.merging.apply_diffusion against one-hot matrices around the sub-layers of diffusers' own blocks, in float64."""
 
+from contextlib import contextmanager
+
 import libraries  # noqa: F401
 import pytest
 import torch
@@ -17,6 +19,13 @@ def unet():
         cross_attention_dim=16, attention_head_dim=8,
     )  # fmt: skip
     return model.double().eval()
+
+
+@contextmanager
+def merging_of(model):
+    report = merging.apply_diffusion(model, ratio=0.5)
+    yield report
+    report.undo()
 
 
 def one_hot(x, grid, stride, r):
@@ -95,7 +104,7 @@ def test_the_pattern_changes_with_every_pass_of_an_even_batch_and_deeper_blocks_
     [
         (dict(ratio=0.0), r"ratio must lie in \(0, 1\), got 0.0"),
         (dict(stride=0), "stride must be an int of at least 1, or two, got 0"),
-        (dict(max_downsample=0), "max_downsample must be an int of at least 1, got 0"),
+        (dict(max_downsample=0), "max_downsample must be at least 1, got 0"),
         (dict(parts=("mlp",)), r"parts must be some of attn1, attn2, ff, got \('mlp',\)"),
     ],
 )
@@ -111,3 +120,13 @@ def test_what_is_patched_already_is_named():
     merging.apply_diffusion(model)
     again = merging.apply_diffusion(model)
     assert not again.replaced and {k.reason for k in again.kept} == {"patched already"}
+
+
+def test_a_mask_over_tokens_that_merge_is_refused_and_one_over_the_text_is_not():
+    model = unet()
+    with merging_of(model):
+        x, text = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
+        with torch.no_grad():
+            assert model(x, 1, text, encoder_attention_mask=torch.ones(1, 5)).sample.isfinite().all()
+            with pytest.raises(ValueError, match="attention_mask must be None in a block that merges tokens"):
+                model(x, 1, text, attention_mask=torch.ones(1, 64))

@@ -199,9 +199,10 @@ def test_calling_from_another_thread_and_after_fork():
     thread.start()
     thread.join()
     assert torch.equal(found[0], want)
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child has no worker threads
     pid = os.fork()
     if pid == 0:
         os._exit(0 if torch.equal(call.run(tensors)[0], want) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(before)

@@ -15,11 +15,6 @@ ON = pytest.mark.parametrize("backend", BACKENDS)
 F = torch.nn.functional
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def agree(got, want, inputs):
     """Values and gradients."""
     torch.testing.assert_close(got, want)
@@ -83,10 +78,10 @@ def test_slot_attention_and_toma(backend):
     """Tokens choose among slots; a slot is the mean of those that chose it. At 1000 cos the choice is nearly hard."""
     x, slots = tokens(), torch.randn(2, 6, 24, dtype=torch.float64, requires_grad=True)
     logits = x @ slots.mT * 24**-0.5
-    attention = logits.softmax(-1) + 1e-8
+    attention = logits.softmax(-1)
     want = (attention / attention.sum(1, keepdim=True)).mT @ x
     got = vitkern.soft_merge(x, x @ slots.mT, axis="slot", scale=24**-0.5, renormalize=1e-8, backend=backend)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, want)
     hard = 1000 * F.cosine_similarity(x[:, :, None], slots[:, None], dim=-1)
     weights = hard.softmax(-1)
     want = (weights / weights.sum(1, keepdim=True).clamp(min=1e-6)).mT @ x
@@ -173,22 +168,21 @@ def test_half_precision_is_rounded_once(backend):
     x, logits = torch.ones(1, 4096, 3, dtype=torch.bfloat16), torch.zeros(1, 4096, 2, dtype=torch.bfloat16)
     assert vitkern.soft_merge(x, logits + 1, normalize="none", backend=backend).eq(4096).all()
     assert vitkern.soft_merge(x, logits, backend=backend).eq(1).all()
-    steep = torch.tensor([[[3e4], [2.9e4], [-3e4]]], dtype=torch.float16)
-    rows = torch.tensor([[[2.0], [3.0], [torch.inf]]], dtype=torch.float16)[:, :2]
-    assert vitkern.soft_merge(rows, steep[:, :2], backend=backend).eq(2).all()
+    steep = torch.tensor([[[3e4], [2.9e4]]], dtype=torch.float16)
+    rows = torch.tensor([[[2.0], [3.0]]], dtype=torch.float16)
+    assert vitkern.soft_merge(rows, steep, backend=backend).eq(2).all()
     mixed = vitkern.soft_merge(x, logits.float(), backend=backend)
     assert mixed.dtype == torch.bfloat16
 
 
-@ON
-def test_the_sums_of_the_weights_have_a_gradient_too(backend):
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
+def test_the_sums_of_the_weights_have_a_gradient_too():
     """The op's first output, which Python keeps to itself."""
     x, logits = tokens(2, 9, 5), torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
     for normalize, renormalize in (("softmax", 0.0), ("sigmoid", 0.5), ("l2", 0.0), ("sinkhorn", 1e-6)):
         args = (x, logits, None, None, "token", normalize, 1.0, renormalize, 1.0, 2)
         found = []
-        for run in (torch.ops.vitkern.soft_merge if backend == "cpu" else vitkern.ops.soft_merge.definition,
-                    vitkern.ops.soft_merge.definition):  # fmt: skip
+        for run in (torch.ops.vitkern.soft_merge, vitkern.ops.soft_merge.definition):
             total, y = run(*args, "")
             found.append((total, y, *torch.autograd.grad((total * total.detach()).sum() + y.sum(), (x, logits))))
         for a, b in zip(*found, strict=True):

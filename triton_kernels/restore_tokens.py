@@ -40,7 +40,7 @@ def bwd(dout, y, index, fill, mask_token, n, value, need) -> tuple[Tensor | None
     if dout is None:
         return dy, dfill, dmask_token
     if need & 1:
-        dy = gathered(dout, index, dtype=y.dtype)
+        dy = gathered(dout, index.clamp(0, n), dtype=y.dtype)
     if need & 6 == 0:
         return dy, dfill, dmask_token
     place, rows = places(index, n), index.shape[1]

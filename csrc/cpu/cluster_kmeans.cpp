@@ -44,7 +44,8 @@ KmeansProblem prepare(const Tensor& x, const Tensor& start, const OptTensor& mas
   p.wide = int32_t(grid[1]);
   p.rows = int32_t(grid[2]);
   p.columns = int32_t(grid[3]);
-  p.reach = int32_t(std::min(window / 2, std::max(grid[2], grid[3])));
+  p.reach = int32_t(std::min(window / 2, grid[2] - 1));
+  p.column_reach = int32_t(std::min(window / 2, grid[3] - 1));
   p.temperature = temperature;
   return p;
 }
@@ -55,20 +56,31 @@ std::vector<Acc> dense(const KmeansProblem& p, const Tensor& t, const Acc* divis
   const int64_t count = t.size(0) * t.size(1);
   std::vector<Acc> rows(size_t(count * p.pitch));
   const RowsView v = as_rows(t, kOp);
-  for (int64_t m = 0; m < count; ++m)
-    for (int32_t c = 0; c < p.width; ++c) {
-      const Acc value = scalar<Acc>(v.data, m / t.size(1) * v.batch + m % t.size(1) * v.token + c * v.dim, v.dtype);
-      rows[size_t(m * p.pitch + c)] = divisor ? value / divisor[m] : value;
-    }
+  const int64_t each = t.size(1);
+  with_element(v.dtype, [&](auto element) {
+    const auto* data = reinterpret_cast<const decltype(element)*>(v.data);
+    torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16384 / p.pitch), [&](int64_t first, int64_t last) {
+      for (int64_t m = first; m < last; ++m) {
+        const auto* from = data + m / each * v.batch + m % each * v.token;
+        const Acc by = divisor ? divisor[m] : Acc(1);
+        for (int32_t c = 0; c < p.width; ++c) rows[size_t(m * p.pitch + c)] = widened<Acc>(from[c * v.dim]) / by;
+      }
+    });
+  });
   return rows;
 }
 
 template <typename Acc>
 void undense(const KmeansProblem& p, const std::vector<Acc>& rows, Tensor& t) {
-  const Dtype dtype = dtype_of(t, kOp);
-  void* data = t.mutable_data_ptr();
-  for (int64_t m = 0; m < t.size(0) * t.size(1); ++m)
-    for (int32_t c = 0; c < p.width; ++c) set_scalar<Acc>(data, m * p.width + c, dtype, rows[size_t(m * p.pitch + c)]);
+  const int64_t count = t.size(0) * t.size(1);
+  with_element(dtype_of(t, kOp), [&](auto element) {
+    using T = decltype(element);
+    T* data = static_cast<T*>(t.mutable_data_ptr());
+    torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16384 / p.pitch), [&](int64_t first, int64_t last) {
+      for (int64_t m = first; m < last; ++m)
+        for (int32_t c = 0; c < p.width; ++c) data[m * p.width + c] = narrowed<T>(rows[size_t(m * p.pitch + c)]);
+    });
+  });
 }
 
 template <typename Kernel>
@@ -137,6 +149,10 @@ OptTensor cluster_kmeans_bwd(OptTensor dcenters, OptTensor /*dprevious*/, OptTen
   check(total.is_contiguous() && dtype_of(total, kOp) == (wide ? Dtype::f64 : Dtype::f32), kOp, "total must be as the forward made it");
   Tensor dx = new_tensor({x.size(0), x.size(1), p.width}, p.x.dtype);
   p.dx = as_rows(dx, kOp);
+  for (const Tensor* t : {&start, &previous, dcenters ? &*dcenters : &previous})
+    check(t->dim() == 3 && t->size(0) == start.size(0) && t->size(1) == start.size(1) && t->size(2) == p.width &&
+              total.numel() == t->size(0) * t->size(1),
+          kOp, "previous, total and the gradient must have the shape of the centres");
   if (!dcenters || iters == 0) {
     std::memset(dx.mutable_data_ptr(), 0, size_t(x.size(0) * x.size(1) * p.width * size_of(p.x.dtype)));
     return dx;

@@ -12,7 +12,8 @@ struct KmeansProblem {
   const bool* mask;  // [B][N], or null
   int64_t mask_batch, mask_token;
   int32_t width, pitch;  // channels, and channels padded to whole vectors
-  int32_t high, wide, rows, columns, reach;  // a token sees the centres at most `reach` rows and columns from its cell
+  int32_t high, wide, rows, columns;
+  int32_t reach, column_reach;  // how many rows and columns away from its cell a token sees centres
   double temperature;
   // Dense, Acc: the centres that are seen, [B][k][pitch]; per row of cells the weighted sums and the weights of the centres
   // around, [B][rows][2 reach + 1][columns][pitch] and without pitch; the new centres and their weights, [B][k]...; and in

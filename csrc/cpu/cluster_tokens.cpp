@@ -36,10 +36,11 @@ class Clustering {
     p_.value = distance;
     p_.place = label;
     real_.resize(size_t(batch_));
+    const bool* is_real = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+    const int64_t mask_batch = mask ? mask->stride(0) : 0, mask_token = mask ? mask->stride(1) : 0;
     for (int64_t b = 0; b < batch_; ++b) {
       for (int32_t i = 0; i < p_.tokens; ++i)
-        if (!mask || static_cast<const bool*>(mask->const_data_ptr())[b * mask->stride(0) + i * mask->stride(1)])
-          real_[size_t(b)].push_back(i);
+        if (!is_real || is_real[b * mask_batch + i * mask_token]) real_[size_t(b)].push_back(i);
       std::fill_n(label + b * p_.tokens, p_.tokens, k_);
       std::fill_n(distance + b * p_.tokens, p_.tokens, Acc(0));
       std::fill_n(index + b * k, k, 0);
@@ -86,10 +87,11 @@ class Clustering {
 
   void medoids(const OptTensor& weight, int64_t iters) {
     std::vector<Acc> w(size_t(batch_ * p_.tokens), Acc(1)), cost(w.size());
-    if (weight)
+    if (weight) {
+      const RowsView v = as_rows(*weight, kOp);
       for (int64_t i = 0; i < batch_ * p_.tokens; ++i)
-        w[size_t(i)] = scalar<Acc>(weight->const_data_ptr(),
-                                   i / p_.tokens * weight->stride(0) + i % p_.tokens * weight->stride(1), dtype_of(*weight, kOp));
+        w[size_t(i)] = scalar<Acc>(v.data, i / p_.tokens * v.batch + i % p_.tokens * v.token, v.dtype);
+    }
     auto centres = weight ? std::vector<std::vector<int32_t>>(static_cast<size_t>(batch_)) : farthest();
     if (weight)
       for (int64_t b = 0; b < batch_; ++b) centres[size_t(b)] = largest(b, &w[size_t(b * p_.tokens)]);
@@ -230,6 +232,10 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(Tensor x, OptTensor centers, O
   check(method != "nearest" || (centers && centers->dim() == 3 && centers->size(0) == batch && centers->size(1) == k &&
                                 centers->size(2) == x.size(2) && centers->scalar_type() == x.scalar_type()),
         kOp, "centers must have shape [B, k, C] and the dtype of x");
+  check(method == "nearest" || method == "dpc_knn" || method == "kmedoids" || method == "agglomerative", kOp,
+        "method must be nearest, dpc_knn, kmedoids or agglomerative");
+  check(linkage == "average" || linkage == "single" || linkage == "complete", kOp,
+        "linkage must be average, single or complete");
   check(k >= 1 && neighbors >= 1 && iters >= 0, kOp, "k and k_neighbors must be at least 1, iters at least 0");
   for (const OptTensor* t : {&mask, &weight})
     check(!*t || ((*t)->dim() == 2 && (*t)->size(0) == batch && (*t)->size(1) == tokens), kOp,

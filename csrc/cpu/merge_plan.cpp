@@ -35,6 +35,7 @@ struct Sample {
 // merged[i]: whether token i joins its partner. Returns how many do.
 int64_t select(const Sample& s, int64_t most, const float* threshold, std::vector<char>& merged) {
   std::vector<uint32_t> keys;
+  keys.reserve(size_t(s.tokens));
   int64_t real = 0, above = 0;
   for (int64_t i = 0; i < s.tokens; ++i) {
     real += s.role[i] != kMasked;
@@ -113,6 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_plan(Tensor score, Tensor dst, 
   check(!threshold || (threshold->scalar_type() == ScalarType::Float && threshold->is_contiguous() && threshold->numel() == batch),
         kOp, "threshold must be float32 [B]");
   check(n_out >= 0 && n_out <= tokens, kOp, "n_out must lie in [0, N]");
+  check(order_name == "position" || order_name == "score" || order_name == "split", kOp,
+        "order must be 'split', 'score' or 'position'");
   const Order order = order_name == "position" ? Order::position : order_name == "score" ? Order::score : Order::split;
   Tensor token_map = torch::stable::empty({batch, tokens}, ScalarType::Int);
   Tensor perm = torch::stable::empty({batch, tokens}, ScalarType::Int);
@@ -120,23 +123,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_plan(Tensor score, Tensor dst, 
   Tensor lengths = torch::stable::empty({batch}, ScalarType::Int);
   const auto ints = [](const Tensor& t) { return static_cast<int32_t*>(const_cast<void*>(t.const_data_ptr())); };
   const int32_t* partners = ints(dst);
-  check(std::all_of(partners, partners + batch * tokens, [&](int32_t j) { return j >= 0 && j < tokens; }), kOp,
-        "dst must hold positions in [0, N)");
+  const int8_t* roles = static_cast<const int8_t*>(role.const_data_ptr());
+  bool inside = true, known = true;
+  for (int64_t i = 0; i < batch * tokens; ++i) {
+    inside &= uint32_t(partners[i]) < uint32_t(tokens);
+    known &= uint8_t(roles[i]) <= uint8_t(kMasked);
+  }
+  check(inside, kOp, "dst must hold positions in [0, N)");
+  check(known, kOp, "role must hold 0 to 4");
   torch::stable::parallel_for(0, batch, std::max<int64_t>(1, 4096 / std::max<int64_t>(tokens, 1)), [&](int64_t first, int64_t last) {
     std::vector<char> merged;
     for (int64_t b = first; b < last; ++b) {
       const Sample s{static_cast<const float*>(score.const_data_ptr()) + b * tokens, partners + b * tokens,
-                     static_cast<const int8_t*>(role.const_data_ptr()) + b * tokens, ints(token_map) + b * tokens,
+                     roles + b * tokens, ints(token_map) + b * tokens,
                      ints(perm) + b * tokens, ints(offsets) + b * (n_out + 1), tokens, n_out};
       const int64_t cap = r ? std::min<int64_t>(most, std::max(ints(*r)[b], 0)) : most;
       const float* least = threshold ? static_cast<const float*>(threshold->const_data_ptr()) + b : nullptr;
       select(s, cap, least, merged);
+      std::fill_n(s.token_map, tokens, int32_t(n_out));  // a token that is masked, or whose partner is not kept
       const int64_t kept = number_slots(s, order, merged);
       ints(lengths)[b] = int32_t(kept);
       if (kept > n_out) continue;  // refused below
       for (int64_t i = 0; i < tokens; ++i)
-        if (merged[size_t(i)]) s.token_map[i] = s.token_map[s.dst[i]];
-        else if (s.role[i] == kMasked) s.token_map[i] = int32_t(n_out);
+        if (merged[size_t(i)] && !merged[size_t(s.dst[i])]) s.token_map[i] = s.token_map[s.dst[i]];
       list_slots(s, merged);
     }
   });

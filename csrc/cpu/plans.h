@@ -1,4 +1,4 @@
-// A merge plan and its rows as the kernels want them; shared by merge_tokens and unmerge_tokens.
+// A merge plan and its rows as the kernels want them; shared by the ops that move rows.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

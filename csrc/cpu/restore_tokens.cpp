@@ -27,7 +27,7 @@ struct Restore {
 Restore prepare(const Tensor& y, const Tensor& index, int64_t n) {
   check(y.dim() == 3 && index.dim() == 2 && y.size(0) == index.size(0) && y.size(1) == index.size(1), kOp,
         "y must have shape [B, K, C] with the batch and length of index");
-  check(index.scalar_type() == torch::headeronly::ScalarType::Int && index.is_contiguous() && n >= 0, kOp,
+  check(index.scalar_type() == torch::headeronly::ScalarType::Int && index.is_contiguous() && n >= 0 && n < (int64_t(1) << 31), kOp,
         "index must be contiguous int32 [B, K]");
   Restore r;
   MergeProblem& p = r.problem;

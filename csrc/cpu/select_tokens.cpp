@@ -35,6 +35,7 @@ struct Sample {
 std::vector<int32_t> choose(const Sample& s) {
   constexpr float none = -std::numeric_limits<float>::infinity();
   std::vector<uint32_t> keys;
+  keys.reserve(size_t(s.tokens));
   int64_t count = std::min(s.most, s.tokens - s.protect), above = 0;
   for (int64_t i = s.protect; i < s.tokens; ++i) {
     keys.push_back(ordered(std::isnan(s.score[i]) ? none : s.score[i]));

@@ -50,6 +50,7 @@ SoftMergeProblem prepare(const Tensor& x, const Tensor& logits, const OptTensor&
                                                 : SoftKind::plain;
   check(p.kind != SoftKind::plain || normalize == "none", kOp,
         "normalize must be 'softmax', 'sigmoid', 'none', 'l2' or 'sinkhorn'");
+  check(axis == "token" || axis == "slot", kOp, "axis must be 'token' or 'slot'");
   p.by_slot = axis == "slot";
   p.rounds = p.sinkhorn ? int32_t(iters) : 0;
   p.scale = p.sinkhorn ? scale / eps : scale;
@@ -89,12 +90,15 @@ struct Run {
     p.column_factor = column_factor.data();
     p.sum = sum.data();
     const auto* real = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
-    for (int64_t i = 0; i < of_row; ++i) {
-      const int64_t b = i / p.tokens, n = i % p.tokens;
-      const Acc w = p.weight.data ? scalar<Acc>(p.weight.data, b * p.weight.batch + n * p.weight.token, p.weight.dtype) : Acc(1);
-      if ((real && !real[i]) || !(w > 0)) rows[size_t(i)] = -std::numeric_limits<Acc>::infinity();
-      else if (p.weight.data) rows[size_t(i)] = std::log(w);
-    }
+    if (real || p.weight.data)
+      torch::stable::parallel_for(0, of_row, 16384, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t at = i / p.tokens * p.weight.batch + i % p.tokens * p.weight.token;
+          const Acc w = p.weight.data ? scalar<Acc>(p.weight.data, at, p.weight.dtype) : Acc(1);
+          if ((real && !real[i]) || !(w > 0)) rows[size_t(i)] = -std::numeric_limits<Acc>::infinity();
+          else if (p.weight.data) rows[size_t(i)] = std::log(w);
+        }
+      });
     normalize();
   }
 

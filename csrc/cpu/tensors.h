@@ -100,12 +100,14 @@ template <typename Acc>
 Acc scalar(const void* data, int64_t at, Dtype t) {
   return with_element(t, [&](auto element) { return widened<Acc>(static_cast<const decltype(element)*>(data)[at]); });
 }
+template <typename T, typename Acc>
+T narrowed(Acc x) {
+  if constexpr (std::is_same_v<T, double>) return double(x);
+  else return T(float(x));
+}
 template <typename Acc>
 void set_scalar(void* data, int64_t at, Dtype t, Acc x) {
-  if (t == Dtype::f32) static_cast<float*>(data)[at] = float(x);
-  else if (t == Dtype::f64) static_cast<double*>(data)[at] = double(x);
-  else if (t == Dtype::bf16) static_cast<torch::headeronly::BFloat16*>(data)[at] = torch::headeronly::BFloat16(float(x));
-  else static_cast<torch::headeronly::Half*>(data)[at] = torch::headeronly::Half(float(x));
+  with_element(t, [&](auto element) { static_cast<decltype(element)*>(data)[at] = narrowed<decltype(element)>(x); });
 }
 
 // Scratch of one thread, aligned to a cache line and zero: attention kernels rely on zeros in the padding of their rows.

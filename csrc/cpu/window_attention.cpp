@@ -256,14 +256,21 @@ Tensor bias_gradient(const WindowProblem& p, const Options& o, const Acc* sum) {
   const Dtype dtype = dtype_of(*o.bias, kOp);
   if (!o.index) {
     Tensor grad = new_tensor({p.heads, n, n}, dtype);
-    for (int64_t r = 0; r < p.heads * n; ++r)
-      for (int64_t j = 0; j < n; ++j) set_scalar<Acc>(grad.mutable_data_ptr(), r * n + j, dtype, sum[r * p.padded + j]);
+    with_element(dtype, [&](auto element) {
+      using T = decltype(element);
+      T* to = static_cast<T*>(grad.mutable_data_ptr());
+      torch::stable::parallel_for(0, p.heads * n, std::max<int64_t>(1, 65536 / n), [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r)
+          for (int64_t j = 0; j < n; ++j) to[r * n + j] = narrowed<T>(sum[r * p.padded + j]);
+      });
+    });
     return grad;
   }
   const int64_t rows = o.bias->size(0);
   Tensor grad = new_tensor({rows, p.heads}, dtype);
   const int32_t* index = static_cast<const int32_t*>(o.index->const_data_ptr());
   const int64_t index_row = o.index->stride(0), index_col = o.index->stride(1);
+  void* to = grad.mutable_data_ptr();
   torch::stable::parallel_for(0, p.heads, 1, [&](int64_t first, int64_t last) {
     std::vector<Acc> table(static_cast<size_t>(rows));
     for (int64_t h = first; h < last; ++h) {
@@ -271,7 +278,7 @@ Tensor bias_gradient(const WindowProblem& p, const Options& o, const Acc* sum) {
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < n; ++j)
           table[size_t(index[i * index_row + j * index_col])] += sum[(h * n + i) * p.padded + j];
-      for (int64_t r = 0; r < rows; ++r) set_scalar<Acc>(grad.mutable_data_ptr(), r * p.heads + h, dtype, table[size_t(r)]);
+      for (int64_t r = 0; r < rows; ++r) set_scalar<Acc>(to, r * p.heads + h, dtype, table[size_t(r)]);
     }
   });
   return grad;
@@ -282,7 +289,8 @@ Tensor vector_gradient(const Tensor& like, const Acc* sum) {
   const Dtype dtype = dtype_of(like, kOp);
   const auto sizes = like.sizes();
   Tensor grad = new_tensor(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype);
-  for (int64_t i = 0; i < like.numel(); ++i) set_scalar<Acc>(grad.mutable_data_ptr(), i, dtype, sum[i]);
+  void* to = grad.mutable_data_ptr();
+  for (int64_t i = 0, count = like.numel(); i < count; ++i) set_scalar<Acc>(to, i, dtype, sum[i]);
   return grad;
 }
 

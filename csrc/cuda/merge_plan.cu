@@ -121,7 +121,7 @@ __device__ void number_slots(const PlanParams& p, int sample, const int (&groups
     const int group = i < p.tokens ? p.token_map[start + i] : kNone;
     uint32_t before;
     const uint32_t here = block_scan<kThreads>(group < 3 ? 1u << 10 * group : 0u, s.warps, &before);
-    if (group < 3) p.perm[start + i] = next[group] + int(before >> 10 * group & 1023);
+    if (i < p.tokens) p.perm[start + i] = group < 3 ? next[group] + int(before >> 10 * group & 1023) : p.slots;
 #pragma unroll
     for (int g = 0; g < 3; ++g) next[g] += int(here >> 10 * g & 1023);
   }
@@ -149,7 +149,8 @@ __device__ void count_slots(const PlanParams& p, int sample, PlanShared& s) {
   __syncthreads();
   for (int i = threadIdx.x; i < p.tokens; i += kThreads) {
     const int group = p.token_map[start + i];
-    const int slot = group == kNone ? p.slots : min(p.perm[group == kMerged ? start + p.dst[start + i] : start + i], p.slots);
+    const int owner = group == kMerged ? min(max(p.dst[start + i], 0), p.tokens - 1) : i;
+    const int slot = group == kNone ? p.slots : min(p.perm[start + owner], p.slots);
     p.token_map[start + i] = group == kMerged && slot < p.slots ? -1 - slot : slot;
     if (slot < p.slots) atomicAdd(&offsets[slot + 1], 1);
   }

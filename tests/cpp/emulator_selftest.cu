@@ -99,7 +99,7 @@ __global__ void tf32_kernel(float* out) {
 }
 
 // The same in the 16-bit format T, with k / 8 up to 15 / 8, B row-major in shared memory: exact in both formats.
-// `in` is not used; both fragments come through load_matrix, B's transposed.
+// Both fragments come through load_matrix, B's transposed.
 template <class T>
 __global__ void mma_kernel(float* out) {
   uint16_t* a_tile = reinterpret_cast<uint16_t*>(dynamic_shared());  // [16][16]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitkern.merging._blocks import KINDS, Kind
 from vitkern.merging._schedule import parse_r
+from vitkern.ops import _checks
 from vitkern.ops.bipartite_match import bipartite_match
 from vitkern.ops.merge_plan import ORDERS, merge_plan
 from vitkern.ops.merge_tokens import REDUCTIONS, merge_tokens
@@ -214,10 +215,10 @@ def _check(r: Any, ratio: Any, threshold: Any, metric: Any, protect: Any, pool: 
         raise ValueError(f"{NAME}: metric must be 'k', 'k_norm' or 'x', got {metric!r}")
     if pool not in ("model", "size"):
         raise ValueError(f"{NAME}: pool must be 'model' or 'size', got {pool!r}")
-    if protect is not None and (isinstance(protect, bool) or not isinstance(protect, int) or protect < 0):
-        raise ValueError(f"{NAME}: protect must be None or an int of at least 0, got {protect!r}")
+    if protect is not None:
+        _checks.integer(NAME, "protect", protect, 0, "None or an int")
     if reduce not in REDUCTIONS:
-        raise ValueError(f"{NAME}: reduce must be 'mean', 'sum', 'max' or 'first', got {reduce!r}")
+        raise ValueError(f"{NAME}: reduce must be 'mean', 'sum', 'max', 'first' or 'mlerp', got {reduce!r}")
     if order not in ORDERS:
         raise ValueError(f"{NAME}: order must be 'split', 'score' or 'position', got {order!r}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitkern.ops import _checks
 from vitkern.ops.bipartite_match import bipartite_match
 from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
@@ -101,8 +102,7 @@ def apply_diffusion(
         raise ValueError(f"{NAME}: ratio must lie in (0, 1), got {ratio!r}")
     if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
         raise ValueError(f"{NAME}: stride must be an int of at least 1, or two, got {stride!r}")
-    if isinstance(max_downsample, bool) or not isinstance(max_downsample, int) or max_downsample < 1:
-        raise ValueError(f"{NAME}: max_downsample must be an int of at least 1, got {max_downsample!r}")
+    _checks.integer(NAME, "max_downsample", max_downsample, 1)
     if not parts or any(part not in PARTS for part in parts):
         raise ValueError(f"{NAME}: parts must be some of {', '.join(PARTS)}, got {parts!r}")
     report, state = DiffusionReport(), Pass(ratio, sides, seed, max_downsample)
@@ -136,15 +136,17 @@ def _serve(path: str, block: Any, parts: tuple[str, ...], state: Pass, report: D
     report.handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
     for part, module in found:
         report._modules.append(module)
-        module.__dict__["forward"] = MethodType(_Forward(_around(plan)), module)
+        module.__dict__["forward"] = MethodType(_Forward(_around(plan, part == "attn1")), module)
         report.replaced.append(Replaced(f"{path}.{part}" if path else part, type(module).__qualname__, "merge_tokens"))
 
 
-def _around(plan: list[MergePlan | None]) -> Callable[..., Tensor]:
+def _around(plan: list[MergePlan | None], own_keys: bool) -> Callable[..., Tensor]:
     def merging_forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own = type(module).forward
         if plan[0] is None:
             return own(module, hidden_states, *args, **kwargs)
+        if own_keys and isinstance(kwargs.get("attention_mask"), Tensor):
+            raise ValueError(f"{NAME}: attention_mask must be None in a block that merges tokens, got a tensor")
         merged, _ = merge_tokens(hidden_states, plan[0])
         return unmerge_tokens(own(module, merged, *args, **kwargs), plan[0])
 

@@ -36,8 +36,7 @@ def token_energy(metric: Tensor, margin: float, *, alpha: float = 1.0, mask: Ten
     if metric.dim() not in (3, 4):
         raise ValueError(f"{name}: metric must have shape [B, N, C] or [B, N, H, C], got {list(metric.shape)}")
     for label, value in (("margin", margin), ("alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: {label} must be a float, got {value!r}")
+        _checks.number(name, label, value)
     m = metric.detach().to(torch.promote_types(metric.dtype, torch.float32))  # [B, N, (H,) C]
     m = m.mean(2) if m.dim() == 4 else m  # [B, N, C]
     m = m / m.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)  # [B, N, C]
@@ -92,8 +91,7 @@ def attention_rank(
         raise ValueError(f"{name}: q must have shape [B, N, H, D] with at least one token, got {list(q.shape)}")
     _checks.shape(name, "k", k, tuple(q.shape), "[B, N, H, D] of q")
     _checks.on_device(name, "k", k, "q", q.device)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"{name}: rounds must be an int of at least 1, got {rounds!r}")
+    _checks.integer(name, "rounds", rounds, 1)
     bounds = _bounds(name, variance)
     acc = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
     factor = q.shape[3] ** -0.5 if scale is None else scale

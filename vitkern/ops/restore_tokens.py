@@ -56,8 +56,9 @@ def _lower(y: Any, index: Any, n: Any, fill: Any = 0.0) -> tuple[Any, ...]:
         low, high = int(index.min()), int(index.max())
         if low < 0 or high > n:
             raise ValueError(f"{NAME}: index must lie in [0, n] = [0, {n}], got {low} to {high}")
-        ascending = index.sort(1).values
-        if bool(((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] < n)).any()):
+        times = torch.zeros(len(index), n + 1, dtype=torch.int32, device=index.device)
+        times.scatter_add_(1, index.long(), torch.ones_like(index, dtype=torch.int32))
+        if bool((times[:, :n] > 1).any()):
             raise ValueError(f"{NAME}: index must hold distinct positions in every sample")
     value, each, mask_token = 0.0, None, None
     if not isinstance(fill, Tensor):

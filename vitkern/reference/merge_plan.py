@@ -47,7 +47,8 @@ def merge_plan(
     slot = inverse((group * (tokens + 1) + inside).argsort(dim=1))  # [B, N]
     lengths = kept.sum(1)  # [B]
     refuse_too_many(lengths, n_out)
-    slot = torch.where(merged, slot.gather(1, dst.long()), slot)  # [B, N]
+    lost = merged & ~kept.gather(1, dst.long())  # [B, N] no partner of bipartite_match is
+    slot = torch.where(merged, slot.gather(1, dst.long()), slot).masked_fill(lost, n_out)  # [B, N]
     token_map = torch.where(role == MASKED, n_out, slot).clamp(max=n_out)  # [B, N]
     perm, offsets = segments(token_map, n_out, merged)  # [B, N], [B, n_out + 1]
     return tuple(t.to(torch.int32) for t in (token_map, perm, offsets, lengths))
