@@ -24,7 +24,9 @@ demo: CUDA ?= 0
 demo: .venv/demo/built
 	.venv/demo/bin/vitkern demo --out demo
 
+# One architecture: the emulator runs the CUDA kernels here; a wheel has all of them (setup.py).
 test: CUDA ?= auto
+test: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 test: .venv/test/built
 	.venv/test/bin/ruff check .
 	.venv/test/bin/python -m pytest -q -n auto --dist worksteal

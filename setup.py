@@ -67,10 +67,14 @@ def nvcc() -> str | None:
     return None if wanted == "0" else found
 
 
+def architecture_list() -> list[str]:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).replace(" ", ";").split(";")
+
+
 def architectures() -> list[str]:
     """nvcc -gencode flags from TORCH_CUDA_ARCH_LIST, in torch's own syntax."""
     flags = []
-    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
+    for entry in architecture_list():
         number = entry.removesuffix("+PTX").replace(".", "")
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if entry.endswith("+PTX"):
@@ -99,6 +103,8 @@ class Build(build_ext):
         cuda = ext.name.endswith("_cuda")
         target = Path(self.get_ext_fullpath(ext.name))
         folder = ROOT / "build" / ("asan" if sanitizer() else "objects") / ext.name.rsplit(".")[-1]
+        if cuda:
+            folder /= "_".join(architecture_list())
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         newest = max(f.stat().st_mtime for f in [*ROOT.glob("csrc/**/*"), Path(__file__)])
