@@ -26,6 +26,7 @@ CPU_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/library.cpp",
     "csrc/cpu/window_attention.cpp",
+    "csrc/cpu/attention.cpp",
     "csrc/cpu/bipartite_match.cpp",
     "csrc/cpu/merge_plan.cpp",
     "csrc/cpu/merge_tokens.cpp",

@@ -1,5 +1,6 @@
 // The table of kernels that every instruction-set unit fills, and the choice among the units.
 #pragma once
+#include "attention.h"
 #include "bipartite_match.h"
 #include "cluster_kmeans.h"
 #include "cluster_tokens.h"
@@ -14,6 +15,7 @@ struct Kernels {
   const char* name;
   int32_t lanes;  // floats of a vector; doubles have half as many
   WindowKernels window_f32, window_f64;
+  AttentionKernels attention_f32, attention_f64;
   MatchKernels match_f32, match_f64;
   MergeKernels merge_f32, merge_f64;
   SoftMergeKernels soft_f32, soft_f64;
