@@ -28,7 +28,7 @@ def ordered(x):
 
 @triton.jit
 def largest(key, count):
-    """Which tokens have the `count` largest of the keys uint32 [BLOCK], ties by position; at most `count` are not 0."""
+    """Which tokens have the `count` largest of the keys uint32 [BLOCK], ties by position; as many at least are not 0."""
     least = tl.full([], 0, tl.uint32)  # the largest number that `count` keys reach, found from its first bit on
     bit = tl.full([], 1 << 31, tl.uint32)
     for _ in range(32):
@@ -42,7 +42,7 @@ def largest(key, count):
 
 @triton.jit
 def ascending(x, BLOCK: tl.constexpr):
-    """x [BLOCK], sorted: a bitonic network in loops, for tl.sort unrolls it and takes half a minute to compile."""
+    """x [BLOCK], sorted: a bitonic network in loops, for tl.sort unrolls it and takes ten times as long to compile."""
     i = tl.arange(0, BLOCK)
     size = 2
     while size <= BLOCK:

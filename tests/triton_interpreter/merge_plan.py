@@ -77,7 +77,7 @@ def test_0_and_minus_0_are_one_score():
 
 
 def test_numbers_and_thresholds_of_each_sample():
-    match = drawn(5, 7, 20, SPECIAL, (0, 0, 1))
+    match = drawn(5, 7, 20, SPECIAL, (0, 0, 1, 4))
     least = torch.tensor([-math.inf, math.inf, math.nan, 0.0, -0.0, 0.5, 2.0])
     r = torch.tensor([-3, 0, 1, 2, 3, 20, 2**31 - 1], dtype=torch.int32)
     check(*match, r=r, most=4)
