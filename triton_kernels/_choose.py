@@ -33,7 +33,7 @@ def largest(key, count):
     bit = tl.full([], 1 << 31, tl.uint32)
     for _ in range(32):
         larger = least | bit
-        least = tl.where(total(key >= larger) >= count, larger, least)
+        least = tl.where(tl.sum((key >= larger).to(tl.int32)) >= count, larger, least)
         bit = bit >> 1
     above = key > least
     tie = key == least
