@@ -25,7 +25,7 @@ from vitkern import testing  # noqa: E402
 
 SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
     "window": ("window_attention", "window_attention_qkvpacked"),
-    "merge": ("bipartite_match", "merge_plan", "merge_tokens", "unmerge_tokens"),
+    "merge": ("bipartite_match", "merge_plan", "merge_tokens", "unmerge_tokens", "select_tokens"),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -8,6 +8,7 @@ import torch._dynamo.testing
 
 import vitkern
 from vitkern import testing
+from vitkern.ops import _call
 
 BACKENDS = ["reference", *testing.backends()]
 ON = pytest.mark.parametrize("backend", BACKENDS)
@@ -266,3 +267,21 @@ X, S = torch.randn(2, 6, 4), torch.rand(2, 6)
 def test_refusals_are_sentences(call, kind, sentence):
     with pytest.raises(kind, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("named", [None, "triton", "cuda", "reference"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_off_the_cpu_a_named_back_end_moves_and_the_op_finds_its_own_to_choose(monkeypatch, named, everywhere):
+    seen = []
+
+    def dispatch(op, args, wanted):
+        seen.append((op.name, wanted))
+        return op.fake(*args)
+
+    monkeypatch.setattr(_call, "dispatch", dispatch)
+    monkeypatch.setattr(_call, "reasons", lambda op, args: {"reference": [], "triton": [], "cuda": []})
+    x, score = torch.empty(2, 9, 4, device="meta"), torch.empty(2, 9, device="meta")
+    with vitkern.use_backend(named if everywhere else None):
+        vitkern.select_tokens(x, score, 3, backend=None if everywhere else named)
+    chooses = named if named == "reference" else None
+    assert seen == [("select_tokens", chooses), ("merge_tokens", named)]

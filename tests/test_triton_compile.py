@@ -23,8 +23,10 @@ from vitkern.triton_kernels import (  # noqa: E402
     _reduce,
     _window_bwd_tiled,
     bipartite_match,
+    merge_plan,
     merge_tokens,
     restore_tokens,
+    select_tokens,
     unmerge_tokens,
     window_attention,
     window_attention_bwd,
@@ -84,7 +86,8 @@ def caught(family):
     for module in (window_attention, window_attention_bwd):
         patch.setattr(module, "family", lambda device: family)
     for module in (
-        window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_tokens, unmerge_tokens,
+        window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
+        select_tokens, unmerge_tokens,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -234,3 +237,19 @@ def test_merging_compiles_without_spills(capability, dtype, width, weighted):
             restore_tokens.bwd(restore_tokens.fwd(*args), *args, 7)
     seen = compile_all(launches, f"merging C={width}, sm_{capability}, {dtype}", capability)
     assert seen == {"_forward", "_backward", "_unmerge"}
+
+
+@pytest.mark.parametrize("tokens", [197, 4096])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_choosing_compiles_without_spills(capability, tokens):
+    score, least = torch.zeros(2, tokens), torch.zeros(2)
+    dst, role = (torch.zeros(2, tokens, dtype=t) for t in (torch.int32, torch.int8))
+    r = torch.zeros(2, dtype=torch.int32)
+    with caught(f"sm{capability}") as launches:
+        select_tokens.fwd(score, None, 1, tokens // 2, tokens // 2 + 1, False, True)
+        select_tokens.fwd(score, least, 1, tokens - 1, tokens, True, False)
+        merge_plan.fwd(score, dst, role, None, None, tokens // 4, tokens - tokens // 4, "split")
+        merge_plan.fwd(score, dst, role, r, least, tokens // 4, tokens, "score")
+        merge_plan.fwd(score, dst, role, r, least, tokens // 4, tokens, "position")
+    seen = compile_all(launches, f"choosing of {tokens}, sm_{capability}", capability)
+    assert len(launches) == 5 and seen == {"_select", "_plan"}

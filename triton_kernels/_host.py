@@ -5,6 +5,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
+MAX_TOKENS = 4096  # of a sample that one block holds
 
 
 def device_reasons(name: str, x: Tensor, interpreted: bool) -> list[str]:
@@ -19,3 +20,19 @@ def device_reasons(name: str, x: Tensor, interpreted: bool) -> list[str]:
 def power(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least n and at least `least` (matrix products want 16)."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+def plan_reasons(score: Tensor, interpreted: bool) -> list[str]:
+    """Why the kernels that hold a sample in one block cannot run these scores [B, N], one sentence each."""
+    why = device_reasons("score", score, interpreted)
+    if score.dtype != torch.float32:
+        why.append(f"score must be float32, got {score.dtype}")
+    if score.shape[1] > MAX_TOKENS:
+        why.append(f"a sample may hold {MAX_TOKENS} tokens, it has {score.shape[1]}")
+    return why
+
+
+def plan_shape(tokens: int) -> dict[str, int]:
+    """The block of a sample, and warps for eight tokens to a thread."""
+    block = power(tokens)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}

@@ -1,5 +1,5 @@
-"""merge_tokens, unmerge_tokens and restore_tokens in Triton, and what they carry, interpreted on the CPU, against the
-reference in float64. Run by tests/test_triton.py."""
+"""merge_tokens, unmerge_tokens and restore_tokens in Triton, interpreted on the CPU, against the reference in float64. Run
+by tests/test_triton.py."""
 
 import random
 import sys
@@ -15,8 +15,7 @@ from vitkern import testing
 from vitkern.triton_kernels import merge_tokens, restore_tokens
 
 ENTRIES = testing.entries()
-# select_tokens and drop_tokens choose in PyTorch and move rows by merge_tokens.
-NAMES = ("merge_tokens", "unmerge_tokens", "restore_tokens", "select_tokens", "drop_tokens")
+NAMES = ("merge_tokens", "unmerge_tokens", "restore_tokens")
 
 
 @pytest.fixture(autouse=True)

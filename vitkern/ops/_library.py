@@ -61,7 +61,7 @@ def _public() -> dict[str, Gpu]:
         window_attention,
     )
 
-    moved = merge_tokens.OP.gpu  # what select_tokens and drop_tokens choose is moved by merge_tokens
+    moved = merge_tokens.OP.gpu  # a back-end of select_tokens and drop_tokens is what moves the rows that they choose
     return {
         "window_attention": window_attention.PLAIN.gpu,
         "window_attention_qkvpacked": window_attention.PACKED.gpu,

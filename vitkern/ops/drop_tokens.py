@@ -44,8 +44,8 @@ def drop_tokens(
         structure: what goes as a whole: a ``"token"``; a ``"row"`` or ``"col"`` of ``grid``, ``(rows, columns)``; a
             ``"channel"`` of ``grid``, ``(channels, tokens of each)``. ``M`` then counts these.
         grid: the last ``N - protect`` tokens as a grid, with a ``structure``.
-        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (which move the rows); raises with all reasons if it
-            cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (which move the rows; on a GPU a Triton kernel
+            chooses, plain PyTorch beyond 4096 tokens); raises with all reasons if it cannot run.
 
     Returns:
         ``(y, index)``: ``y [B, protect + kept, ...]`` in the dtype of x, ``index [B, protect + kept]`` int32.

@@ -38,7 +38,7 @@ def merge_plan(
         n_max: how many slots there are, where samples may differ: more tokens merge where more are kept. By default N,
             or ``N - r`` for an int ``r`` without ``threshold``.
         clip: lowers an ``r`` beyond what can merge instead of refusing it.
-        backend: ``"reference"``, ``"cpu"`` or ``"cuda"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
         :class:`vitkern.MergePlan`, ragged where samples may keep different numbers of tokens (a mask, segments or a
@@ -94,6 +94,12 @@ def _counts(r: Tensor, match: Match, clip: bool) -> Tensor:
     return r.to(torch.int32).contiguous()
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import merge_plan as kernels
+
+    return kernels
+
+
 def _fake(score: Tensor, dst: Any, role: Any, r: Any, threshold: Any, most: int, n_out: int, *rest: Any) -> Any:
     batch, tokens = score.shape
     shapes = ((batch, tokens), (batch, tokens), (batch, n_out + 1), (batch,))
@@ -112,7 +118,7 @@ OP = PlainOp(
     batched=5,
     definition=definition,
     fake=_fake,
-    gpu=Gpu(cuda=_cuda.PLAN),
+    gpu=Gpu(_triton, _cuda.PLAN),
 )
 OP.register()
 merge_plan.explain = _explain  # type: ignore[attr-defined]

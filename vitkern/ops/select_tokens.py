@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.ops import _call, _checks, merge_tokens
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import PlainOp
 from vitkern.reference.select_tokens import select_tokens as definition
 from vitkern.tokens import MergePlan
@@ -30,8 +31,8 @@ def select_tokens(
     r"""The k tokens of largest score, and what is left out in one more (EViT, Liang et al. 2022; DynamicViT, VisionZip).
 
     ``y = [prefix | kept | fused]``. The fused token is ``sum_j s_j x_j`` over the tokens left out (EViT, which does not
-    normalise it), with ``"mean"`` divided by ``sum_j s_j``. One pass chooses, by a radix select on the CPU; the rows are
-    moved by the kernels of :func:`vitkern.merge_tokens`, whose backward is a gather.
+    normalise it), with ``"mean"`` divided by ``sum_j s_j``. One pass chooses, by a radix select; the rows are moved by the
+    kernels of :func:`vitkern.merge_tokens`, whose backward is a gather.
 
     Args:
         x: ``[B, N, ...]`` of any trailing shape and strides: float32, float64, bfloat16 or float16.
@@ -46,8 +47,8 @@ def select_tokens(
         order: of the kept tokens: ``"position"``, or ``"score"``, the largest first (as EViT and DynamicViT return them).
         mask: bool ``[B, N]``, True for a real token; the score of the others is ``-inf``.
         n_max: with ``threshold``: the length of y, protected tokens included; at most so many are kept.
-        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (which move the rows; plain PyTorch chooses);
-            raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (which move the rows; on a GPU a Triton kernel
+            chooses, plain PyTorch beyond 4096 tokens); raises with all reasons if it cannot run.
 
     Returns:
         ``(y, index)``: ``y [B, protect + k (+ 1), ...]`` in the dtype of x, ``index [B, protect + k]`` int32, the positions
@@ -71,12 +72,14 @@ def select_tokens(
 def gathered(
     name: str, x: Tensor, score: Tensor, args: tuple[Any, ...], reduce: str, ragged: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, MergePlan]:
-    """The rows that `args` (of the op) choose, their positions, and the plan. A named back-end moves the rows; on CUDA
-    tensors plain PyTorch chooses."""
+    """The rows that `args` (of the op) choose, their positions, and the plan. A named back-end moves the rows; off the CPU
+    the op finds its own to choose, unless the reference is named."""
     *_, slots, by_score, fuse = args
-    if backends.forced(backend):
+    wanted = backends.forced(backend)
+    if wanted:
         explained(name, x, reduce, backend)
-    chosen = _call.run(OP, args, backends.forced(backend) if x.device.type == "cpu" else "reference")
+    itself = x.device.type != "cpu" and wanted != "reference"
+    chosen = _call.dispatch(OP, args, None) if itself else _call.run(OP, args, wanted)
     plan = MergePlan(*chosen, slots + int(fuse), ragged)
     weight = None
     if fuse:
@@ -150,6 +153,12 @@ def _lower(
 # the op -----------------------------------------------------------------------------------------------------------------
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import select_tokens as kernels
+
+    return kernels
+
+
 def _fake(score: Tensor, threshold: Any, protect: int, most: int, slots: int, by_score: bool, fuse: bool, *rest: Any):
     batch, tokens = score.shape
     shapes = ((batch, tokens), (batch, tokens), (batch, slots + int(fuse) + 1), (batch,))
@@ -168,6 +177,7 @@ OP = PlainOp(
     batched=2,
     definition=definition,
     fake=_fake,
+    gpu=Gpu(_triton),
 )
 OP.register()
 select_tokens.explain = _explain  # type: ignore[attr-defined]
