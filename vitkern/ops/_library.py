@@ -31,8 +31,6 @@ def info() -> dict[str, Any]:
         "instruction set": cpu or torch.ops.vitkern._cpu_capability(),
         "instruction sets here": cpu or torch.ops.vitkern._cpu_capabilities(),
     }
-    from vitkern.ops.attention import OWN
-
     unwritten = Gpu()
     found["ops"] = {
         name: {
@@ -43,13 +41,13 @@ def info() -> dict[str, Any]:
         }
         for name, gpu in _public().items()
     }
-    found["ops"]["attention"] = {"reference": None} | dict.fromkeys(("cpu", "triton", "cuda"), OWN)
     return found
 
 
 def _public() -> dict[str, Gpu]:
     """Every public op that has kernels, with those for GPUs."""
     from vitkern.ops import (
+        attention,
         bipartite_match,
         cluster_tokens,
         merge_plan,
@@ -63,6 +61,7 @@ def _public() -> dict[str, Gpu]:
 
     moved = merge_tokens.OP.gpu  # a back-end of select_tokens and drop_tokens is what moves the rows that they choose
     return {
+        "attention": attention.OP.gpu,
         "window_attention": window_attention.PLAIN.gpu,
         "window_attention_qkvpacked": window_attention.PACKED.gpu,
         "bipartite_match": bipartite_match.OP.gpu,

@@ -62,8 +62,8 @@ def attention(
         if v is not None and extra_kv[1] is not None:
             v = torch.cat((v, extra_kv[1].expand(batch, -1, -1, -1)), 1)
         visible = torch.nn.functional.pad(visible, (0, more), value=True)
-        terms = [_wider(t, keys, more, 0.0) for t in terms]
-        before, after = ([_wider(f, keys, more, 1.0) for f in each] for each in (before, after))
+        terms = [wider(t, keys, more, 0.0) for t in terms]
+        before, after = ([wider(f, keys, more, 1.0) for f in each] for each in (before, after))
         keys += more
     for term in terms:
         visible = visible & (term != -math.inf)
@@ -114,7 +114,7 @@ def _factors(q: Tensor, k: Tensor, biases: Any, modulations: Any, acc: torch.dty
     return before, after
 
 
-def _wider(t: Any, keys: int, more: int, value: float) -> Any:
+def wider(t: Any, keys: int, more: int, value: float) -> Any:
     """A score-shaped tensor with `more` columns of `value` behind the `keys` that it has or broadcasts to."""
     if not isinstance(t, Tensor) or t.shape[-1] == keys + more:
         return t

@@ -105,6 +105,7 @@ class Entry:
 def entries() -> dict[str, Entry]:
     """Every op's entry, by name."""
     from vitkern.testing import (
+        attention,
         bipartite_match,
         cluster_kmeans,
         cluster_tokens,
@@ -120,7 +121,7 @@ def entries() -> dict[str, Entry]:
     )
 
     merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens, select_tokens, restore_tokens, drop_tokens)
-    modules = (window_attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
+    modules = (window_attention, attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 
