@@ -163,7 +163,7 @@ void unmerge(Tensor y, Tensor token_map, Tensor perm, Tensor offsets, double fil
 
 }  // namespace
 
-VITKERN_REGISTER(VITKERN_LIBRARY, VITKERN_DEVICE, m) {
+VITKERN_REGISTER(CUDA, m) {
   m.impl("_bipartite_match_cuda", TORCH_BOX(&match));
   m.impl("_merge_plan_cuda", TORCH_BOX(&plan));
   m.impl("_merge_tokens_cuda", TORCH_BOX(&merge));
