@@ -28,6 +28,7 @@ SOURCES = (
     "bipartite_match.cu",
     "merge_plan.cu",
     "merge_tokens.cu",
+    "merge_tokens_mlerp.cu",
     "tokens_op.cpp",
 )
 FLAGS = ("-Wall", "-Wno-unknown-pragmas", "-DVITKERN_EMULATED", "-I", str(native.ROOT / "tests/cpp/emulator"))

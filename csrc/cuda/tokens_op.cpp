@@ -122,8 +122,10 @@ MergeParams merge_params(const Tensor& like, const Tensor& token_map, const Tens
 }
 
 void set_reduce(MergeParams& p, const MaybeTensor& weight, int64_t reduce, bool include_dst) {
-  STD_TORCH_CHECK(reduce >= 0 && reduce <= 3, "vitkern: reduce must be mean, sum, max or first");
+  STD_TORCH_CHECK(reduce >= 0 && reduce <= 4, "vitkern: reduce must be mean, sum, max, first or mlerp");
   p.reduce = TokenReduce(reduce);
+  STD_TORCH_CHECK(p.reduce != TokenReduce::mlerp || (include_dst && p.width <= kMlerpWidth),
+                  "vitkern: the CUDA kernel of mlerp counts every token and takes at most ", kMlerpWidth, " channels");
   p.include_dst = include_dst;
   p.weight = plain<const float>(weight, ScalarType::Float, int64_t(p.batch) * p.tokens, "weight");
 }
