@@ -46,6 +46,7 @@ CUDA_SOURCES = [
     "csrc/cuda/bipartite_match.cu",
     "csrc/cuda/merge_plan.cu",
     "csrc/cuda/merge_tokens.cu",
+    "csrc/cuda/merge_tokens_mlerp.cu",
     "csrc/cuda/tokens_op.cpp",
 ]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"

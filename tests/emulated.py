@@ -6,7 +6,8 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 
 from vitkern import backends
 from vitkern.ops import _cuda
+from vitkern.testing import Call, Entry, assert_matches, poisoned
+from vitkern.testing.oracle import _run
 
 CUDA = native.ROOT / "csrc" / "cuda"
 SOURCES = (
@@ -25,6 +28,7 @@ SOURCES = (
     "bipartite_match.cu",
     "merge_plan.cu",
     "merge_tokens.cu",
+    "merge_tokens_mlerp.cu",
     "tokens_op.cpp",
 )
 FLAGS = ("-Wall", "-Wno-unknown-pragmas", "-DVITKERN_EMULATED", "-I", str(native.ROOT / "tests/cpp/emulator"))
@@ -76,23 +80,42 @@ class Emulated:
 emulated = functools.cache(Emulated)  # ops are registered once
 
 
+def check_schedules(build: Emulated, entry: Entry, call: Call, dtype: torch.dtype, seeds: Iterable[int]) -> None:
+    """Outputs and gradients keep to the rule, and have the same bits under every schedule."""
+    first = None
+    for seed in seeds:
+        with build.schedule(seed):
+            if first is None:
+                assert_matches(entry, call, dtype, "cuda")
+            with poisoned():
+                found = _run(entry, call.rounded(dtype), dtype, "cuda", entry.gradient)
+            first = first or found
+            for name, x in found.items():
+                assert torch.equal(x.nan_to_num(-7.0), first[name].nan_to_num(-7.0)), f"{name} differs from the first"
+
+
 def build(edits: tuple[Edit, ...] = (), sanitize: bool = False) -> Path:
     namespace = _namespace(edits)
-    flags = (*FLAGS, "-O1", *(native.SANITIZERS if sanitize else ()))
+    flags, level = (*FLAGS, *(native.SANITIZERS if sanitize else ())), "-Og" if sanitize else "-O1"
     torch_folder = Path(torch.__file__).parent
     stable = ("-isystem", str(torch_folder / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    changed = plant(edits)
-    units = [native.Unit(native.ROOT / "tests/cpp/emulator_module.cpp", (*flags, *native.pybind_flags()))]
+    changed, quick = plant(edits), level if sanitize else "-O0"
+    tests = native.ROOT / "tests/cpp"
+    units = [
+        native.Unit(tests / "emulator_module.cpp", (*flags, level, *native.pybind_flags())),
+        native.Unit(tests / "emulator_library.cpp", (f'-DVITKERN_LIBRARY="{namespace}"',)),
+    ]
     for source in SOURCES:
         path = changed.get(source, CUDA / source)
-        own = ("-x", "c++") if source.endswith(".cu") else (*stable, f"-DVITKERN_LIBRARY={namespace}")
-        units.append(native.Unit(path, (*flags, "-I", str(CUDA), *own)))
+        own = ("-x", "c++") if source.endswith(".cu") else stable
+        # a planted fault runs once: what it changes compiles quickly, the rest is shared (at -O0 reports lack lines)
+        units.append(native.Unit(path, (*flags, quick if source in changed else level, "-I", str(CUDA), *own)))
     link = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", *(native.SANITIZERS if sanitize else ()))
     return native.build(namespace + ("_sanitized" if sanitize else ""), units, link)
 
 
 def plant(edits: tuple[Edit, ...]) -> dict[str, Path]:
-    """Writes a copy of csrc/cuda with the edits; returns the sources that differ by them."""
+    """Writes a copy of csrc/cuda with the edits; returns the sources that differ by them, or by what they include."""
     if not edits:
         return {}
     text = {f.name: f.read_text() for f in CUDA.iterdir()}
@@ -108,8 +131,14 @@ def plant(edits: tuple[Edit, ...]) -> dict[str, Path]:
         path = folder / name
         if not path.exists() or path.read_text() != content:
             path.write_text(content)
-    header = any(Path(edit.file).suffix in (".h", ".cuh") for edit in edits)
-    return {source: folder / source for source in SOURCES if header or any(edit.file == source for edit in edits)}
+    changed = {edit.file for edit in edits}
+    return {source: folder / source for source in SOURCES if changed & _reached(source, text)}
+
+
+def _reached(file: str, text: dict[str, str]) -> set[str]:
+    """The file, and what it includes of csrc/cuda."""
+    includes = [name for name in re.findall(r'#include "(.*)"', text[file]) if name in text]
+    return {file}.union(*(_reached(name, text) for name in includes))
 
 
 def _namespace(edits: tuple[Edit, ...]) -> str:

@@ -1,6 +1,7 @@
 """The token operators on the emulated CUDA kernels: one call against the oracle, under several schedules."""
 
 import torch
+from emulated import check_schedules
 from gpu_path import tokens_on_gpu
 
 from vitkern import testing
@@ -12,15 +13,5 @@ ENTRIES = testing.entries()
 
 
 def check(build, name, call, dtype, seeds=SEEDS):
-    """Against the oracle, and the same bits under every schedule."""
-    first = None
     with build.active(), tokens_on_gpu("cuda"):
-        for seed in seeds:
-            with build.schedule(seed):
-                if first is None:
-                    testing.assert_matches(ENTRIES[name], call, dtype, "cuda")
-                with testing.poisoned():
-                    found = call.run(call.leaves(dtype), "cuda")
-                first = first or found
-                for a, b in zip(found, first, strict=True):
-                    assert torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)), f"seed {seed} differs from the first"
+        check_schedules(build, ENTRIES[name], call, dtype, seeds)

@@ -21,7 +21,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "native"
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fmax-errors=3")
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 RULES = """rule compile
   command = g++ -MMD -MF $out.d $flags -c $in -o $out
   depfile = $out.d

@@ -55,12 +55,39 @@ def ties_share_the_gradient(kernels):
     assert x.grad.flatten().tolist() == [0.0, 0.5, 0.5, 0.0, 1.0]
 
 
+def the_first_of_the_longest_gets_its_gradient(kernels):
+    x = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [1.0, 0.0]]])
+    found = {}
+    for backend in ("reference", "cuda"):
+        leaf = x.clone().requires_grad_()
+        plan = vitkern.MergePlan.from_map(torch.tensor([[0, 0, 0]]), 1)
+        with kernels.active(), tokens_on_gpu("cuda"):
+            vitkern.merge_tokens(leaf, plan, reduce="mlerp", backend=backend)[0][..., 0].sum().backward()
+        found[backend] = leaf.grad
+    torch.testing.assert_close(found["cuda"], found["reference"])
+
+
+def a_mean_of_length_0_has_a_gradient(kernels):
+    x = torch.tensor([[[2.0, 1.0], [-2.0, -1.0]]], requires_grad=True)
+    plan = vitkern.MergePlan.from_map(torch.tensor([[0, 0]]), 1)
+    with kernels.active(), tokens_on_gpu("cuda"):
+        y, _ = vitkern.merge_tokens(x, plan, reduce="mlerp")
+        y.sum().backward()
+    assert y.tolist() == [[[0.0, 0.0]]] and x.grad.isfinite().all() and (x.grad > 1e12).all()
+
+
 def infinite_rows_match_nothing(kernels):
     call = bipartite_match.make(4, 1, 40, 5, damage="inf", similarity="dot")
     check(kernels, "bipartite_match", call, torch.float32, seeds=(0,))
 
 
-DIRECT = (minus_0_equals_0, ties_share_the_gradient, infinite_rows_match_nothing)
+DIRECT = (
+    minus_0_equals_0,
+    ties_share_the_gradient,
+    the_first_of_the_longest_gets_its_gradient,
+    a_mean_of_length_0_has_a_gradient,
+    infinite_rows_match_nothing,
+)
 
 
 @pytest.mark.parametrize("property", DIRECT, ids=lambda f: f.__name__)
@@ -85,7 +112,10 @@ def test_the_choice_falls_to_what_can_run(kernels):
         assert (
             "weights must not be torch.float64" in _cuda.merge_refusals((*args[:4], x[..., 0].double(), *args[5:]))[0]
         )
-        assert "it is 'mlerp'" in _cuda.merge_refusals((*args[:5], "mlerp", True))[0]
+        wide = (torch.zeros(1, 8, 8193), *args[1:5], "mlerp", True)
+        assert "reduce='mlerp' takes at most 8192 channels, there are 8193" in _cuda.merge_refusals(wide)[0]
+        with pytest.raises(RuntimeError, match="mlerp counts every token and takes at most 8192 channels"):
+            _cuda.merge(*wide)
         many = torch.zeros(1, 5000)
         assert _cuda.plan_refusals((many, many, many, None, None, 1, 1, "split")) == []
         (reason,) = _cuda.plan_refusals((many, many, many, None, None, 1, 1, "score"))
@@ -108,7 +138,12 @@ MERGES = [
     ("merge_tokens", merge_tokens.make(2, 1, 12, 4, 8, weight="sizes", include_dst=False)),
     ("unmerge_tokens", unmerge_tokens.small()[0]),
 ]
-MATCH, PLAN, MERGE = "bipartite_match.cu", "merge_plan.cu", "merge_tokens.cu"
+MLERPS = [
+    ("merge_tokens", merge_tokens.make(1, 1, 12, 4, 264, weight="zeros", reduce="mlerp")),
+    ("merge_tokens", merge_tokens.make(2, 2, 12, 4, 8, weight="sizes", reduce="mlerp")),
+]
+MATCH, PLAN, MERGE, MLERP = "bipartite_match.cu", "merge_plan.cu", "merge_tokens.cu", "merge_tokens_mlerp.cu"
+GROUPS = "merge_tokens.cuh"
 FAULTS = {
     "a tile read while it is written": (MATCH, "__syncthreads();  // the tile before has been read", "", MATCHES),
     "ties to the larger position": (MATCH, "with < partner[h]", "with > partner[h]", MATCHES),
@@ -119,11 +154,17 @@ FAULTS = {
     "-0 below 0": (PLAN, "score == 0.0f ? 0.0f : score", "score", minus_0_equals_0),
     "slots counted before they are listed": (PLAN, "slots[entry] = slot;\n    __syncthreads();", "slots[entry] = slot;", PLANS),
     "the destination overwritten": (PLAN, "          ++place;\n", "", PLANS),
-    "the destination counted": (MERGE, "p.include_dst ? s.first : min(s.first + 1, s.end)", "s.first", MERGES),
+    "the destination counted": (GROUPS, "p.include_dst ? s.first : min(s.first + 1, s.end)", "s.first", MERGES),
     "ties that do not share": (MERGE, "else ties[v] += x[v] == best[v];", "", ties_share_the_gradient),
     "the mean not taken off": (MERGE, "(of - weighted / total) / total", "of / total", MERGES),
-    "sums read before they are there": (MERGE, "= x;\n  __syncthreads();\n  float sum", "= x;\n  float sum", MERGES),
-    "tokens without a slot": (MERGE, "if (slot < p.slots) load", "load", MERGES[2:]),
+    "sums read before they are there": (GROUPS, "= x;\n  __syncthreads();\n  float sum", "= x;\n  float sum", MERGES),
+    "tokens without a slot": (MERGE, "if (slot >= 0 && slot < p.slots) load", "load", MERGES[2:]),
+    "sums overwritten before they are read": (GROUPS, "return x;\n  __syncthreads();", "return x;", MLERPS),
+    "the rows of two groups in one place": (MLERP, "group * row_floats<kVector, kGroup>(p.width)", "0", MLERPS[1:]),
+    "the last of the longest tokens": (MLERP, "norm > m.longest", "norm >= m.longest", the_first_of_the_longest_gets_its_gradient),
+    "the length of the mean not held": (MLERP, "dy[v] - back * u", "dy[v]", MLERPS),
+    "the longest token without its part": (MLERP, "i == m.leader ? of_leader * x[v] : 0.0f", "0.0f", MLERPS),
+    "a mean of length 0": (MLERP, "length <= kLeastLength ? kLeastLength : length", "length", a_mean_of_length_0_has_a_gradient),
 }  # fmt: skip
 
 
@@ -140,5 +181,5 @@ def test_a_planted_fault_is_caught(name):
 
 
 def test_every_call_of_the_faults_passes_without_them(kernels):
-    for op, call in (*MATCHES, *COSINE, *PLANS, *MERGES):
+    for op, call in (*MATCHES, *COSINE, *PLANS, *MERGES, *MLERPS):
         check(kernels, op, call, torch.float32, seeds=(0, 1))

@@ -11,17 +11,21 @@
 #include <optional>
 #include <vector>
 
-#ifndef VITKERN_LIBRARY
-#define VITKERN_LIBRARY vitkern
-#endif
+// VITKERN_REGISTER(CUDA or another dispatch key, m) { m.impl(...); }. The emulator's ops are of the CPU, and the library
+// they belong to is named when it is linked, so that one object serves every build.
 #ifdef VITKERN_EMULATED
-#define VITKERN_DEVICE CPU
+extern const char* const vitkern_emulated_library;
+#define VITKERN_KEY_CUDA "CPU"
+#define VITKERN_KEY_CompositeExplicitAutograd "CompositeExplicitAutograd"
+#define VITKERN_REGISTER(key, m)                                                                                   \
+  static void register_##key(torch::stable::detail::StableLibrary&);                                               \
+  static const torch::stable::detail::StableTorchLibraryInit registered_##key(                                     \
+      torch::stable::detail::StableLibrary::Kind::IMPL, &register_##key, vitkern_emulated_library, VITKERN_KEY_##key, \
+      __FILE__, __LINE__);                                                                                         \
+  static void register_##key(torch::stable::detail::StableLibrary& m)
 #else
-#define VITKERN_DEVICE CUDA
+#define VITKERN_REGISTER(key, m) STABLE_TORCH_LIBRARY_IMPL(vitkern, key, m)
 #endif
-
-// A second level, so that the macros are expanded before torch's macros paste them.
-#define VITKERN_REGISTER(library, device, m) STABLE_TORCH_LIBRARY_IMPL(library, device, m)
 
 namespace vitkern {
 

@@ -46,6 +46,23 @@ struct Words<float> {
   }
 };
 
+template <class T>
+__device__ __forceinline__ T* row_of(const TokenRows& rows, int sample, int at) {
+  return static_cast<T*>(rows.data) + sample * rows.batch + at * rows.token;
+}
+
+// kVector elements from channel c on: a 16-byte word, or one element.
+template <class T, int kVector>
+__device__ __forceinline__ void load(const T* from, float (&x)[kVector]) {
+  if constexpr (kVector == 1) x[0] = load_one(from);
+  else Words<T>::load(from, x);
+}
+template <class T, int kVector>
+__device__ __forceinline__ void store(T* to, const float (&x)[kVector]) {
+  if constexpr (kVector == 1) store_one(to, x[0]);
+  else Words<T>::store(to, x);
+}
+
 // The sum over the warps of a block of what each lane holds, and before[0] the sum over the threads before this one.
 // `shared` holds one word per warp; every thread of the block calls it.
 template <int kThreads>

@@ -7,9 +7,10 @@ namespace vitkern {
 enum class TokenType : int32_t { float32, bfloat16, float16 };
 enum class Role : int32_t { source, destination, bystander, protect, masked };  // the values of `role`
 enum class PlanOrder : int32_t { split, score, position };
-enum class TokenReduce : int32_t { mean, sum, max, first };
+enum class TokenReduce : int32_t { mean, sum, max, first, mlerp };
 
 constexpr int kPlanTokens = 16384;  // of a sample, in token_plan
+constexpr int kMlerpWidth = 8192;   // a row in float32 stays in shared memory
 
 // The best partner of every token. Strides in elements; the last dimension of the metric is contiguous.
 struct MatchParams {
@@ -68,6 +69,9 @@ void token_match(const MatchParams& p, void* stream);
 void token_plan(const PlanParams& p, void* stream);
 void token_merge(const MergeParams& p, void* stream);
 void token_merge_backward(const MergeParams& p, void* stream);
+// These two are what token_merge and its backward do for TokenReduce::mlerp.
+void token_mlerp(const MergeParams& p, void* stream);
+void token_mlerp_backward(const MergeParams& p, void* stream);
 void token_unmerge(const MergeParams& p, void* stream);
 
 }  // namespace vitkern

@@ -122,8 +122,10 @@ MergeParams merge_params(const Tensor& like, const Tensor& token_map, const Tens
 }
 
 void set_reduce(MergeParams& p, const MaybeTensor& weight, int64_t reduce, bool include_dst) {
-  STD_TORCH_CHECK(reduce >= 0 && reduce <= 3, "vitkern: reduce must be mean, sum, max or first");
+  STD_TORCH_CHECK(reduce >= 0 && reduce <= 4, "vitkern: reduce must be mean, sum, max, first or mlerp");
   p.reduce = TokenReduce(reduce);
+  STD_TORCH_CHECK(p.reduce != TokenReduce::mlerp || (include_dst && p.width <= kMlerpWidth),
+                  "vitkern: the CUDA kernel of mlerp counts every token and takes at most ", kMlerpWidth, " channels");
   p.include_dst = include_dst;
   p.weight = plain<const float>(weight, ScalarType::Float, int64_t(p.batch) * p.tokens, "weight");
 }
@@ -163,7 +165,7 @@ void unmerge(Tensor y, Tensor token_map, Tensor perm, Tensor offsets, double fil
 
 }  // namespace
 
-VITKERN_REGISTER(VITKERN_LIBRARY, VITKERN_DEVICE, m) {
+VITKERN_REGISTER(CUDA, m) {
   m.impl("_bipartite_match_cuda", TORCH_BOX(&match));
   m.impl("_merge_plan_cuda", TORCH_BOX(&plan));
   m.impl("_merge_tokens_cuda", TORCH_BOX(&merge));

@@ -195,11 +195,11 @@ int64_t workspace(int64_t heads, int64_t kv_heads, int64_t windows, int64_t toke
 
 }  // namespace
 
-VITKERN_REGISTER(VITKERN_LIBRARY, VITKERN_DEVICE, m) {
+VITKERN_REGISTER(CUDA, m) {
   m.impl("_window_attention_cuda_fwd", TORCH_BOX(&forward));
   m.impl("_window_attention_cuda_bwd", TORCH_BOX(&backward));
 }
 
-VITKERN_REGISTER(VITKERN_LIBRARY, CompositeExplicitAutograd, m) {
+VITKERN_REGISTER(CompositeExplicitAutograd, m) {
   m.impl("_window_attention_cuda_workspace", TORCH_BOX(&workspace));
 }

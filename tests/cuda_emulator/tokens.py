@@ -56,6 +56,8 @@ LARGER = [
     ("merge_plan", merge_plan.make(2, 1, 700, r=200, order="score", roles=(0, 1, 2, 4))),
     ("merge_tokens", merge_tokens.make(1, 1, 40, 12, 1100, weight="sizes")),  # a block per row
     ("merge_tokens", merge_tokens.make(2, 1, 40, 12, 131, weight="zeros", reduce="sum")),
+    ("merge_tokens", merge_tokens.make(3, 1, 40, 12, 1100, weight="zeros", reduce="mlerp")),
+    ("merge_tokens", merge_tokens.make(4, 1, 40, 12, 131, weight="sizes", reduce="mlerp")),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from emulated import emulated
+from emulated import check_schedules, emulated
 from emulated_window import CASES, check
 from gpu_path import lowered, on_gpu
 
@@ -48,6 +48,4 @@ def test_small_calls_of_the_registry_match_under_every_schedule(build, entry, ca
     with build.active():
         if reasons := _window_gpu.cuda_refusals(lowered(call, call.leaves(dtype))):
             pytest.skip("; ".join(reasons))
-        for seed in SEEDS:
-            with build.schedule(seed):
-                testing.assert_matches(entry, on_gpu(call, ""), dtype, "cuda")
+        check_schedules(build, entry, on_gpu(call, ""), dtype, SEEDS)

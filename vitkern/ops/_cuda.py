@@ -33,7 +33,8 @@ define(
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAN_TOKENS, SCORE_TOKENS = 16384, 4096
 ORDERS = ("split", "score", "position")
-REDUCTIONS = ("mean", "sum", "max", "first")
+MLERP_WIDTH = 8192
+REDUCTIONS = ("mean", "sum", "max", "first", "mlerp")
 
 
 def _rows_refusals(x: Tensor, *others: Tensor | None) -> list[str]:
@@ -80,7 +81,8 @@ def plan(
 
 
 def merge_refusals(args: tuple[Any, ...]) -> list[str]:
-    reasons = [] if args[5] in REDUCTIONS else [f"reduce must be one of {', '.join(REDUCTIONS)}, it is {args[5]!r}"]
+    wide = args[5] == "mlerp" and args[0].shape[2] > MLERP_WIDTH
+    reasons = [f"reduce='mlerp' takes at most {MLERP_WIDTH} channels, there are {args[0].shape[2]}"] if wide else []
     return reasons + _rows_refusals(args[0], args[4])
 
 

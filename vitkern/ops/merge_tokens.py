@@ -12,7 +12,7 @@ from vitkern.reference.merge_tokens import merge_tokens as definition
 from vitkern.tokens import MergePlan
 
 NAME = "merge_tokens"
-REDUCTIONS = (*_cuda.REDUCTIONS, "mlerp")
+REDUCTIONS = _cuda.REDUCTIONS
 
 
 def merge_tokens(
