@@ -25,7 +25,15 @@ from vitkern import testing  # noqa: E402
 
 SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
     "window": ("window_attention", "window_attention_qkvpacked"),
-    "merge": ("bipartite_match", "merge_plan", "merge_tokens", "unmerge_tokens", "select_tokens"),
+    "merge": (
+        "bipartite_match",
+        "merge_plan",
+        "merge_tokens",
+        "unmerge_tokens",
+        "select_tokens",
+        "drop_tokens",
+        "restore_tokens",
+    ),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,16 +69,20 @@ import sys, torch, vitkern
 from vitkern import testing
 for name in sys.argv[1:]:
     entry = testing.entries()[name]
-    call = entry.small()[1]
     for backend in testing.backends("cuda"):
-        leaves = call.leaves(torch.bfloat16, entry.gradient)
-        tensors = {n: t.detach().cuda().requires_grad_(t.requires_grad) for n, t in leaves.items()}
-        try:
-            outputs = call.run(tensors, backend)
-        except vitkern.backends.Refused:
-            continue
-        if entry.gradient:
-            outputs[0].float().sum().backward()
+        for call in entry.small():  # the first that the back-end serves
+            leaves = call.leaves(torch.bfloat16, entry.gradient)
+            tensors = {n: t.detach().cuda().requires_grad_(t.requires_grad) for n, t in leaves.items()}
+            try:
+                outputs = call.run(tensors, backend)
+            except vitkern.backends.Refused:
+                continue
+            if entry.gradient:
+                outputs[0].float().sum().backward()
+            print(f"{name} on {backend}: {call}")
+            break
+        else:
+            print(f"{name} on {backend}: no call ran")
 torch.cuda.synchronize()
 """
 
@@ -93,7 +105,9 @@ def sanitizer(names: tuple[str, ...]) -> dict[str, str]:
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:
             done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=150, cwd=ROOT)
-            found[tool] = "clean" if done.returncode == 0 else done.stdout[-1500:] + done.stderr[-500:]
+            idle = [line for line in done.stdout.splitlines() if line.endswith("no call ran")]
+            clean = "; ".join(["clean", *idle])
+            found[tool] = clean if done.returncode == 0 else done.stdout[-1500:] + done.stderr[-500:]
         except (OSError, subprocess.TimeoutExpired) as error:
             found[tool] = f"did not run: {error}"
     return found

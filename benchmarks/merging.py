@@ -19,7 +19,7 @@ from vitkern import merging
 from . import measure
 
 NAMES = ("no merging", "vitkern", "eager", "compiled")
-PATH = Path(__file__).parent / "results" / "cpu-avx2" / "models" / "merging.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 class Published(nn.Module):
@@ -117,15 +117,16 @@ def main() -> None:
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--r", default="0,4,8,13,16")
-    parser.add_argument("--json", type=Path, default=PATH)
+    parser.add_argument("--json", type=Path, help="results/cpu-<instruction set>/models/merging.json by default")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = timm.create_model(options.model, pretrained=False).eval()
     x = torch.randn(options.batch, 3, *model.patch_embed.img_size)
     rows = [row(model, x, int(r)) for r in options.r.split(",")]
     result = {"model": options.model, "batch": options.batch, "environment": measure.environment(), "rows": rows}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1))
+    path = options.json or RESULTS / f"cpu-{result['environment']['instruction set']}" / "models" / "merging.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
     print(markdown(result))
 
 

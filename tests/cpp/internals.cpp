@@ -4,10 +4,13 @@
 #include <pybind11/stl.h>
 
 #define VITKERN_ISA internals
-#include "../../csrc/cpu/kernels.inc"
+#include "../../csrc/common/window.h"
+#include "../../csrc/cpu/simd.inc"
+#include "../../csrc/cpu/gemm.inc"
+#include "../../csrc/cpu/probes.inc"
 
 namespace py = pybind11;
-using vitkern::kernels_internals;
+namespace unit = vitkern::internals;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -21,33 +24,33 @@ Array<T> map(void (*f)(const T*, T*, int64_t), const Array<T>& x) {
 }
 
 PYBIND11_MODULE(internals, m) {
-  m.attr("lanes") = kernels_internals.lanes;
-  m.def("exp_f32", [](const Array<float>& x) { return map<float>(kernels_internals.exp_f32, x); });
-  m.def("exp_f64", [](const Array<double>& x) { return map<double>(kernels_internals.exp_f64, x); });
-  m.def("log_f32", [](const Array<float>& x) { return map<float>(kernels_internals.log_f32, x); });
-  m.def("log_f64", [](const Array<double>& x) { return map<double>(kernels_internals.log_f64, x); });
+  m.attr("lanes") = VITKERN_LANES;
+  m.def("exp_f32", [](const Array<float>& x) { return map<float>(unit::exp_all<float>, x); });
+  m.def("exp_f64", [](const Array<double>& x) { return map<double>(unit::exp_all<double>, x); });
+  m.def("log_f32", [](const Array<float>& x) { return map<float>(unit::log_all<float>, x); });
+  m.def("log_f64", [](const Array<double>& x) { return map<double>(unit::log_all<double>, x); });
   m.def("exp2_score", [](const Array<float>& x) {
     Array<float> y(x.size());
     for (py::ssize_t i = 0; i < x.size(); i += VITKERN_LANES)
-      vitkern::internals::vstore<float>(y.mutable_data() + i,
-                                        vitkern::internals::vexp2_score(vitkern::internals::vload<float>(x.data() + i)));
+      unit::vstore<float>(y.mutable_data() + i,
+                                        unit::vexp2_score(unit::vload<float>(x.data() + i)));
     return y;
   });
   m.def("gemm", [](const Array<float>& a, const Array<float>& b) {
     Array<float> c({a.shape(0), b.shape(1)});
-    kernels_internals.gemm_f32(a.data(), b.data(), c.mutable_data(), int(a.shape(0)), int(b.shape(1)), int(a.shape(1)));
+    unit::gemm_plain(a.data(), b.data(), c.mutable_data(), int(a.shape(0)), int(b.shape(1)), int(a.shape(1)));
     return c;
   });
   m.def("half_round_trip", [](const Array<float>& x) {
     Array<float> y(x.size());
     for (py::ssize_t i = 0; i < x.size(); ++i)
-      y.mutable_data()[i] = vitkern::internals::half_to_float(vitkern::internals::float_to_half(x.data()[i]));
+      y.mutable_data()[i] = unit::half_to_float(unit::float_to_half(x.data()[i]));
     return y;
   });
   m.def("bfloat_round_trip", [](const Array<float>& x) {
     Array<float> y(x.size());
     for (py::ssize_t i = 0; i < x.size(); ++i)
-      y.mutable_data()[i] = vitkern::internals::bfloat_to_float(vitkern::internals::float_to_bfloat(x.data()[i]));
+      y.mutable_data()[i] = unit::bfloat_to_float(unit::float_to_bfloat(x.data()[i]));
     return y;
   });
   m.def("geometry", [](std::vector<int> lengths, std::vector<int> window, std::vector<int> shift, bool roll_first) {
