@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "roles.h"
 #include "tensors.h"
 
 namespace vitkern {
@@ -68,13 +67,13 @@ void set_limits(MatchProblem& p, const std::optional<Tensor>& segments, const st
   const auto narrow = [](int64_t w) { return int32_t(std::min<int64_t>(w, std::numeric_limits<int32_t>::max() / 2)); };
   if (window.empty()) return;
   check(window.size() == 1 || window.size() == 4, kOp, "window must have 1 or 4 entries");
-  p.window_axes = window.size() == 1 ? 1 : 2;
-  p.window[0] = narrow(window[0]);
-  if (p.window_axes == 2) {
+  p.window.axes = window.size() == 1 ? 1 : 2;
+  p.window.sides[0] = narrow(window[0]);
+  if (p.window.axes == 2) {
     check(window[2] >= 1 && window[3] >= 1 && window[2] * window[3] <= p.tokens, kOp, "the grid must hold at most all tokens");
-    p.window[1] = narrow(window[1]);
-    p.grid_width = int32_t(window[3]);
-    p.grid_start = int32_t(p.tokens - window[2] * window[3]);
+    p.window.sides[1] = narrow(window[1]);
+    p.window.grid_width = int32_t(window[3]);
+    p.window.grid_start = int32_t(p.tokens - window[2] * window[3]);
   }
 }
 

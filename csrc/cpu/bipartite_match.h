@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "../common/dtype.h"
+#include "../common/tokens.h"
 
 namespace vitkern {
 
@@ -17,8 +18,7 @@ struct MatchProblem {
   double eps;
   const int32_t* segments;  // [B][N], or null
   int64_t segment_batch, segment_token;
-  int32_t window_axes;            // 0: everywhere, 1: positions, 2: the grid of the last tokens
-  int32_t window[2], grid_start, grid_width;
+  MatchWindow window;
   const int32_t *sources, *destinations;              // [B][N]: positions, ascending
   const int32_t *source_count, *destination_count;    // [B]
   void* packed;                   // Acc [B][panels][C][panel]: destinations, divided by their norm

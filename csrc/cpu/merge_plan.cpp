@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/tokens.h"
 #include "radix.h"
-#include "roles.h"
 #include "tensors.h"
 
 namespace vitkern {

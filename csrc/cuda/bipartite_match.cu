@@ -24,7 +24,7 @@ using Rows = float[kTile][kPitch];
 
 __device__ __forceinline__ int role_of(const MatchParams& p, int sample, int position) {
   if (p.role != nullptr) return p.role[sample * p.role_batch + position];
-  return position < p.protect ? int(Role::protect) : position % 2;
+  return position < p.protect ? int(kProtected) : position % 2;
 }
 
 // Sixteen elements of a row from `first` on, averaged over the heads; zeros past the width and for no row.
@@ -118,20 +118,14 @@ __device__ __forceinline__ bool allowed(const MatchParams& p, int sample, int so
     const int32_t* of = p.segments + sample * p.segment_batch;
     if (of[source] != of[destination]) return false;
   }
-  if (p.window_axes == 1) return abs(source - destination) <= p.window[0];
-  if (p.window_axes == 2) {
-    const int i = source - p.grid_start, j = destination - p.grid_start;
-    return i >= 0 && j >= 0 && abs(i / p.grid_width - j / p.grid_width) <= p.window[0] &&
-           abs(i % p.grid_width - j % p.grid_width) <= p.window[1];
-  }
-  return true;
+  return in_window(p.window, source, destination);
 }
 
 // Fills the list of destinations up to a tile; returns how many it holds, at least one less than kTile + kThreads.
 __device__ __forceinline__ int gather(const MatchParams& p, int sample, int have, int& cursor, MatchShared& s) {
   while (have < kTile && cursor < p.tokens) {
     const int position = cursor + int(threadIdx.x), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const bool found = position < p.tokens && role_of(p, sample, position) == int(Role::destination);
+    const bool found = position < p.tokens && role_of(p, sample, position) == int(kDestination);
     const uint32_t votes = __ballot_sync(0xFFFFFFFFu, found);
     if (lane == 0) s.votes[warp] = votes;
     __syncthreads();
@@ -158,12 +152,12 @@ __global__ void __launch_bounds__(kThreads) match_kernel(const MatchParams p) {
   const int64_t out = int64_t(sample) * p.tokens;
   const auto source_at = [&](int row) {
     const int position = first + row * step;
-    return position < p.tokens && role_of(p, sample, position) == int(Role::source) ? position : -1;
+    return position < p.tokens && role_of(p, sample, position) == int(kSource) ? position : -1;
   };
   for (int i = first + int(threadIdx.x); i < min(first + span, p.tokens); i += kThreads) {
     const int role = role_of(p, sample, i);
     p.role_out[out + i] = int8_t(role);
-    if (role != int(Role::source)) {
+    if (role != int(kSource)) {
       p.score[out + i] = -INFINITY;
       p.dst[out + i] = i;
     }
@@ -240,7 +234,7 @@ void launch_match(const MatchParams& p, void* stream) {
   const int64_t blocks = int64_t(p.batch) * ((p.tokens + span - 1) / span);
   const int chunks = (p.width + kChunk - 1) / kChunk, kept = p.width <= kResidentWidth ? chunks : 1;
   const int shared = int(sizeof(MatchShared) + kept * sizeof(Rows));
-  const bool restricted = p.segments != nullptr || p.window_axes != 0;
+  const bool restricted = p.segments != nullptr || p.window.axes != 0;
   auto kernel = restricted ? match_kernel<T, false, true> : match_kernel<T, false, false>;
   if constexpr (sizeof(T) == 2)
     if (p.heads == 1) kernel = restricted ? match_kernel<T, true, true> : match_kernel<T, true, false>;

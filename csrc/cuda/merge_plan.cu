@@ -22,15 +22,15 @@ struct PlanShared {
 // Larger for larger scores, 1 or more; 0 for what cannot merge. -0 equals 0.
 __device__ __forceinline__ uint32_t key_of(const PlanParams& p, int64_t at) {
   const float score = p.score[at];
-  if (p.role[at] != int8_t(Role::source) || !(fabsf(score) < INFINITY)) return 0;
+  if (p.role[at] != kSource || !(fabsf(score) < INFINITY)) return 0;
   const uint32_t bits = __float_as_uint(score == 0.0f ? 0.0f : score);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
 __device__ __forceinline__ int group_of(const PlanParams& p, int role) {
-  if (role == int(Role::masked)) return kNone;
-  if (p.order == PlanOrder::position || role == int(Role::protect)) return 0;
-  return role == int(Role::destination) ? 2 : 1;
+  if (role == kMasked) return kNone;
+  if (p.order == PlanOrder::position || role == kProtected) return 0;
+  return role == kDestination ? 2 : 1;
 }
 
 // Sums over the block of x; all threads receive it.
@@ -47,7 +47,7 @@ __device__ int count_merged(const PlanParams& p, int sample, PlanShared& s) {
     const bool can = key_of(p, at) != 0;
     eligible += can;
     reach += can && p.threshold != nullptr && p.score[at] >= p.threshold[sample];
-    real += p.role[at] != int8_t(Role::masked);
+    real += p.role[at] != kMasked;
   }
   eligible = block_sum(eligible, s);
   reach = block_sum(reach, s);

@@ -2,10 +2,11 @@
 #pragma once
 #include <stdint.h>
 
+#include "../common/tokens.h"
+
 namespace vitkern {
 
 enum class TokenType : int32_t { float32, bfloat16, float16 };
-enum class Role : int32_t { source, destination, bystander, protect, masked };  // the values of `role`
 enum class PlanOrder : int32_t { split, score, position };
 enum class TokenReduce : int32_t { mean, sum, max, first, mlerp };
 
@@ -23,8 +24,7 @@ struct MatchParams {
   int32_t protect;     // where role is null: the first tokens
   const int32_t* segments;  // [B or 1][N], or null
   int64_t segment_batch;
-  int32_t window_axes;      // 0: everywhere, 1: positions, 2: the grid of the last tokens
-  int32_t window[2], grid_start, grid_width;
+  MatchWindow window;
   int32_t cosine;
   float eps;
   float* score;      // [B][N]

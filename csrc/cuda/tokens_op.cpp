@@ -50,11 +50,11 @@ void match(Tensor metric, MaybeTensor role, MaybeTensor segments, int64_t protec
   p.protect = int32_t(protect);
   STD_TORCH_CHECK(window.empty() || window.size() == 1 || window.size() == 4, "vitkern: window must be [], [w] or "
                   "[wy, wx, rows, columns]");
-  p.window_axes = window.size() == 4 ? 2 : int32_t(window.size());
-  for (int i = 0; i < p.window_axes; ++i) p.window[i] = small(window[i]);
-  if (p.window_axes == 2) {
-    p.grid_start = small(p.tokens - window[2] * window[3]);
-    p.grid_width = small(window[3]);
+  p.window.axes = window.size() == 4 ? 2 : int32_t(window.size());
+  for (int i = 0; i < p.window.axes; ++i) p.window.sides[i] = small(window[i]);
+  if (p.window.axes == 2) {
+    p.window.grid_start = small(p.tokens - window[2] * window[3]);
+    p.window.grid_width = small(window[3]);
   }
   p.cosine = cosine;
   p.eps = float(eps);

@@ -34,10 +34,8 @@ namespace emulator {
 constexpr int kMultiprocessors = 2, kMaxBarriers = 16;
 constexpr size_t kStackBytes = 256 * 1024;
 inline std::vector<std::string> launched;  // kernels, since the tests asked
-
 // Bytes under way to shared memory.
 struct Copy { void* to; const void* from; uintptr_t bytes; int group; };
-
 struct Thread {
   ucontext_t context;            // where it starts
   void* place[5];                // of __builtin_setjmp, where it goes on
@@ -52,9 +50,7 @@ struct Thread {
   int group = 0;                 // cp.async groups closed so far
   std::vector<Copy> copies;
 };
-
 struct Barrier { int arrived = 0, sum = 0, result = 0; };
-
 // The block that runs.
 struct Block {
   std::string kernel;
@@ -71,18 +67,15 @@ struct Block {
   const void* host_stack = nullptr;
   size_t host_stack_bytes = 0;
 };
-
 inline uint64_t seed = 1, random_state = 1;
 inline Block* block = nullptr;
 inline std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from launch to launch
-
 inline uint32_t draw(uint32_t below) {  // xorshift64*
   random_state ^= random_state >> 12;
   random_state ^= random_state << 25;
   random_state ^= random_state >> 27;
   return uint32_t((random_state * 0x2545F4914F6CDD1DULL >> 33) % below);
 }
-
 inline Thread& self() { return block->threads[block->current]; }
 
 // Leaves the fiber for good and makes run() throw.
@@ -112,9 +105,7 @@ inline int choose() {
   }
   return -1;
 }
-
 inline bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
-
 // What the threads wait for, when nobody can go on.
 inline std::string stuck() {
   std::string text = "nobody can go on, a barrier or collective was reached by part of the block or warp:", last;
@@ -126,7 +117,6 @@ inline std::string stuck() {
   }
   return text;
 }
-
 inline Thread& next_fiber(int to) {
   block->current = to;
   threadIdx = {uint32_t(to), 0, 0};
@@ -140,7 +130,6 @@ __attribute__((noinline, no_sanitize("address"))) inline void enter(Thread& t) {
   t.started = true;
   setcontext(&t.context);
 }
-
 // Gives the CPU to another fiber; returns when this one is drawn again.
 inline void yield() {
   const int from = block->current, to = choose();
@@ -151,7 +140,6 @@ inline void yield() {
   if (__builtin_setjmp(a.place) == 0) enter(b);
   VITKERN_ENTERED_FIBER(self().fake_stack, nullptr, nullptr);
 }
-
 // Waits until `count` threads have come to barrier `id`; returns the sum of their values.
 inline int barrier(const char* name, int id, int count, int value) {
   if (id < 0 || id >= kMaxBarriers) fail(std::string(name) + ": barriers are numbered 0 to 15");
@@ -170,7 +158,6 @@ inline int barrier(const char* name, int id, int count, int value) {
   yield();
   return b.result;
 }
-
 // Waits until every lane of `mask` has come to the collective `name`; the last to come runs
 // execute(parts[32]) for all of them (null where a lane takes no part).
 template <class Part, class Execute>
@@ -197,7 +184,6 @@ void warp_collective(const char* name, uint32_t mask, Part* mine, Execute execut
   }
   yield();
 }
-
 // The body of every fiber.
 inline void fiber_main() {
   const void* before = nullptr;  // the stack that was left: of the host, in the first fiber
@@ -219,7 +205,6 @@ inline void fiber_main() {
   VITKERN_ENTER_FIBER(nullptr, block->host_stack, block->host_stack_bytes);
   setcontext(&block->host);
 }
-
 inline void run_block(Block& b) {
   b.shared.reset(new unsigned char[b.shared_bytes]);  // 16-byte aligned, exact: one byte beyond is an error
   memset(b.shared.get(), 0xFF, size_t(b.shared_bytes));
@@ -246,7 +231,6 @@ inline void run_block(Block& b) {
   for (Thread& t : b.threads) VITKERN_FRESH_STACK(t.stack, kStackBytes);  // its functions did not return
   throw std::runtime_error("CUDA emulator: " + b.error);
 }
-
 // Runs a kernel: its blocks one after the other, in random order.
 inline void run(const char* kernel, int64_t blocks, int threads, int shared_bytes, std::function<void()> body) {
   random_state = seed * 0x9E3779B97F4A7C15ULL + 1;

@@ -5,7 +5,6 @@ namespace vitkern {
 
 struct Bf16 { uint16_t bits; };
 struct Half { uint16_t bits; };
-
 inline unsigned char* dynamic_shared() { return emulator::block->shared.get(); }
 
 template <class T> uint32_t round_to(float x);
@@ -21,7 +20,6 @@ template <> inline uint32_t round_to<Half>(float x) {
   if (fabsf(x) < 6.103515625e-05f) return sign | uint32_t(rintf(fabsf(x) * 16777216.0f));  // subnormal
   return sign | (((u + 0xFFF + (u >> 13 & 1)) >> 13) - (112u << 10));
 }
-
 template <class T> float widen(uint32_t bits);
 template <> inline float widen<Bf16>(uint32_t bits) { return __uint_as_float(bits << 16); }
 template <> inline float widen<Half>(uint32_t bits) {
@@ -31,10 +29,8 @@ template <> inline float widen<Half>(uint32_t bits) {
                              : __uint_as_float((exponent + 112) << 23 | fraction << 13);
   return bits >> 15 & 1 ? -x : x;
 }
-
 template <class T> inline uint32_t pack2(float low, float high) { return round_to<T>(low) | round_to<T>(high) << 16; }
 template <class T> inline float2 unpack2(uint32_t both) { return {widen<T>(both & 0xFFFF), widen<T>(both >> 16)}; }
-
 struct MmaPart { float* c; const uint32_t* a; uint32_t b0, b1; };
 
 template <class T> inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
