@@ -87,6 +87,8 @@ def scores(name: str, t: Tensor, shape: tuple[int, ...], extra: int = 0) -> None
 
 def fields(name: str, modifier: Any, device: torch.device) -> None:
     """The tensors of a modifier are on the device of q; ids and grids are what they must be."""
+    if torch.compiler.is_compiling():
+        return  # torch 2.10 cannot trace the fields of a frozen dataclass
     kind = type(modifier).__name__
     for field, value in vars(modifier).items():
         if isinstance(value, Tensor):
