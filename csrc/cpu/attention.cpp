@@ -107,20 +107,15 @@ Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   p.offset = o.offset;
   p.dropout_p = o.dropout_p;
   if (o.seed) p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
+  p.factor = c.factor.data();  // a vector that moves keeps its elements where they are
+  p.sink = o.sink ? c.sink.data() : nullptr;
   return c;
-}
-
-// The pointers into vectors, once the problem stands where it stays.
-void point(Prepared& c) {
-  c.p.factor = c.factor.data();
-  c.p.sink = c.sink.empty() ? nullptr : c.sink.data();
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor bias, OptTensor key_bias, OptTensor mask,
                                          OptTensor factor, OptTensor sink, OptTensor seed, std::string normalizer,
                                          double scale, bool causal, int64_t offset, double dropout_p, std::string /*gpu*/) {
   Prepared c = prepare(q, k, v, {bias, key_bias, mask, factor, sink, seed, normalizer, scale, causal, offset, dropout_p});
-  point(c);
   AttentionProblem& p = c.p;
   const bool softmax = p.normalizer == Normalizer::softmax;
   Tensor out = new_tensor({p.batch, p.queries, p.heads, p.width}, p.v.rows.dtype);
@@ -236,7 +231,7 @@ Tensor key_sums(const Tensor& like, const std::vector<Acc>& each, const Attentio
 using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
 
 template <typename Acc>
-Gradients backward(Prepared& c, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o, int64_t need) {
+Gradients backward(Prepared& c, const Options& o, int64_t need) {
   AttentionProblem& p = c.p;
   Tensor dq = new_tensor({p.batch, p.queries, p.heads, p.depth}, p.q.rows.dtype);
   Tensor dk = new_tensor({p.batch, p.keys, p.kv_heads, p.depth}, p.k.rows.dtype);
@@ -280,13 +275,12 @@ Gradients attention_bwd(OptTensor dout, OptTensor dlse, Tensor /*lse*/, Tensor q
                         std::string /*gpu*/, int64_t need) {
   const Options o{bias, key_bias, mask, factor, sink, seed, normalizer, scale, causal, offset, dropout_p};
   Prepared c = prepare(q, k, v, o);
-  point(c);
   if (dout) {
     check(dout->dim() == 4 && dout->size(1) == q.size(1) && dout->size(3) == v.size(3), kOp, "the gradient must be of out's shape");
     c.p.dout = heads_view(*dout);
   }
   if (dlse && c.p.normalizer == Normalizer::softmax) c.p.dlse = heads_view(*dlse);
-  return c.wide ? backward<double>(c, q, k, v, o, need) : backward<float>(c, q, k, v, o, need);
+  return c.wide ? backward<double>(c, o, need) : backward<float>(c, o, need);
 }
 
 }  // namespace
