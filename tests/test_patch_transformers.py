@@ -1,6 +1,7 @@
 """vitkern.patch on transformers' Swin models: same weights, same outputs, same gradients."""
 
 import copy
+import functools
 
 import libraries  # noqa: F401
 import patch_cases
@@ -100,6 +101,17 @@ def small_swin():
     swin = transformers.models.swin.modeling_swin
     config = swin.SwinConfig(image_size=32, embed_dim=12, depths=[2], num_heads=[2], window_size=4)
     return patch_cases.randomize(swin.SwinModel(config)).eval()
+
+
+def test_a_layer_that_checkpoints_itself_still_does():
+    model = small_swin().train()
+    layer, ran = model.encoder.layers[0].blocks[1], []
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    layer.layernorm_before.register_forward_hook(lambda *_: ran.append(layer))
+    with vitkern.patched(model):
+        model(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    assert len(ran) == 2
 
 
 def test_what_other_tools_did_to_a_module_is_kept_and_said():

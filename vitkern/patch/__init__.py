@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -107,8 +108,16 @@ class _Forward:
         self.function = function
         self.__name__ = function.__name__
 
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        if _checkpoints_in_forward(module):
+            return module._gradient_checkpointing_func(partial(self.function, module, **kwargs), *args)
         return self.function(module, *args, **kwargs)
+
+
+def _checkpoints_in_forward(module: Any) -> bool:
+    """Whether this is a layer of transformers whose own forward would checkpoint itself; older ones do so around it."""
+    wanted = getattr(module, "gradient_checkpointing", False) and module.training
+    return wanted and hasattr(module, "_gradient_checkpointing_func") and type(module).__call__ is nn.Module.__call__
 
 
 def _foreign(module: nn.Module) -> str | None:
