@@ -109,6 +109,19 @@ class DecomposedRelativePosition:
     q_grid: tuple[int, int] | None
     k_grid: tuple[int, int]
 
+    @classmethod
+    def resized(
+        cls, rel_h: Tensor, rel_w: Tensor, q_grid: tuple[int, int], k_grid: tuple[int, int]
+    ) -> "DecomposedRelativePosition":
+        """Of tables that were learned on other grids: resized linearly, per axis, to the rows that these grids need."""
+        tables = []
+        for table, a, b in zip((rel_h, rel_w), q_grid, k_grid, strict=True):
+            rows = 2 * max(a, b) - 1
+            if len(table) != rows:
+                table = torch.nn.functional.interpolate(table.t()[None], size=rows, mode="linear")[0].t()
+            tables.append(table)
+        return cls(*tables, q_grid, k_grid)
+
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, Nq, Nk]``."""
         acc = torch.promote_types(q.dtype, torch.float32)

@@ -62,8 +62,10 @@ class PatchReport:
 def patch(model: nn.Module) -> PatchReport:
     """Lets every attention module of ``model`` that vitkern serves run on its op, in place.
 
-    Served: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin of transformers; swin and swinv2 of timm; swin, swin_v2
-    and swin3d of torchvision; SwinUNETR of MONAI. Outputs and gradients are those of the model up to rounding; where
+    Served on ``window_attention``: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin of transformers; swin and swinv2 of
+    timm; swin, swin_v2 and swin3d of torchvision; SwinUNETR of MONAI. On ``attention``: SAM, SAM-HQ, SAM 2, GOT-OCR2, ViTDet,
+    BEiT, Data2Vec-vision, LeViT, Mask2Former, MaskFormer, EoMT, DETR, ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP of
+    transformers. Outputs and gradients are those of the model up to rounding; where
     attention weights are asked for, the module's own forward runs. Returns a :class:`PatchReport`; ``report.undo()``
     restores the model. A model that is patched twice is left as it is the second time; a module that another tool has
     given a forward, or hooks that the op would pass by, is kept. ``torch.save(model)`` saves the model unpatched.
@@ -71,12 +73,12 @@ def patch(model: nn.Module) -> PatchReport:
     report = PatchReport()
     covered: list[str] = []
     for path, module in model.named_modules():
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = _kind(module)
         if any(path.startswith(prefix) for prefix in covered):
             continue
         server, op = _find(kind)
         if server is None:
-            if "attention" in type(module).__qualname__.lower():
+            if "attention" in type(module).__qualname__.lower() and not _holds_served(module):
                 report.kept.append(Kept(path, kind, _why_not(module)))
                 covered.append(f"{path}.")
             continue
@@ -128,7 +130,8 @@ def _foreign(module: nn.Module) -> str | None:
     if given not in (None, type(module).forward):
         return "another tool gave it a forward of its own"
     for name, part in module.named_modules():
-        inside = name and type(part).__module__ == type(module).__module__ and "Attention" in type(part).__qualname__
+        served = isinstance(part, nn.MultiheadAttention) or type(part).__module__ == type(module).__module__
+        inside = name and served and "Attention" in type(part).__qualname__
         if inside and any(getattr(part, hooks) for hooks in _HOOKS):
             return f"{name} has hooks, which the op would pass by"
     return None
@@ -136,6 +139,15 @@ def _foreign(module: nn.Module) -> str | None:
 
 def _table(library: str) -> dict[str, tuple[Server, str]]:
     return importlib.import_module(f"vitkern.patch.{library}").TABLE
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _holds_served(module: nn.Module) -> bool:
+    """Whether a part of this module is served: a wrapper around it is not what is kept."""
+    return any(_find(_kind(part))[0] is not None for part in module.modules())
 
 
 def _find(kind: str) -> tuple[Server | None, str]:

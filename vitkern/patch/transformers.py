@@ -1,14 +1,20 @@
-"""transformers: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin, at the layer that owns roll and partition.
+"""transformers: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin, at the layer that owns roll and partition; masked and
+biased attention, at the attention module.
 
 | class | versions | op | not served |
 |---|---|---|---|
 | SwinLayer | 4.40 to 5.x | window_attention | maps smaller than the window (the table does not fit; the model raises too) |
 | DonutSwinLayer, MaskFormerSwinLayer | 4.40 to 5.x | window_attention | |
 | Swinv2Layer, Swin2SRLayer | 4.40 to 5.x | window_attention, cosine | |
+| SamVisionAttention, SamHQVisionAttention, GotOcr2VisionAttention, VitDetAttention | 5.x | attention, decomposed positions | |
+| Data2VecVisionSelfAttention | 5.x | attention, relative position with a prefix | |
+| LevitAttention, LevitAttentionSubsample | 5.x | attention, absolute offsets | an index buffer that is not LeViT's |
+| Mask2FormerMaskedAttentionDecoderLayer | 5.x | attention, mask | |
+| those of `_interface.TABLE`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT, EoMT, DETR, MaskFormer, SAM 2 … | 5.x | attention | |
 
-The models set window and shift anew when a map is not larger than the window and keep them for every later input; here
+The Swin models set window and shift anew when a map is not larger than the window and keep them for every later input; here
 the configured values stay. SwinV2 adds its mask twice, so its regions are -200 apart. Where attention weights are asked
-for, the layer's own forward runs.
+for, the layer's own forward runs; where they are not, an attention module returns None in their place.
 """
 
 import math
@@ -18,6 +24,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
+from vitkern.patch import _interface, _transformers_attention
 from vitkern.patch._windows import continuous_table, separate
 
 
@@ -165,4 +172,6 @@ TABLE = {
     f"{_MODELS}.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": (_maskformer, "window_attention"),
     f"{_MODELS}.swinv2.modeling_swinv2.Swinv2Layer": (_swinv2, "window_attention (cosine)"),
     f"{_MODELS}.swin2sr.modeling_swin2sr.Swin2SRLayer": (_swinv2, "window_attention (cosine)"),
+    **_interface.TABLE,
+    **_transformers_attention.TABLE,
 }

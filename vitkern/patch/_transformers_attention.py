@@ -1,0 +1,179 @@
+"""transformers: attention modules that do not go through the attention interface, served at the module that owns the
+projections, the bias or the mask."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkern.bias import DecomposedRelativePosition, RelativePosition
+from vitkern.ops.attention import attention
+from vitkern.patch._attention import index_refusal, merged, multihead, relative_on_grid, split_heads
+from vitkern.patch._interface import View, refusal, weights_wanted
+
+# SAM and what was built from it: decomposed positions, windows cut by the layer -----------------------------------------
+
+
+def _grid_attention(module: Any, x: Tensor, heads: int, positions: bool, dropout_p: float) -> Tensor:
+    """Attention of a map [B, H, W, C] under the tables rel_pos_h, rel_pos_w."""
+    grid = tuple(x.shape[1:3])
+    q, k, v = module.qkv(x).flatten(1, 2).unflatten(-1, (3, heads, -1)).unbind(2)
+    bias = DecomposedRelativePosition.resized(module.rel_pos_h, module.rel_pos_w, grid, grid) if positions else None
+    out = attention(q, k, v, bias=bias, scale=module.scale, dropout_p=dropout_p)
+    return module.proj(merged(out).unflatten(1, grid))
+
+
+def _sam(module: nn.Module, drops: bool = True) -> Any:
+    def forward(self: Any, hidden_states: Tensor, output_attentions: bool | None = None) -> Any:
+        if weights_wanted(output_attentions):
+            return type(self).forward(self, hidden_states, output_attentions)
+        dropout_p = self.dropout if drops and self.training else 0.0
+        return _grid_attention(self, hidden_states, self.num_attention_heads, self.use_rel_pos, dropout_p), None
+
+    return refusal() or forward
+
+
+def _vitdet(module: nn.Module) -> Any:
+    def forward(self: Any, hidden_state: Tensor, output_attentions: bool = False) -> Any:
+        if weights_wanted(output_attentions):
+            return type(self).forward(self, hidden_state, output_attentions)
+        return (_grid_attention(self, hidden_state, self.num_heads, self.use_relative_position_embeddings, 0.0),)
+
+    return refusal() or forward
+
+
+# Data2Vec-vision: a table of offsets with three rows for the class token -------------------------------------------------
+
+
+def _offsets(positions: Any, window: tuple[int, int]) -> RelativePosition:
+    """The bias of this window. The library reads the old table as (width, height) where it resizes it, which shows where
+    the two differ."""
+    sides = [2 * w - 1 for w in positions.window_size]
+    wanted = [2 * w - 1 for w in window]
+    table = positions.relative_position_bias_table
+    if sides[::-1] != wanted:
+        inner = table[:-3].t().unflatten(1, sides[::-1])[None]  # [1, H, old width, old height]
+        inner = nn.functional.interpolate(inner, size=wanted, mode="bilinear")
+        table = torch.cat((inner[0].flatten(1).t(), table[-3:]))
+    return RelativePosition(table, grid=window, prefix_tokens=1)
+
+
+def _data2vec(module: nn.Module, returns: tuple[None, ...] = ()) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        output_attentions: bool = False,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> Any:
+        if output_attentions:
+            return type(self).forward(
+                self, hidden_states, True, relative_position_bias, interpolate_pos_encoding, resolution
+            )
+        bias: list[Any] = [] if relative_position_bias is None else [relative_position_bias]
+        if self.has_relative_position_bias and resolution is not None:
+            window = tuple(side // self.config.patch_size for side in resolution)
+            if interpolate_pos_encoding:
+                bias.append(self.relative_position_bias(window, True, dim_size=hidden_states.shape[1]))
+            else:
+                bias.append(_offsets(self.relative_position_bias, window))
+        projected = (f(hidden_states) for f in (self.query, self.key, self.value))
+        q, k, v = (split_heads(t, self.num_attention_heads) for t in projected)
+        out = attention(q, k, v, bias=bias, dropout_p=self.dropout.p if self.training else 0.0)
+        return (merged(out), *returns)
+
+    return refusal() or forward
+
+
+# LeViT: a table of absolute offsets, values wider than keys --------------------------------------------------------------
+
+
+def _levit(module: nn.Module) -> Any:
+    def forward(self: Any, hidden_state: Tensor) -> Tensor:
+        x = split_heads(self.queries_keys_values(hidden_state), self.num_attention_heads)
+        q, k, v = x.split([self.key_dim, self.key_dim, self.attention_ratio * self.key_dim], -1)
+        out = attention(q, k, v, bias=relative_on_grid(self, (side, side)), scale=self.scale)
+        return self.projection(self.activation(merged(out)))
+
+    side = round(module.len_points**0.5)
+    return refusal() or index_refusal(module, (side, side)) or forward
+
+
+def _levit_subsample(module: nn.Module) -> Any:
+    def forward(self: Any, hidden_state: Tensor) -> Tensor:
+        x = split_heads(self.keys_values(hidden_state), self.num_attention_heads)
+        k, v = x.split([self.key_dim, self.attention_ratio * self.key_dim], -1)
+        q = split_heads(self.queries(self.queries_subsample(hidden_state)), self.num_attention_heads)
+        out = attention(q, k, v, bias=relative_on_grid(self, (side, side), stride), scale=self.scale)
+        return self.projection(self.activation(merged(out)))
+
+    side, stride = round(module.len_points**0.5), module.queries_subsample.stride
+    return refusal() or index_refusal(module, (side, side), stride) or forward
+
+
+# Mask2Former: cross attention where the last mask is on, then self attention ----------------------------------------------
+
+
+def _self_attention(
+    module: Any, hidden_states: Tensor, position_embeddings: Tensor | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """Mask2Former's self attention of queries [Q, B, C]; the layer gives it no mask."""
+    x = hidden_states.transpose(0, 1)
+    placed = x if position_embeddings is None else x + position_embeddings.transpose(0, 1)
+    q, k, v = module.q_proj(placed), module.k_proj(placed), module.v_proj(x)
+    q, k, v = (split_heads(t, module.num_heads) for t in (q, k, v))
+    out = attention(q, k, v, scale=module.scaling, dropout_p=module.dropout if module.training else 0.0)
+    return module.out_proj(merged(out)).transpose(0, 1), None
+
+
+def _mask2former(layer: nn.Module) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        level_index: int | None = None,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        query_position_embeddings: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> Any:
+        seen = self
+        if not output_attentions:
+            seen = View(
+                self,
+                cross_attn=partial(multihead, self.cross_attn),
+                self_attn=partial(_self_attention, self.self_attn),
+            )
+        return type(self).forward(
+            seen,
+            hidden_states,
+            level_index,
+            attention_mask,
+            position_embeddings,
+            query_position_embeddings,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            output_attentions,
+        )
+
+    return refusal() or forward
+
+
+_MODELS = "transformers.models"
+_D2V = f"{_MODELS}.data2vec.modeling_data2vec_vision"
+TABLE = {
+    f"{_MODELS}.sam.modeling_sam.SamVisionAttention": (_sam, "attention"),
+    f"{_MODELS}.sam.modeling_sam.SamVisionSdpaAttention": (partial(_sam, drops=False), "attention"),
+    f"{_MODELS}.sam_hq.modeling_sam_hq.SamHQVisionAttention": (_sam, "attention"),
+    f"{_MODELS}.sam_hq.modeling_sam_hq.SamHQVisionSdpaAttention": (partial(_sam, drops=False), "attention"),
+    f"{_MODELS}.got_ocr2.modeling_got_ocr2.GotOcr2VisionAttention": (_sam, "attention"),
+    f"{_MODELS}.vitdet.modeling_vitdet.VitDetAttention": (_vitdet, "attention"),
+    f"{_D2V}.Data2VecVisionSelfAttention": (_data2vec, "attention"),
+    f"{_D2V}.Data2VecVisionSdpaSelfAttention": (partial(_data2vec, returns=(None,)), "attention"),
+    f"{_MODELS}.levit.modeling_levit.LevitAttention": (_levit, "attention"),
+    f"{_MODELS}.levit.modeling_levit.LevitAttentionSubsample": (_levit_subsample, "attention"),
+    f"{_MODELS}.mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer": (_mask2former, "attention"),
+}
