@@ -1,9 +1,13 @@
-"""timm: Swin and SwinV2, at the block that owns roll and partition.
+"""timm: Swin and SwinV2, at the block that owns roll and partition; masked and biased attention, at the attention module.
 
 | class | versions | op | not served |
 |---|---|---|---|
 | swin_transformer.SwinTransformerBlock | 1.0.29 to 1.0.x | window_attention | blocks whose attention was replaced |
 | swin_transformer_v2.SwinTransformerV2Block | 1.0.29 to 1.0.x | window_attention, cosine | the same |
+| beit.Attention | 1.0.29 to 1.0.x | attention, relative position with a prefix | an index buffer that is not BEiT's |
+| cait.TalkingHeadAttn, cait.ClassAttn | 1.0.29 to 1.0.x | attention, talking heads | |
+| levit.Attention, levit.AttentionDownsample | 1.0.29 to 1.0.x | attention, absolute offsets | an index buffer that is not LeViT's |
+| vision_transformer_sam.Attention | 1.0.29 to 1.0.x | attention, decomposed positions or rope | |
 
 Window and shift are read at each call, so set_input_size works on a patched model. A block with a static mask and a map
 other than its input_resolution runs its own forward. timm 1.0.29 cannot build a shifted SwinV2 block with a static mask
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
+from vitkern.patch import _timm_attention
 from vitkern.patch._windows import (
     continuous_table,
     dropout_rate,
@@ -109,4 +114,5 @@ def _swinv2(block: nn.Module) -> Any:
 TABLE = {
     "timm.models.swin_transformer.SwinTransformerBlock": (_swin, "window_attention"),
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": (_swinv2, "window_attention (cosine)"),
+    **_timm_attention.TABLE,
 }

@@ -1,0 +1,151 @@
+"""vitkern.patch on timm's models with masked and biased attention: same weights, outputs and gradients."""
+
+import libraries  # noqa: F401
+import patch_cases
+import pytest
+import torch
+from torch import nn
+
+import vitkern
+
+timm = pytest.importorskip("timm")
+from timm.models import beit, cait, levit, vision_transformer_sam  # noqa: E402
+
+VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "patch_size": 8}
+SPLIT = pytest.mark.parametrize("fused", [False, True])
+
+
+def random(model, fused=True):
+    """Random weights, also for what timm starts at zero: positions, biases, the weights of the last normalisations."""
+    patch_cases.randomize(model)
+    generator = torch.Generator().manual_seed(7)
+    for name, p in model.named_parameters():
+        if any(part in name for part in ("rel_pos", "attention_biases", "bn.weight", "gamma")):
+            p.detach().uniform_(0.5, 1.5, generator=generator)
+        if "rel_pos" in name or "attention_biases" in name:
+            p.detach().sub_(1.0).mul_(2.0)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    return model
+
+
+# BEiT ----------------------------------------------------------------------------------------------------------------------
+
+
+@SPLIT
+@pytest.mark.parametrize("own", ["use_rel_pos_bias", "use_shared_rel_pos_bias"])
+def test_beit_matches_on_a_grid_that_is_not_square(own, fused):
+    model = random(beit.Beit(img_size=(32, 48), num_classes=0, init_values=0.5, **VIT | {own: True}), fused)
+    patch_cases.check(model, (32, 48), replaced=2)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_beit_adds_its_own_bias_and_that_of_the_model(separate):
+    attention = random(beit.Attention(12, 3, True, separate, window_size=(2, 3)))
+    patch_cases.check(Shared(attention), (7, 12), channels=1, replaced=1, train=True)
+
+
+class Shared(nn.Module):
+    """BEiT's attention under a bias that the model shares."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x):
+        return self.attn(x[:, 0], x[:1, :1, :, :7].expand(1, 3, 7, 7) * 2)
+
+
+def test_beit_follows_set_window_size():
+    model = random(beit.Beit(img_size=32, num_classes=0, use_rel_pos_bias=True, init_values=0.5, **VIT)).eval()
+    x = torch.randn(2, 3, 48, 40, generator=torch.Generator().manual_seed(3))
+    report = vitkern.patch(model)
+    model.set_input_size(img_size=(48, 40))
+    got = patch_cases.run(model, x, torch.float32, True)
+    report.undo()
+    patch_cases.Yardstick(model, x).hold("set_input_size", got)
+
+
+# CaiT ----------------------------------------------------------------------------------------------------------------------
+
+
+@SPLIT
+@pytest.mark.parametrize("train", [False, True])
+def test_cait_mixes_heads_in_both_places(fused, train):
+    model = cait.Cait(img_size=32, num_classes=0, init_values=0.5, depth_token_only=1, mlp_ratio_token_only=1.0, **VIT)
+    patch_cases.check(random(model, fused), (32, 32), replaced=3, train=train)
+
+
+# LeViT ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("conv", [False, True])
+def test_levit_matches_on_grids_that_stride_does_not_divide(conv, pool):
+    model = levit.Levit(
+        img_size=(80, 112), embed_dim=(8, 16), key_dim=4, depth=(1, 1), num_heads=(1, 2), attn_ratio=(2, 3),
+        num_classes=0, use_conv=conv, down_op="subsample_pool" if pool else "subsample",
+    )  # fmt: skip
+    for train in (False, True):
+        patch_cases.check(random(model), (80, 112), replaced=3, train=train)
+
+
+def test_a_foreign_index_is_refused():
+    attention = levit.Attention(8, 4, 2, resolution=(3, 4))
+    attention.attention_bias_idxs.copy_(attention.attention_bias_idxs.flip(0))
+    assert vitkern.patch(attention).kept[0].reason == "attention_bias_idxs is not that of LeViT"
+    attention = beit.Attention(8, 2, window_size=(2, 3))
+    attention.relative_position_index[0, 0] = 0
+    assert vitkern.patch(attention).kept[0].reason == "relative_position_index is not that of BEiT"
+
+
+# SAM -----------------------------------------------------------------------------------------------------------------------
+
+
+@SPLIT
+@pytest.mark.parametrize("options", [{"use_rel_pos": True}, {"use_rope": True}, {"use_rel_pos": True, "qk_norm": True}])
+def test_sam_matches_in_padded_windows_and_globally(options, fused):
+    sizes = {"img_size": 48, "window_size": 4, "global_attn_indexes": (1,), "neck_chans": 8, "num_classes": 0}
+    model = vision_transformer_sam.VisionTransformerSAM(**VIT, **sizes, **options)
+    patch_cases.check(random(model, fused), (48, 48), replaced=2)
+
+
+def test_sam_resizes_its_tables_to_a_map_of_another_shape():
+    attention = vision_transformer_sam.Attention(16, 2, use_rel_pos=True, input_size=(4, 6))
+    model = nn.Sequential(Last(), random(attention))
+    patch_cases.check(model, (4, 6), (7, 5), channels=16, replaced=1)
+
+
+class Last(nn.Module):
+    """An image with its channels last."""
+
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
+# all -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda: beit.Attention(8, 2, attn_drop=0.4, proj_drop=0.1),
+        lambda: cait.TalkingHeadAttn(8, 2, attn_drop=0.4),
+        lambda: cait.ClassAttn(8, 2, attn_drop=0.4),
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), vision_transformer_sam.Attention(8, 2, attn_drop=0.4)),
+    ],
+)
+def test_dropout_draws_in_training_only(attention):
+    model, x = random(attention()).train(), torch.randn(2, 6, 8)
+    with vitkern.patched(model) as report:
+        assert len(report.replaced) == 1
+        assert not torch.equal(model(x), model(x))
+        model(x).square().mean().backward()
+        assert torch.equal(model.eval()(x), model(x))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_another_version_of_timm_is_refused(monkeypatch):
+    monkeypatch.setattr(timm, "__version__", "1.0.28")
+    assert "timm 1.0.28 is not a known version" in vitkern.patch(cait.ClassAttn(8)).kept[0].reason
