@@ -6,32 +6,13 @@ import libraries  # noqa: F401
 import patch_cases
 import pytest
 import torch
+from module_cases import compare
 from torch import nn
 
 from vitkern.nn import WindowAttention, WindowAttentionV2
 from vitkern.testing import assert_close_to_oracle
 
 MAPS = [(8, 12), (9, 7), (3, 10)]  # whole windows, padded, smaller than the window on one axis
-
-
-class Applied(nn.Module):
-    """A module under the name attn, called by a function."""
-
-    def __init__(self, attn, call):
-        super().__init__()
-        self.attn, self.call = attn, call
-
-    def forward(self, x):
-        return self.call(self.attn, x)
-
-
-def compare(ours, theirs, call, size):
-    """Outputs and gradients of a module with the weights of a published one, by the oracle rule."""
-    ours.load_state_dict(theirs.state_dict(), strict=False)
-    x = torch.randn(2, *size, ours.dim, generator=torch.Generator().manual_seed(4))
-    published = Applied(theirs, call)
-    got = patch_cases.run(Applied(ours, lambda module, x: module(x)), x, torch.float32, True)
-    patch_cases.Yardstick(published, x).hold(str(size), got)
 
 
 def timm_block(module, generation, size, window, shift, **options):

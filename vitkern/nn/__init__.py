@@ -1,5 +1,25 @@
 """Modules over vitkern's ops, with the parameter names of the systems they serve."""
 
+from vitkern.nn.attention import Attention
+from vitkern.nn.beit_attention import BeitAttention
+from vitkern.nn.decomposed_rel_pos_attention import DecomposedRelPosAttention
+from vitkern.nn.gaussian_mixture_attention import GaussianMixtureAttention
+from vitkern.nn.levit_attention import LevitAttention, LevitAttentionDownsample
+from vitkern.nn.masked_cross_attention import MaskedCrossAttention
+from vitkern.nn.sigmoid_attention import SigmoidAttention
+from vitkern.nn.talking_head_attention import TalkingHeadAttention
 from vitkern.nn.window_attention import WindowAttention, WindowAttentionV2
 
-__all__ = ["WindowAttention", "WindowAttentionV2"]
+__all__ = [
+    "Attention",
+    "BeitAttention",
+    "DecomposedRelPosAttention",
+    "GaussianMixtureAttention",
+    "LevitAttention",
+    "LevitAttentionDownsample",
+    "MaskedCrossAttention",
+    "SigmoidAttention",
+    "TalkingHeadAttention",
+    "WindowAttention",
+    "WindowAttentionV2",
+]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition, offset_index
 from vitkern.cosine import CosineScore
+from vitkern.nn import _checks
 from vitkern.ops.window_attention import window_attention_qkvpacked
 
 
@@ -29,8 +30,7 @@ class _Windows(nn.Module):
         pad_order: str,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{type(self).__name__}: num_heads must divide dim ({dim}), got {num_heads}")
+        _checks.heads(self, dim, num_heads)
         self.dim, self.num_heads, self.pad_order = dim, num_heads, pad_order
         self.window_size = _sides(window_size)
         self.shift_size = _sides(shift_size, len(self.window_size))

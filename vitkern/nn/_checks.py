@@ -1,0 +1,28 @@
+"""What the modules refuse, in sentences."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def heads(module: nn.Module, dim: int, num_heads: int) -> int:
+    """The channels of one head."""
+    if dim % num_heads:
+        raise ValueError(f"{type(module).__name__}: num_heads must divide dim ({dim}), got {num_heads}")
+    return dim // num_heads
+
+
+def one_of(module: nn.Module, name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{type(module).__name__}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def shape(module: nn.Module, name: str, x: Tensor, *want: int | str) -> None:
+    """Refuses a tensor whose sides are others than `want`; a side with a name may be any."""
+    sides = tuple(x.shape)
+    fits = len(sides) == len(want) and all(isinstance(w, str) or s == w for s, w in zip(sides, want, strict=True))
+    if not fits:
+        raise ValueError(
+            f"{type(module).__name__}: {name} must have shape [{', '.join(map(str, want))}], got {list(sides)}"
+        )
