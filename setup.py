@@ -27,6 +27,8 @@ CPU_SOURCES = [
     "csrc/cpu/library.cpp",
     "csrc/cpu/window_attention.cpp",
     "csrc/cpu/attention.cpp",
+    "csrc/cpu/attention_bwd.cpp",
+    "csrc/cpu/attention_problem.cpp",
     "csrc/cpu/bipartite_match.cpp",
     "csrc/cpu/merge_plan.cpp",
     "csrc/cpu/merge_tokens.cpp",

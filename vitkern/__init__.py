@@ -5,6 +5,7 @@ from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
 from vitkern.ops.attention import attention
+from vitkern.ops.attention_varlen import attention_varlen
 from vitkern.ops.bipartite_match import bipartite_match
 from vitkern.ops.cluster_tokens import cluster_tokens
 from vitkern.ops.drop_tokens import drop_tokens
@@ -30,6 +31,7 @@ __all__ = [
     "Rope",
     "Stats",
     "attention",
+    "attention_varlen",
     "bias",
     "bipartite_match",
     "cluster_tokens",

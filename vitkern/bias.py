@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -124,18 +125,22 @@ class DecomposedRelativePosition:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, Nq, Nk]``."""
+        rows, columns = self.per_query(q)
+        return (rows[..., :, None] + columns[..., None, :]).flatten(3).transpose(1, 2)  # [B, H, Nq, kh kw]
+
+    def per_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What each query adds to the rows and to the columns of the keys: ``[B|1, Nq, H|1, kh]``, ``[B|1, Nq, H|1, kw]``."""
         acc = torch.promote_types(q.dtype, torch.float32)
         if self.q_grid is None:
-            rows, columns = (t.to(acc).transpose(1, 2) for t in (self.rel_h, self.rel_w))  # [B|1, H|1, Nq, kh|kw]
-        else:
-            queries = q.to(acc).transpose(1, 2).unflatten(2, self.q_grid)  # [B, H, qh, qw, D]
-            tables = [
-                table.to(acc)[_axis_rows(a, b, q.device)]  # [qh, kh, D] or [qw, kw, D]
-                for table, a, b in zip((self.rel_h, self.rel_w), self.q_grid, self.k_grid, strict=True)
-            ]
-            rows = torch.einsum("bhyxd,yud->bhyxu", queries, tables[0]).flatten(2, 3)  # [B, H, Nq, kh]
-            columns = torch.einsum("bhyxd,xwd->bhyxw", queries, tables[1]).flatten(2, 3)  # [B, H, Nq, kw]
-        return (rows[..., :, None] + columns[..., None, :]).flatten(3)  # [B, H, Nq, kh kw]
+            return self.rel_h.to(acc), self.rel_w.to(acc)
+        queries = q.to(acc).unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
+        tables = [
+            table.to(acc)[_axis_rows(a, b, q.device)]  # [qh, kh, D] or [qw, kw, D]
+            for table, a, b in zip((self.rel_h, self.rel_w), self.q_grid, self.k_grid, strict=True)
+        ]
+        rows = torch.einsum("byxhd,yud->byxhu", queries, tables[0]).flatten(1, 2)  # [B, Nq, H, kh]
+        columns = torch.einsum("byxhd,xwd->byxhw", queries, tables[1]).flatten(1, 2)  # [B, Nq, H, kw]
+        return rows, columns
 
 
 def _axis_rows(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -184,8 +189,15 @@ class ManhattanDecay:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[H, N, N]``."""
-        xy = coordinates(self.grid, q.device)
-        return self.rate[:, None, None] * (xy[:, None] - xy[None, :]).abs().sum(-1)
+        rows, columns = self.per_query(q)
+        return (rows[..., :, None] + columns[..., None, :]).flatten(3)[0].transpose(0, 1)
+
+    def per_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What each query adds to the rows and to the columns of the keys: ``[1, N, H, gh]``, ``[1, N, H, gw]``."""
+        xy = coordinates(self.grid, q.device)  # [N, 2]
+        sides = [torch.arange(n, device=q.device, dtype=xy.dtype) for n in self.grid]
+        rows, columns = ((xy[:, axis, None] - sides[axis]).abs() for axis in (0, 1))  # [N, gh], [N, gw]
+        return self.rate[:, None] * rows[None, :, None], self.rate[:, None] * columns[None, :, None]
 
 
 @exportable
@@ -223,14 +235,20 @@ class PolylinePath:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, N, N]``."""
+        return self.of_queries(range(q.shape[1]))
+
+    def of_queries(self, queries: Sequence[int]) -> Tensor:
+        """``[B, H, R, N]``: the rows of these queries."""
         acc = torch.promote_types(self.row.dtype, torch.float32)
         along, down = self.row.to(acc).cumsum(2), self.col.to(acc).cumsum(1)  # [B, Hs, Ws, H]
-        x, y = (torch.arange(n, device=q.device) for n in (self.row.shape[2], self.row.shape[1]))
-        w = along[:, :, torch.maximum(x[:, None], x)] - along[:, :, torch.minimum(x[:, None], x)]  # [B, y, x, x', H]
-        c = down[:, torch.maximum(y[:, None], y)] - down[:, torch.minimum(y[:, None], y)]  # [B, y, y', x', H]
-        path = w[:, :, :, None] + c[:, :, None]  # [B, y, x, y', x', H]
-        dense = path.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # [B, H, N, N]
-        return dense.mT if self.transpose else dense
+        height, width = self.row.shape[1:3]
+        i = torch.tensor(list(queries), device=self.row.device)
+        qy, qx = (t[:, None, None] for t in (i // width, i % width))  # [R, 1, 1]
+        y, x = torch.arange(height, device=i.device)[:, None], torch.arange(width, device=i.device)  # [Hs, 1], [Ws]
+        rows, columns = (y, qx) if self.transpose else (qy, x)
+        w = along[:, rows, torch.maximum(x, qx)] - along[:, rows, torch.minimum(x, qx)]  # [B, R, 1|Hs, Ws, H]
+        c = down[:, torch.maximum(y, qy), columns] - down[:, torch.minimum(y, qy), columns]  # [B, R, Hs, 1|Ws, H]
+        return (w + c).flatten(2, 3).permute(0, 3, 1, 2)
 
 
 @exportable

@@ -1,4 +1,4 @@
-// What the glue hands to the attention kernels: plain pointers, strides and sizes.
+// What the glue hands to the attention kernels: plain pointers, strides and sizes, all of one sample.
 #pragma once
 #include <stdint.h>
 
@@ -6,56 +6,87 @@
 
 namespace vitkern {
 
-// A tensor [B, N, H, D] or [B, N, H]: strides in elements. data is null where the tensor is absent.
+// A tensor [N, H, D] or [N, H]: strides in elements. data is null where the tensor is absent.
 struct HeadsView {
   RowsView rows;  // of head 0
   int64_t head;
 };
 
-// A score-shaped tensor [B, H, Nq, Nk]: strides in elements, 0 where it is broadcast.
+// A score-shaped tensor [H, Nq, Nk]: strides in elements, 0 where it is broadcast.
 struct ScoreView {
   const char* data;
   Dtype dtype;
   int64_t batch, head, row, column;
 };
 
-enum class Normalizer : int32_t { softmax, sigmoid, relu, none };
+// Integers [N].
+struct IdsView {
+  const int32_t* data;
+  int64_t batch, token;
+};
 
-// One call. Acc below is float, or double for double tensors.
+enum class Normalizer : int32_t { softmax, sigmoid, relu, none };
+// Which ids a query sees: its own, those of its row of a table, those up to its own.
+enum class Rule : int32_t { none, equal, table, upto };
+
+// One sample. Acc below is float, or double for double tensors.
 struct AttentionProblem {
   HeadsView q, k, v, out, lse, dout, dlse, dq, dk, dv;
-  ScoreView bias, key_bias;  // key_bias: row is 0
-  ScoreView mask;            // bool
-  const double* factor;      // [heads]: of the products
-  const double* sink;        // [heads] or null
-  int64_t batch;
+  ScoreView bias, key_bias;      // key_bias: row is 0
+  ScoreView gain, weight;        // factors of the scores, and of the weights
+  ScoreView mask;                // bool
+  HeadsView rel_y, rel_x;        // [Nq, H, kh], [Nq, H, kw]: added to the key of row y, column x
+  HeadsView path_row, path_col;  // [N, H]: log-decays along rows and columns of a grid
+  HeadsView query_weight, dkey_mean;  // [Nq, H], [Nk, H]
+  RowsView q_xy, k_xy;           // [Nq, 2], [Nk, 2]
+  IdsView q_ids, k_ids;
+  const uint8_t* allow;          // the table of Rule::table
+  int64_t allow_row, allow_column;
+  int32_t allow_columns;
+  const double* factor;          // [heads]: of the products
+  const double* sink;            // [heads] or null
+  const double* slope;           // [heads] or null: of the distance
   int32_t queries, keys, heads, kv_heads, depth, width;  // depth of q and k, width of v
-  int32_t padded;  // keys, rounded up to the vector length
-  int32_t block;   // rows of scores worked on together
+  int32_t rel_height, rel_width, path_height, path_width;
+  int32_t padded;   // keys, rounded up to the vector length
+  int32_t block;    // rows of scores worked on together
+  int32_t topk;     // 0: all keys
   Normalizer normalizer;
-  bool causal;     // key j is seen by query i where j <= i + offset
+  Rule rule;
+  bool path_transposed;
+  bool causal;      // key j is seen by query i where j <= i + offset
   int64_t offset;
   double dropout_p;
   uint64_t seed;
+  uint32_t sample;  // of the random numbers
 };
 
-// What backward leaves beside dq, dk, dv; a null pointer is not wanted. `bias` is Acc, its rows `padded` long where the bias
-// has columns; strides in elements, 0 where the bias is broadcast, and it is added to. The others are of one sample and kv
-// head alone: key_bias Acc [B][heads][keys], factor and sink double [B][heads].
+// The sums of a score-shaped gradient: Acc, rows `padded` long where it has columns; strides in elements, 0 where it is
+// broadcast. They are added to. data is null where it is not wanted.
+struct ScoreSums {
+  void* data;
+  int64_t head, row;
+  bool column;
+};
+
+// What backward leaves beside dq, dk, dv; a null pointer is not wanted. Acc [N][heads][width] of the sample's tokens, and
+// double [heads]; all are overwritten, but for path_row and path_col, which must be 0 before.
 struct AttentionSums {
-  void* bias;
-  int64_t bias_batch, bias_head, bias_row;
-  bool bias_column;
-  void* key_bias;
-  double *factor, *sink;
+  ScoreSums bias, gain, weight;
+  void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight;
+  double *factor, *sink, *slope;
 };
 
-// Work on queries [first, last) of one sample and one kv head; `scratch` is aligned to 64 bytes, holds
-// scratch_bytes(p, backward), and is zero before its first use with p. backward takes all queries.
+// Work on one kv head, forward on queries [first, last) of it; `scratch` is aligned to 64 bytes, holds
+// scratch_bytes(p, backward), and is zero before its first use with p. key_sums: Acc [heads][keys] or null, the weights that
+// each key receives from these queries, times query_weight.
 struct AttentionKernels {
   int64_t (*scratch_bytes)(const AttentionProblem& p, bool backward);
-  void (*forward)(const AttentionProblem& p, int64_t sample, int32_t head, int32_t first, int32_t last, void* scratch);
-  void (*backward)(const AttentionProblem& p, int64_t sample, int32_t head, const AttentionSums& sums, void* scratch);
+  void (*forward)(const AttentionProblem& p, int32_t kv_head, int32_t first, int32_t last, void* key_sums, void* scratch);
+  void (*backward)(const AttentionProblem& p, int32_t kv_head, const AttentionSums& sums, void* scratch);
 };
+
+// Keys that are looked at together: a tile that no query of a block sees is passed over.
+constexpr int32_t kKeyTile = 16;
 
 }  // namespace vitkern

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern import backends
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -121,6 +123,17 @@ def dropout(op: str, p: Any, value: Any, device: torch.device) -> Tensor | None:
     if value is None:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
     return seed(op, "dropout_seed", value, device)
+
+
+def offsets(op: str, name: str, cu: Tensor, total: int, longest: int, limit: str) -> None:
+    """The bounds of packed sequences, where their values may be read: from 0 to `total` in steps of at most `longest`."""
+    if not backends.may_read(cu):
+        return
+    steps = cu.diff()
+    if int(cu[0]) != 0 or int(cu[-1]) != total or bool((steps < 0).any()):
+        raise ValueError(f"{op}: {name} must ascend from 0 to the {total} tokens, got {cu.tolist()}")
+    if len(steps) and int(steps.max()) > longest:
+        raise ValueError(f"{op}: {limit} must be at least the longest sequence ({int(steps.max())}), got {longest}")
 
 
 def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:

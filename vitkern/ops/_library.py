@@ -62,6 +62,7 @@ def _public() -> dict[str, Gpu]:
     moved = merge_tokens.OP.gpu  # a back-end of select_tokens and drop_tokens is what moves the rows that they choose
     return {
         "attention": attention.OP.gpu,
+        "attention_varlen": attention.OP.gpu,
         "window_attention": window_attention.PLAIN.gpu,
         "window_attention_qkvpacked": window_attention.PACKED.gpu,
         "bipartite_match": bipartite_match.OP.gpu,

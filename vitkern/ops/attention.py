@@ -1,20 +1,16 @@
 """attention: argument checks, lowering, and the op."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkern.bias import ContextualPosition, KeyBias
 from vitkern.cosine import CosineScore
-from vitkern.mask import Causal
 from vitkern.ops import _attention_checks as checks
+from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks
 from vitkern.ops._op import Op
 from vitkern.reference.attention import attention as reference
-from vitkern.reference.attention import wider
-from vitkern.reference.window_attention import normalize
 from vitkern.rope import Rope
 from vitkern.stats import Stats
 
@@ -69,8 +65,8 @@ def attention(
             ``[B, H, R, Nk]``, the weights of the queries ``stat_rows``; ``"logits_mean"`` ``[B, Nq, Nk]``, the head mean of
             the scores before modulations; ``"probs"``, ``"logits"`` in full; ``"index"`` of argmax_k.
         query_weight: ``[B, Nq]`` or ``[B, Nq, H]``, of key_mean; with gradient.
-        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run. Modulations, topk, the hard choices
-            and all statistics but lse have no kernel yet.
+        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run. TalkingHeads, Policy, the hard
+            choices, the value table of ContextualPosition, ``"probs"`` and ``"logits"`` have no kernel yet.
 
     Returns:
         ``out [B, Nq, H, Dv]`` in the dtype of v (None for ``v=None``), with return_stats ``(out, Stats)``. A row that sees no
@@ -80,31 +76,45 @@ def attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    args = _lower(
+    lowered = lower(
         q, k, v, bias, mask, modulation, normalizer, cosine, rope, scale, sink, extra_kv, dropout_p, dropout_seed, topk,
         return_stats, stat_rows, query_weight,
     )  # fmt: skip
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        cast = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in args[:3]]
-        with torch.autocast(device, enabled=False):
-            out, found = _run((*cast, *args[3:]), backend)
-    else:
-        out, found = _run(args, backend)
+    out, found = run(lowered, backend, slots.unserved(lowered))
     return (out, found) if return_stats else out
 
 
-def _run(args: tuple[Any, ...], backend: str | None) -> tuple[Tensor | None, Stats]:
-    why = _unserved(*args)
+def run(
+    lowered: dict[str, Any], backend: str | None, why: str, packed: slots.Packed | None = None
+) -> tuple[Tensor | None, Stats]:
+    """The call by the op, or by the reference where no kernel serves it, as `why` says."""
+    device = lowered["q"].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        cast = {
+            name: t if t is None or t.dtype == torch.float64 else t.to(dtype)
+            for name, t in lowered.items()
+            if name in "qkv"
+        }
+        with torch.autocast(device, enabled=False):
+            return run(lowered | cast, backend, why, packed)
     if why:
         _call.torch_only(NAME, why, backend)
-        return reference(*args)
-    out, lse = _call.run(OP, _served(*args), backend)
-    return out, Stats(lse=lse if "lse" in args[15] else None)
+        return reference(*lowered.values())
+    found = slots.slots(lowered, packed)
+    wanted, result = lowered["stats"], {}
+    if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted:
+        out, lse, key_mean = _call.run(OP, tuple(found.values()), backend)
+        result = {"lse": lse, "key_mean": key_mean}
+    if "row" in wanted:
+        result["row"] = slots.rows_of(found, lowered["stat_rows"])
+    if "logits_mean" in wanted:
+        result["logits_mean"] = slots.mean_logits(found)
+    stats = Stats(**{name: result[name] for name in wanted})
+    return (None if lowered["v"] is None else out), stats
 
 
-def _lower(
+def lower(
     q: Any,
     k: Any,
     v: Any,
@@ -123,8 +133,10 @@ def _lower(
     return_stats: Any = (),
     stat_rows: Any = None,
     query_weight: Any = None,
-) -> tuple[Any, ...]:
-    """The arguments of the reference."""
+    longest: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Any]:
+    """The arguments of the reference, by name. `longest`: of packed sequences, a q and a k of the greatest lengths, which are
+    what a modifier that is not packed must fit."""
     checks.tensors(q, k, v)
     stats = (return_stats,) if isinstance(return_stats, str) else tuple(return_stats)
     extra = checks.check_rest(q, k, v, normalizer, sink, extra_kv, topk, stats, stat_rows, query_weight)
@@ -132,143 +144,43 @@ def _lower(
     masks = checks.modifiers("mask", mask, checks.MASKS)
     modulations = checks.modifiers("modulation", modulation, checks.MODULATIONS)
     for b in biases:
-        checks.check_bias(b, q, k, extra)
+        checks.check_bias(b, *slots.seen_by(b, q, k, longest), extra)
     for m in masks:
-        checks.check_mask(m, q, k)
+        checks.check_mask(m, *slots.seen_by(m, q, k, longest))
     for m in modulations:
-        checks.check_modulation(m, q, k, normalizer)
+        checks.check_modulation(m, *slots.seen_by(m, q, k, longest), normalizer)
     checks.check_rope(rope, q, k)
     scale = checks.check_scale(scale, cosine, q)
     seed = _checks.dropout(NAME, dropout_p, dropout_seed, q.device)
     if v is None and not stats:
         raise ValueError(f"{NAME}: v must be a tensor unless statistics are asked for, got None")
-    return (
-        q, k, v, biases, masks, modulations, normalizer, cosine, rope, scale, sink, extra_kv, seed, float(dropout_p),
-        topk, stats, tuple(stat_rows or ()), query_weight,
-    )  # fmt: skip
-
-
-def _unserved(
-    q: Tensor, k: Tensor, v: Any, biases: Any, masks: Any, modulations: Any, normalizer: str, cosine: Any, rope: Any,
-    scale: Any, sink: Any, extra_kv: Any, seed: Any, dropout_p: float, topk: Any, stats: Any, *rest: Any,
-) -> str:  # fmt: skip
-    """Why no kernel serves the call, "" if the op does: the arguments are those of the reference."""
-    if v is None:
-        return "no kernel makes statistics alone"
-    if normalizer.startswith("argmax"):
-        return f"no kernel has normalizer={normalizer!r}"
-    if modulations:
-        return f"no kernel has modulation.{type(modulations[0]).__name__}"
-    if topk is not None:
-        return "no kernel has topk"
-    others = [name for name in stats if name != "lse"]
-    if others:
-        return f"no kernel has return_stats {others[0]!r}"
-    if any(isinstance(b, ContextualPosition) and b.v_table is not None for b in biases):
-        return "no kernel has the value table of bias.ContextualPosition"
-    if any(getattr(b, "place", "logit") == "prob" for b in biases):
-        return "no kernel has bias.ManhattanDecay with place='prob'"
-    return ""
-
-
-def _served(
-    q: Tensor, k: Tensor, v: Tensor, biases: Any, masks: Any, modulations: Any, normalizer: str, cosine: Any, rope: Any,
-    scale: Any, sink: Any, extra_kv: Any, seed: Any, dropout_p: float, topk: Any, stats: Any, *rest: Any,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The arguments of the op: rotations, unit vectors and further keys are made here, modifiers take their dense form."""
-    acc = torch.promote_types(q.dtype, torch.float32)
-    keys = k.shape[1]
-    offsets = [m.offset for m in masks if isinstance(m, Causal)]
-    seen = [m if isinstance(m, Tensor) else m.dense(q, k) for m in masks if not isinstance(m, Causal)]
-    dense = [b if isinstance(b, Tensor) else b.dense(q, k) for b in biases if not isinstance(b, KeyBias)]
-    of_keys = [b.dense(q, k) for b in biases if isinstance(b, KeyBias)]
-    if rope is not None:
-        q, k = rope.turn(q, rope.q_range), rope.turn(k, rope.k_range)
-    if extra_kv is not None:
-        more = extra_kv[0].shape[1]
-        if offsets:
-            seen.append(Causal(min(offsets)).dense(q, k))
-            offsets = []
-        k, v = (torch.cat((t, e.expand(t.shape[0], -1, -1, -1)), 1) for t, e in zip((k, v), extra_kv, strict=True))
-        dense, of_keys = ([wider(t, keys, more, 0.0) for t in each] for each in (dense, of_keys))
-        seen = [wider(t, keys, more, True) for t in seen]
-    factor = None
-    if cosine is not None:
-        q, k = (normalize(t.to(acc), cosine.eps).to(t.dtype) for t in (q, k))
-        factor = cosine.logit_scale.reshape(-1).to(acc).clamp(max=cosine.max).exp()
-    elif isinstance(scale, Tensor):
-        factor = scale.to(acc).expand(q.shape[2])
-    return (
-        q, k, v, _joined(dense, torch.add), _joined(of_keys, torch.add), _joined(seen, torch.logical_and), factor, sink, seed,
-        normalizer, 1.0 if factor is not None else float(scale), bool(offsets), min(offsets) if offsets else 0, dropout_p,
-    )  # fmt: skip
-
-
-def _joined(parts: list[Tensor], join: Any) -> Tensor | None:
-    """All parts in one tensor of four axes, None for no part."""
-    if not parts:
-        return None
-    whole = functools.reduce(join, parts)
-    return whole[(None,) * (4 - whole.dim())]
-
-
-# the op -----------------------------------------------------------------------------------------------------------------
-
-
-def definition(
-    q: Tensor,  # [B, Nq, H, D]
-    k: Tensor,  # [B, Nk, Hk, D]
-    v: Tensor,  # [B, Nk, Hk, Dv]
-    bias: Tensor | None,  # [B|1, H|1, Nq|1, Nk|1]
-    key_bias: Tensor | None,  # [B|1, H|1, 1, Nk]
-    mask: Tensor | None,  # bool [B|1, H|1, Nq|1, Nk|1]
-    factor: Tensor | None,  # [H], in place of scale
-    sink: Tensor | None,  # [H]
-    seed: Tensor | None,  # [1] int64
-    normalizer: str,
-    scale: float,
-    causal: bool,  # key j is seen by query i where j <= i + offset
-    offset: int,
-    dropout_p: float,
-    gpu: str = "",
-) -> tuple[Tensor, Tensor]:  # out [B, Nq, H, Dv], lse [B, Nq, H], which is 0 but for softmax
-    biases = tuple(b for b in (bias, key_bias) if b is not None)
-    masks = tuple(m for m in (mask, Causal(offset) if causal else None) if m is not None)
-    stats = ("lse",) if normalizer == "softmax" else ()
-    out, found = reference(
-        q, k, v, biases, masks, (), normalizer, None, None, scale if factor is None else factor, sink, None, seed,
-        dropout_p, None, stats,
-    )  # fmt: skip
-    acc = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_zeros(q.shape[:3], dtype=acc) if found.lse is None else found.lse.contiguous()
-    return out, lse
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    acc = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=acc)
+    return {
+        "q": q, "k": k, "v": v, "biases": biases, "masks": masks, "modulations": modulations, "normalizer": normalizer,
+        "cosine": cosine, "rope": rope, "scale": scale, "sink": sink, "extra_kv": extra_kv, "seed": seed,
+        "dropout_p": float(dropout_p), "topk": topk, "stats": stats, "stat_rows": tuple(stat_rows or ()),
+        "query_weight": query_weight,
+    }  # fmt: skip
 
 
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
-    lowered = _lower(*args, **options)
-    why = _unserved(*lowered)
+    lowered = lower(*args, **options)
+    why = slots.unserved(lowered)
     if why:
         return _call.torch_only(NAME, why, backend)
-    return _call.explanation(NAME, OP, _served(*lowered), backend)
+    return _call.explanation(NAME, OP, tuple(slots.slots(lowered).values()), backend)
 
 
 OP = Op(
     NAME,
-    (
-        "Tensor q", "Tensor k", "Tensor v", "Tensor? bias", "Tensor? key_bias", "Tensor? mask", "Tensor? factor",
-        "Tensor? sink", "Tensor? seed",
-    ),
-    "str normalizer, float scale, bool causal, SymInt offset, float dropout_p, str gpu",
-    differentiable=(0, 1, 2, 3, 4, 6, 7),
-    batched=3,
-    definition=definition,
-    fake=_fake,
+    tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in slots.TENSORS),
+    "str normalizer, float scale, bool causal, SymInt offset, float dropout_p, SymInt topk, str rule, SymInt path_width, "
+    "bool path_transposed, SymInt max_q, SymInt max_k, str gpu",
+    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21),
+    batched=0,  # a bias or a mask may have a batch of its own
+    definition=slots.definition,
+    fake=slots.fake,
+    outputs=("out", "lse", "key_mean"),
     autocast=False,
-)  # fmt: skip
+)
 OP.register()
 attention.explain = _explain  # type: ignore[attr-defined]

@@ -85,7 +85,8 @@ def attention(
     if v is None:
         return None, found
     for factor in after:
-        p = factor.apply(p, "prob").masked_fill(~visible, 0.0) if isinstance(factor, TalkingHeads) else p * factor
+        p = factor.apply(p, "prob") if isinstance(factor, TalkingHeads) else p * factor
+        p = p.masked_fill(~visible, 0.0)
     if dropout_p > 0.0:
         token = torch.arange(queries, device=q.device)[None]
         p = p * keep_pattern(seed, batch, heads, token, dropout_p, keys)[:, 0].to(acc) / (1.0 - dropout_p)

@@ -8,8 +8,16 @@ from torch import Tensor
 
 import vitkern
 from vitkern import CosineScore
-from vitkern.bias import KeyBias
-from vitkern.mask import Causal, Segments
+from vitkern.bias import (
+    DecomposedRelativePosition,
+    EuclideanDistance,
+    KeyBias,
+    ManhattanDecay,
+    PolylinePath,
+    RowBias,
+)
+from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
+from vitkern.modulation import ElementwiseMask, GaussianMixture, SoftCausal
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
 
@@ -17,6 +25,25 @@ NORMALIZERS = ("softmax", "softmax", "softmax", "sigmoid", "relu", "none")
 # 0: broadcast. A bias with neither queries nor keys adds one number to all scores of a head: its gradient is a sum of all
 # of them that cancels, and is compared in float64 alone (tests/test_attention.py).
 PATTERNS = tuple((b, h, q, k) for b in (0, 1) for h in (0, 1) for q in (0, 1) for k in (0, 1) if q or k)
+
+POSITIONS = {
+    "decomposed": lambda t, grid: DecomposedRelativePosition(t["rel_y"], t["rel_x"], None, grid),
+    "manhattan": lambda t, grid: ManhattanDecay(t["rate"], grid),
+    "euclidean": lambda t, grid: EuclideanDistance(t["slope"], t["q_xy"], t["k_xy"]),
+    "path": lambda t, grid: PolylinePath(t["row"], t["col"]),
+    "transposed": lambda t, grid: PolylinePath(t["row"], t["col"], transpose=True),
+}
+RULES = {
+    "segments": lambda q, k, allow: Segments(q, k),
+    "table": lambda q, k, allow: Segments(q, k, allow),
+    "levels": lambda q, k, allow: BlockCausal(q, k),
+}
+FACTORS = {
+    "gain": lambda t, grid: ElementwiseMask(t["factors"]),
+    "weight": lambda t, grid: ElementwiseMask(t["factors"], "prob"),
+    "mixture": lambda t, grid: GaussianMixture(t["sigma"], t["alpha"], grid),
+    "soft": lambda t, grid: SoftCausal(t["ratio"]),
+}
 
 
 def make(
@@ -32,6 +59,10 @@ def make(
     bias: tuple[int, int, int, int] | None = None,
     key_bias: bool = False,
     masks: str = "none",
+    typed: str = "",
+    grid: tuple[int, int] = (1, 1),
+    modulation: str = "",
+    weighed: bool = False,
     cosine: bool = False,
     scale: Any = None,
     sink: bool = False,
@@ -40,8 +71,10 @@ def make(
     expanded_gradient: bool = False,
     **options: Any,
 ) -> Call:
-    """`bias`: which axes it has; `masks`: none, dense, empty (a row sees nothing), causal, segments, both; `scale`: "heads"
-    is a tensor; `extra`: further keys; `layout` as of window_attention."""
+    """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
+    and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
+    both; `modulation`: gain, mixture, weight, soft; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
+    `extra`: further keys; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -59,8 +92,28 @@ def make(
         tensors["mask"] = torch.rand(batch, 1, queries, keys, generator=g) < 0.7
         if masks == "empty":
             tensors["mask"][:, :, 0] = False
-    if masks == "segments":
+    if masks in ("segments", "table", "levels"):
         tensors["ids"] = torch.randint(-1, 3, (1, max(queries, keys)), generator=g)
+        tensors["allow"] = torch.rand(3, 3, generator=g) < 0.6
+    if masks == "logits":
+        tensors["logits"] = normal(batch, queries, 3, 4)
+    if typed == "decomposed":
+        tensors["rel_y"], tensors["rel_x"] = normal(batch, queries, heads, grid[0]), normal(1, queries, 1, grid[1])
+    if typed == "manhattan":
+        tensors["rate"] = -torch.rand(heads, generator=g, dtype=torch.float64)
+    if typed == "euclidean":
+        tensors["slope"] = torch.rand(heads, generator=g, dtype=torch.float64)
+        tensors["q_xy"], tensors["k_xy"] = normal(batch, queries, 2), normal(1, keys, 2)
+    if typed in ("path", "transposed"):
+        tensors["row"], tensors["col"] = -normal(batch, *grid, heads).abs() / 4, normal(batch, *grid, heads) / 4
+    if modulation in ("gain", "weight"):
+        tensors["factors"] = normal(1, heads, queries, keys)
+    if modulation == "mixture":
+        tensors["sigma"], tensors["alpha"] = normal(2, heads).abs() + 1, normal(2, heads)
+    if modulation == "soft":
+        tensors["ratio"] = torch.rand((), generator=g, dtype=torch.float64)
+    if weighed:
+        tensors["query_weight"] = torch.rand(batch, queries, generator=g, dtype=torch.float64) + 0.1
     if cosine:
         tensors["logit_scale"] = normal(heads) + 2
     if scale == "heads":
@@ -69,18 +122,25 @@ def make(
         tensors["sink"] = normal(heads)
     if extra:
         tensors["more_k"], tensors["more_v"] = normal(1, extra, kv_heads, d), normal(1, extra, kv_heads, dv)
-    parameters = frozenset(("bias", "key_bias", "logit_scale", "scale", "sink"))
+    parameters = frozenset(tensors) - {"q", "k", "v", "more_k", "more_v"}
 
     def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given: dict[str, Any] = dict(options)
         q, k, v = (view(layout, t[name], 1, h) for name, _, h, _ in groups)
         biases = [t["bias"]] if bias is not None else []
         biases += [KeyBias(t["key_bias"])] if key_bias else []
+        biases += [POSITIONS[typed](t, grid)] if typed else []
         hidden: list[Any] = [t["mask"]] if "mask" in t else []
         if masks in ("causal", "both"):
             hidden.append(Causal(k.shape[1] - q.shape[1]))
-        if masks == "segments":
-            hidden.append(Segments(t["ids"][:, : q.shape[1]], t["ids"][:, : k.shape[1]]))
+        if masks in RULES:
+            hidden.append(RULES[masks](t["ids"][:, : q.shape[1]], t["ids"][:, : k.shape[1]], t["allow"]))
+        if masks == "logits":
+            hidden.append(FromLogits(t["logits"], (1, k.shape[1])))
+        if modulation:
+            given["modulation"] = FACTORS[modulation](t, grid)
+        if weighed:
+            given["query_weight"] = t["query_weight"]
         given |= {"bias": biases, "mask": hidden, "scale": t.get("scale", scale), "sink": t.get("sink")}
         if cosine:
             given["cosine"] = CosineScore(t["logit_scale"])
@@ -89,19 +149,38 @@ def make(
         return (q, k, v), given
 
     facts = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv, "bias": bias}
+    facts |= {"typed": typed, "grid": grid, "modulation": modulation, "weighed": weighed}
     facts |= {"key_bias": key_bias, "masks": masks, "cosine": cosine, "scale": scale, "sink": sink, "extra": extra}
     text = label(seed, facts | {"layout": layout} | options)
     return Call(text, vitkern.attention, build, tensors, parameters, expanded_gradient, seed)
 
 
 def draw(rng: random.Random) -> Call:
+    """One of three is of positions on a grid, of factors, or of statistics; the others are plain."""
     queries, keys = (rng.choice((1, 2, 7, 33, 64, 65, 100, 197)) for _ in range(2))
+    kind = rng.choice(("plain", "plain", "plain", "typed", "factors", "stats"))
+    more: dict[str, Any] = {}
+    if kind in ("typed", "factors"):
+        grid = rng.choice(((1, 1), (2, 5), (7, 9), (13, 6), (14, 14)))
+        queries = keys = grid[0] * grid[1]
+        more["grid"] = grid
+        more["typed" if kind == "typed" else "modulation"] = rng.choice(
+            tuple(POSITIONS if kind == "typed" else FACTORS)
+        )
+        if more.get("typed") in ("decomposed", "euclidean"):
+            queries = rng.choice((1, 7, 65))
     heads = rng.choice((1, 2, 3, 4))
     d = rng.choice(HEAD_SIZES if queries * keys < 5000 else HEAD_SIZES[:9])
-    cosine = rng.random() < 0.2 and d > 1  # a direction of one dimension has no gradient to compare
+    # a direction of one dimension has no gradient to compare; with one head that of logit_scale is one number, which can be lucky
+    cosine = rng.random() < 0.2 and d > 1 and heads > 1
     options: dict[str, Any] = {"normalizer": rng.choice(NORMALIZERS)}
     if options["normalizer"] == "softmax":
         options |= {"sink": rng.random() < 0.2, "return_stats": rng.choice(((), ("lse",)))}
+    if kind == "stats":
+        options["return_stats"] = (*options.get("return_stats", ()), "key_mean")
+        more["weighed"] = rng.random() < 0.5
+    if kind == "stats" and rng.random() < 0.5 and d >= 8:
+        options["topk"] = rng.randint(1, keys)
     if rng.random() < 0.15:
         options |= {"dropout_p": rng.choice((0.1, 0.5)), "dropout_seed": rng.randrange(2**62)}
     return make(
@@ -115,10 +194,11 @@ def draw(rng: random.Random) -> Call:
         dv=rng.choice((d, d, rng.choice(HEAD_SIZES[:9]))),
         bias=rng.choice((None, None, rng.choice(PATTERNS))),
         key_bias=rng.random() < 0.2,
-        masks=rng.choice(("none", "none", "dense", "empty", "causal", "segments", "both")),
+        masks=rng.choice(("none", "none", "dense", "empty", "causal", "segments", "table", "levels", "logits", "both")),
+        **more,
         cosine=cosine,
         scale=None if cosine else rng.choice((None, None, 0.3, 0.0, "heads")),
-        extra=rng.choice((0, 0, 0, 3)),
+        extra=rng.choice((0, 0, 0, 3)) if kind == "plain" else 0,
         layout=rng.choice(("plain", "plain", "packed", "heads", "batch", "channels")),
         expanded_gradient=rng.random() < 0.2,
         **options,
@@ -138,6 +218,11 @@ def small() -> list[Call]:
         make(7, 2, 4, 6, cosine=True, extra=2, masks="causal", key_bias=True, layout="batch"),
         make(8, 2, 1, 33, heads=3, kv_heads=1, d=16, bias=(0, 0, 0, 1), sink=True),
         make(9, 3, 70, 40, heads=2, d=8, bias=(0, 1, 1, 1), masks="dense"),
+        make(13, 2, 6, 6, d=4, typed="path", grid=(2, 3), masks="table", return_stats=("lse", "key_mean"), weighed=True),
+        make(14, 1, 6, 6, d=4, typed="transposed", grid=(3, 2), modulation="mixture", normalizer="sigmoid"),
+        make(15, 2, 3, 8, typed="decomposed", grid=(2, 4), modulation="weight", masks="levels", dropout_p=0.4, dropout_seed=9),
+        make(16, 2, 5, 6, typed="euclidean", modulation="gain", masks="logits", topk=2, return_stats=("key_mean",)),
+        make(17, 1, 9, 9, typed="manhattan", grid=(3, 3), modulation="soft", masks="causal", normalizer="none"),
         make(10, 0, 4, 5, heads=2, bias=(0, 1, 1, 1)),
         make(11, 2, 0, 5, bias=(0, 1, 1, 1)),
         make(12, 2, 4, 0, heads=2, sink=True, return_stats=("lse",)),
@@ -149,4 +234,74 @@ def sizes() -> list[Call]:
     return [make(1, 2, q, k, bias=(0, 1, 1, 1), **options) for q, k in ((17, 20), (30, 12), (41, 50))]
 
 
-ENTRIES = (Entry("attention", draw, small, sizes, cast=("q", "k", "v")),)
+def packed(
+    seed: int, lengths: tuple[tuple[int, int], ...], *, heads: int = 2, kv_heads: int = 1, d: int = 8, bias: bool = True,
+    rows: bool = False, causal: bool = False, ids: bool = False, **options: Any,
+) -> Call:  # fmt: skip
+    """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key."""
+    g = torch.Generator().manual_seed(seed)
+    of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
+    longest = (max(of_queries, default=0), max(of_keys, default=0))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    def bounds(each: list[int]) -> Tensor:
+        return torch.tensor([0, *each]).cumsum(0).to(torch.int32)
+
+    tensors = {"q": normal(sum(of_queries), heads, d)}
+    tensors |= {name: normal(sum(of_keys), kv_heads, d) for name in "kv"}
+    tensors |= {"cu_q": bounds(of_queries), "cu_k": bounds(of_keys)}
+    tensors["vector"] = normal(1, heads, sum(of_queries)) if rows else normal(1, 1, sum(of_keys))
+    if bias:
+        tensors["bias"] = normal(heads, *longest)
+    if ids:
+        tensors["q_ids"], tensors["k_ids"] = (
+            torch.randint(-1, 2, (1, sum(n)), generator=g) for n in (of_queries, of_keys)
+        )
+
+    def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden: list[Any] = [Causal(1)] if causal else []
+        hidden += [Segments(t["q_ids"], t["k_ids"])] if ids else []
+        biases = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])] + ([t["bias"]] if bias else [])
+        most = t["bias"].shape[1:] if bias else longest
+        return (t["q"], t["k"], t["v"], t["cu_q"], t["cu_k"], *most), {"bias": biases, "mask": hidden, **options}
+
+    text = label(seed, {"lengths": lengths, "H": heads, "Hk": kv_heads, "D": d, "bias": bias, "rows": rows} | options)
+    return Call(text, vitkern.attention_varlen, build, tensors, frozenset(("vector", "bias")), False, seed)
+
+
+def draw_packed(rng: random.Random) -> Call:
+    lengths = tuple((rng.choice((0, 1, 5, 40, 64)), rng.choice((0, 1, 5, 63, 90))) for _ in range(rng.randint(1, 6)))
+    options: dict[str, Any] = {"normalizer": rng.choice(NORMALIZERS)}
+    if options["normalizer"] == "softmax":
+        options["return_stats"] = rng.choice(((), ("lse",), ("key_mean",)))
+    if rng.random() < 0.2:
+        options |= {"dropout_p": 0.3, "dropout_seed": rng.randrange(2**62)}
+    heads = rng.choice((1, 2, 4))
+    return packed(
+        rng.randrange(2**31), lengths, heads=heads, kv_heads=rng.choice((1, heads)), d=rng.choice(HEAD_SIZES[:9]),
+        bias=rng.random() < 0.5, rows=rng.random() < 0.3, causal=rng.random() < 0.3, ids=rng.random() < 0.3, **options,
+    )  # fmt: skip
+
+
+def small_packed() -> list[Call]:
+    return [
+        packed(1, ((3, 5), (0, 2), (1, 1), (4, 0), (2, 7)), return_stats=("key_mean",)),
+        packed(
+            2, ((4, 4), (6, 3)), kv_heads=2, rows=True, causal=True, normalizer="sigmoid", dropout_p=0.3, dropout_seed=4
+        ),
+        packed(3, ((2, 9), (5, 5)), bias=False, scale=0.3, return_stats=("lse",)),
+        packed(5, ((2, 9), (5, 5)), ids=True),
+        packed(4, ((0, 0),), bias=False),
+    ]
+
+
+def sizes_packed() -> list[Call]:
+    return [packed(1, lengths) for lengths in (((3, 5), (4, 6)), ((7, 9), (2, 8)), ((11, 6), (5, 10)))]
+
+
+ENTRIES = (
+    Entry("attention", draw, small, sizes, cast=("q", "k", "v")),
+    Entry("attention_varlen", draw_packed, small_packed, sizes_packed, cast=("q", "k", "v"), last="attention"),
+)

@@ -1,0 +1,226 @@
+// The gradients of attention on the CPU: a task is the samples and heads of one chunk, all their queries.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <utility>
+
+#include "attention_problem.h"
+#include "attention_tasks.h"
+
+namespace vitkern {
+
+namespace {
+
+using torch::stable::Tensor;
+constexpr const char* kOp = "attention";
+
+// The sums that one score-shaped tensor takes from all samples and heads that share it: as many copies as there are chunks.
+template <typename Acc>
+struct SharedSums {
+  int64_t sizes[4] = {1, 1, 1, 1}, row = 0, total = 0, copies = 1;
+  bool wanted = false;
+  std::vector<Acc> data;
+
+  void measure(const OptTensor& t, bool needed, const AttentionProblem& p) {
+    if (!(wanted = needed && t)) return;
+    for (int a = 0; a < 4; ++a) sizes[a] = t->size(a);
+    row = sizes[3] == 1 ? 1 : p.padded;
+    total = sizes[0] * sizes[1] * sizes[2] * row;
+  }
+  ScoreSums at(int64_t chunk, int64_t batch) {
+    if (!wanted || total == 0) return {};
+    Acc* base = data.data() + (chunk % copies) * total + (sizes[0] == 1 ? 0 : batch * sizes[1] * sizes[2] * row);
+    return {base, sizes[1] == 1 ? 0 : sizes[2] * row, sizes[2] == 1 ? 0 : row, sizes[3] != 1};
+  }
+  OptTensor gradient(const OptTensor& like) const {
+    if (!wanted) return std::nullopt;
+    const Dtype dtype = dtype_of(*like, kOp);
+    Tensor grad = new_tensor({sizes[0], sizes[1], sizes[2], sizes[3]}, dtype);
+    const int64_t rows = sizes[0] * sizes[1] * sizes[2], columns = sizes[3];
+    with_element(dtype, [&](auto element) {
+      using T = decltype(element);
+      T* to = static_cast<T*>(grad.mutable_data_ptr());
+      torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1)), [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r)
+          for (int64_t j = 0; j < columns; ++j) {
+            Acc sum = data[size_t(r * row + j)];
+            for (int64_t c = 1; c < copies; ++c) sum += data[size_t(c * total + r * row + j)];
+            to[r * columns + j] = narrowed<T>(sum);
+          }
+      });
+    });
+    return grad;
+  }
+};
+
+// Samples and heads that add to one place are a family; it is cut into chunks, each with sums of its own, which are added in
+// order: fixed by the problem, not by the threads.
+template <typename Acc>
+struct Families {
+  int64_t all, kv_heads, samples, heads, chunks = 1;
+
+  Families(const AttentionCall& c, std::initializer_list<SharedSums<Acc>*> shared)
+      : all(int64_t(c.samples.size())), kv_heads(c.p.kv_heads), samples(all), heads(kv_heads) {
+    int64_t bytes = 1;
+    for (const SharedSums<Acc>* s : shared) {
+      if (!s->wanted) continue;
+      if (s->sizes[0] == 1) samples = 1;
+      if (s->sizes[1] == 1) heads = 1;
+      bytes = std::max<int64_t>(bytes, s->total * int64_t(sizeof(Acc)));
+    }
+    const int64_t fit = (int64_t(64) << 20) / bytes;
+    if (samples * heads > 0) chunks = std::clamp<int64_t>(std::min(16 / (samples * heads), fit), 1, std::max<int64_t>(members(), 1));
+    for (SharedSums<Acc>* s : shared) {
+      if (!s->wanted) continue;
+      if (s->sizes[0] == 1 || s->sizes[1] == 1) s->copies = chunks;
+      s->data.assign(size_t(s->total * s->copies), Acc(0));
+    }
+  }
+  int64_t members() const { return samples * heads > 0 ? all * kv_heads / (samples * heads) : 0; }
+  // The member-th (sample, kv head) of a family.
+  std::pair<int64_t, int32_t> unit(int64_t family, int64_t member) const {
+    const int64_t inner = kv_heads / heads;
+    const int64_t sample = samples == 1 ? member / inner : family / heads;
+    return {sample, int32_t(heads == 1 ? member % inner : family % heads)};
+  }
+};
+
+// Acc [all tokens][H][width] from the kernel; `gradient` has the axes of the argument, [B|1, N, H|1, W] in some order.
+template <typename Acc>
+struct TokenSums {
+  std::vector<Acc> data;
+  int64_t width = 1;
+
+  void make(bool wanted, int64_t tokens, int64_t heads, int64_t each) {
+    width = each;
+    if (wanted) data.assign(size_t(tokens * heads * each), Acc(0));
+  }
+  void* at(int64_t token, int64_t heads) { return data.empty() ? nullptr : data.data() + token * heads * width; }
+
+  // The sum over what `like` has once; its axes batch, tokens, heads and width, -1 for one that it lacks.
+  OptTensor gradient(bool wanted, const OptTensor& like, const AttentionCall& c, int64_t tokens, const int (&axes)[4]) const {
+    if (!wanted) return std::nullopt;
+    const std::vector<int64_t> sizes(like->sizes().begin(), like->sizes().end());
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t a = sizes.size() - 1; a-- > 0;) strides[a] = strides[a + 1] * sizes[a + 1];
+    const auto step = [&](int axis) { return axis < 0 || sizes[size_t(axis)] == 1 ? 0 : strides[size_t(axis)]; };
+    const Dtype dtype = dtype_of(*like, kOp);
+    Tensor grad = new_tensor(sizes, dtype);
+    std::vector<Acc> sums(size_t(grad.numel()), Acc(0));
+    const Acc* from = data.data();
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t n = 0; n < tokens; ++n)
+        for (int64_t h = 0; h < c.p.heads; ++h)
+          for (int64_t i = 0; i < width; ++i)
+            sums[size_t(b * step(axes[0]) + n * step(axes[1]) + h * step(axes[2]) + i * step(axes[3]))] += *from++;
+    void* to = grad.mutable_data_ptr();
+    for (size_t i = 0; i < sums.size(); ++i) set_scalar<Acc>(to, int64_t(i), dtype, sums[i]);
+    return grad;
+  }
+};
+
+// [H] from one value of every sample and head.
+OptTensor head_sums(bool wanted, const std::vector<double>& each, int64_t heads, const OptTensor& like) {
+  if (!wanted) return std::nullopt;
+  const Dtype dtype = dtype_of(*like, kOp);
+  Tensor grad = new_tensor({heads}, dtype);
+  for (int64_t h = 0; h < heads; ++h) {
+    double sum = 0;
+    for (size_t i = size_t(h); i < each.size(); i += size_t(heads)) sum += each[i];
+    set_scalar<double>(grad.mutable_data_ptr(), h, dtype, sum);
+  }
+  return grad;
+}
+
+using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
+                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
+
+// The bits of `need`.
+enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight };
+
+template <typename Acc>
+Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q, int64_t tokens_k, int64_t need) {
+  AttentionProblem& p = c.p;
+  Tensor dq = new_tensor({c.batch, tokens_q, p.heads, p.depth}, p.q.rows.dtype);
+  Tensor dk = new_tensor({c.batch, tokens_k, p.kv_heads, p.depth}, p.k.rows.dtype);
+  Tensor dv = new_tensor({c.batch, tokens_k, p.kv_heads, p.width}, p.v.rows.dtype);
+  p.dq = heads_view(dq);
+  p.dk = heads_view(dk);
+  p.dv = heads_view(dv);
+  const auto wants = [&](Wanted bit, const OptTensor& t) { return bool(need >> bit & 1) && t.has_value(); };
+  SharedSums<Acc> bias, gain, weight;
+  bias.measure(o.bias, wants(kBias, o.bias), p);
+  gain.measure(o.gain, wants(kGain, o.gain), p);
+  weight.measure(o.weight, wants(kWeight, o.weight), p);
+  const Families<Acc> families(c, {&bias, &gain, &weight});
+  TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries;
+  keys.make(wants(kKeyBias, o.key_bias), c.all_keys(), p.heads, 1);
+  rel_y.make(wants(kRelY, o.rel_y), c.all_queries(), p.heads, p.rel_height);
+  rel_x.make(wants(kRelX, o.rel_x), c.all_queries(), p.heads, p.rel_width);
+  path_row.make(wants(kPathRow, o.path_row), c.all_keys(), p.heads, 1);
+  path_col.make(wants(kPathCol, o.path_col), c.all_keys(), p.heads, 1);
+  q_xy.make(wants(kQxy, o.q_xy), c.all_queries(), p.heads, 2);
+  k_xy.make(wants(kKxy, o.k_xy), c.all_keys(), p.heads, 2);
+  of_queries.make(wants(kQueryWeight, o.query_weight), c.all_queries(), p.heads, 1);
+  const size_t places = c.samples.size() * size_t(p.heads);
+  std::vector<double> factor(wants(kFactor, o.factor) ? places : 0), sink(wants(kSink, o.sink) ? places : 0);
+  std::vector<double> slope(wants(kSlope, o.slope) ? places : 0);
+  const auto one = [&](int64_t s, int32_t head, int64_t chunk, void* scratch) {
+    const AttentionProblem sample = c.sample(s);
+    const Tokens& t = c.samples[size_t(s)];
+    const int64_t b = c.packed ? 0 : s, first_q = b * tokens_q + t.first_query, first_k = b * tokens_k + t.first_key;
+    const auto of = [&](std::vector<double>& each) { return each.empty() ? nullptr : each.data() + s * p.heads; };
+    const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b), keys.at(first_k, p.heads),
+                             rel_y.at(first_q, p.heads), rel_x.at(first_q, p.heads), path_row.at(first_k, p.heads),
+                             path_col.at(first_k, p.heads), q_xy.at(first_q, p.heads), k_xy.at(first_k, p.heads),
+                             of_queries.at(first_q, p.heads), of(factor), of(sink), of(slope)};
+    c.kernels->backward(sample, head, sums, scratch);
+  };
+  if (bias.wanted || gain.wanted || weight.wanted) {
+    const int64_t count = families.samples * families.heads, members = families.members(), chunks = families.chunks;
+    const int64_t bytes = c.kernels->scratch_bytes(p, true);
+    torch::stable::parallel_for(0, count * chunks, 1, [&](int64_t first, int64_t last) {
+      Scratch scratch(bytes);
+      for (int64_t t = first; t < last; ++t)
+        for (int64_t m = members * (t % chunks) / chunks; m < members * (t % chunks + 1) / chunks; ++m) {
+          const auto [s, head] = families.unit(t / chunks, m);
+          one(s, head, t % chunks, scratch.data());
+        }
+    });
+  } else {
+    over_tasks(c, attention_tasks(c, false), true, [&](const AttentionTask& t, int64_t, void* scratch) { one(t.sample, t.kv_head, 0, scratch); });
+  }
+  const auto given = [need](Wanted bit, const Tensor& t) { return need >> bit & 1 ? OptTensor(t) : OptTensor(); };
+  const int tokens[4] = {0, 1, 2, 3}, vectors[4] = {0, 3, 1, -1}, flat[4] = {0, 1, 2, -1}, places_of[4] = {0, 1, -1, 2};
+  return {given(kQ, dq), given(kK, dk), given(kV, dv), bias.gradient(o.bias),
+          keys.gradient(wants(kKeyBias, o.key_bias), o.key_bias, c, tokens_k, vectors),
+          head_sums(wants(kFactor, o.factor), factor, p.heads, o.factor), head_sums(wants(kSink, o.sink), sink, p.heads, o.sink),
+          gain.gradient(o.gain), weight.gradient(o.weight),
+          rel_y.gradient(wants(kRelY, o.rel_y), o.rel_y, c, tokens_q, tokens),
+          rel_x.gradient(wants(kRelX, o.rel_x), o.rel_x, c, tokens_q, tokens),
+          path_row.gradient(wants(kPathRow, o.path_row), o.path_row, c, tokens_k, flat),
+          path_col.gradient(wants(kPathCol, o.path_col), o.path_col, c, tokens_k, flat),
+          head_sums(wants(kSlope, o.slope), slope, p.heads, o.slope),
+          q_xy.gradient(wants(kQxy, o.q_xy), o.q_xy, c, tokens_q, places_of),
+          k_xy.gradient(wants(kKxy, o.k_xy), o.k_xy, c, tokens_k, places_of),
+          of_queries.gradient(wants(kQueryWeight, o.query_weight), o.query_weight, c, tokens_q, flat)};
+}
+
+Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,
+                        VITKERN_ATTENTION_ARGUMENTS, int64_t need) {
+  const AttentionOptions o VITKERN_ATTENTION_OPTIONS;
+  AttentionCall c(q, k, v, o);
+  if (dout) {
+    check(dout->dim() == 4 && dout->size(1) == q.size(1) && dout->size(3) == v.size(3), kOp, "the gradient must be of out's shape");
+    c.p.dout = heads_view(*dout);
+  }
+  if (dlse && c.p.normalizer == Normalizer::softmax) c.p.dlse = heads_view(*dlse);
+  if (dkey_mean && query_weight) c.p.dkey_mean = heads_view(*dkey_mean);
+  return c.wide ? backward<double>(c, o, q.size(1), k.size(1), need) : backward<float>(c, o, q.size(1), k.size(1), need);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vitkern, CPU, m) { m.impl("attention_bwd", TORCH_BOX(&attention_bwd)); }
+
+}  // namespace vitkern

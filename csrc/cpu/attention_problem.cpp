@@ -1,0 +1,252 @@
+// Reads the arguments of the op attention: second checks, strides, and the choice of the block of queries.
+#include "attention_problem.h"
+
+namespace vitkern {
+
+namespace {
+
+using torch::stable::Tensor;
+constexpr const char* kOp = "attention";
+constexpr int64_t kBlockBytes = 262144;  // of the scores of a block of queries
+
+// A tensor that broadcasts to [B, H, Nq, Nk].
+ScoreView score_view(const Tensor& t, const int64_t (&shape)[4], Dtype dtype) {
+  check(t.dim() == 4, kOp, "score-shaped tensors must have 4 axes");
+  int64_t stride[4];
+  for (int a = 0; a < 4; ++a) {
+    check(t.size(a) == 1 || t.size(a) == shape[a], kOp, "score-shaped tensors must broadcast to [B, H, Nq, Nk]");
+    stride[a] = t.size(a) == 1 ? 0 : t.stride(a);
+  }
+  return {static_cast<const char*>(t.const_data_ptr()), dtype, stride[0], stride[1], stride[2], stride[3]};
+}
+
+// A tensor [B|1, N, H|1] or [B|1, N, H|1, W]: stride 0 on axes of length 1.
+HeadsView token_view(const Tensor& t, int64_t batch, int64_t tokens, int64_t heads) {
+  check((t.dim() == 3 || t.dim() == 4) && (t.size(0) == 1 || t.size(0) == batch) && t.size(1) == tokens &&
+            (t.size(2) == 1 || t.size(2) == heads),
+        kOp, "tensors of tokens must have shape [B or 1, N, H or 1]");
+  HeadsView v = heads_view(t);
+  if (t.size(0) == 1) v.rows.batch = 0;
+  if (t.size(2) == 1) v.head = 0;
+  return v;
+}
+
+std::vector<double> per_head(const Tensor& t, int64_t heads) {
+  check(t.dim() == 1 && t.size(0) == heads, kOp, "scale, sink and slope must have shape [H]");
+  std::vector<double> values;
+  for (int64_t h = 0; h < heads; ++h) values.push_back(scalar<double>(t.const_data_ptr(), h * t.stride(0), dtype_of(t, kOp)));
+  return values;
+}
+
+IdsView ids_view(const Tensor& t, int64_t batch, int64_t tokens) {
+  check(t.scalar_type() == torch::headeronly::ScalarType::Int && t.dim() == 2 && (t.size(0) == 1 || t.size(0) == batch) &&
+            t.size(1) == tokens,
+        kOp, "ids must be int32 [B or 1, N]");
+  return {static_cast<const int32_t*>(t.const_data_ptr()), t.size(0) == 1 ? 0 : t.stride(0), t.stride(1)};
+}
+bool ids_below(const Tensor& t, int64_t limit) {
+  const auto* data = static_cast<const int32_t*>(t.const_data_ptr());
+  for (int64_t b = 0; b < t.size(0); ++b)
+    for (int64_t i = 0; i < t.size(1); ++i)
+      if (data[b * t.stride(0) + i * t.stride(1)] >= limit) return false;
+  return true;
+}
+
+void shift(HeadsView& v, int64_t sample, int64_t token) {
+  if (v.rows.data) v.rows.data += (sample * v.rows.batch + token * v.rows.token) * size_of(v.rows.dtype);
+}
+void shift(RowsView& v, int64_t sample, int64_t token) {
+  if (v.data) v.data += (sample * v.batch + token * v.token) * size_of(v.dtype);
+}
+void shift(IdsView& v, int64_t sample, int64_t token) {
+  if (v.data) v.data += sample * v.batch + token * v.token;
+}
+
+}  // namespace
+
+HeadsView heads_view(const Tensor& t) {
+  check(t.dim() == 3 || t.dim() == 4, kOp, "q, k and v must have shape [B, N, H, D]");
+  return {{static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype_of(t, kOp), t.stride(0), t.stride(1),
+           t.dim() == 4 ? t.stride(3) : 1},
+          t.stride(2)};
+}
+
+AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o) {
+  p.q = heads_view(q);
+  p.k = heads_view(k);
+  p.v = heads_view(v);
+  const int64_t most = int64_t(1) << 30;
+  check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(2) >= 1 &&
+            q.size(2) % k.size(2) == 0 && v.size(2) == k.size(2) && v.size(1) == k.size(1) && k.size(3) == q.size(3) &&
+            q.size(1) < most && k.size(1) < most && q.size(3) <= 256 && v.size(3) <= 256,
+        kOp, "q, k and v do not fit together");
+  batch = q.size(0);
+  tokens_q_ = q.size(1);
+  tokens_k_ = k.size(1);
+  p.heads = int32_t(q.size(2));
+  p.kv_heads = int32_t(k.size(2));
+  p.depth = int32_t(q.size(3));
+  p.width = int32_t(v.size(3));
+  wide = p.q.rows.dtype == Dtype::f64;
+  kernels = wide ? &vitkern::kernels().attention_f64 : &vitkern::kernels().attention_f32;
+  read_sequences(o);
+  const int32_t lanes = wide ? vitkern::kernels().lanes / 2 : vitkern::kernels().lanes;
+  p.padded = (p.keys + lanes - 1) / lanes * lanes;
+  p.normalizer = o.normalizer == "softmax"   ? Normalizer::softmax
+                 : o.normalizer == "sigmoid" ? Normalizer::sigmoid
+                 : o.normalizer == "relu"    ? Normalizer::relu
+                                             : Normalizer::none;
+  check(p.normalizer != Normalizer::none || o.normalizer == "none", kOp, "normalizer must be softmax, sigmoid, relu or none");
+  factor_ = o.factor ? per_head(*o.factor, p.heads) : std::vector<double>(size_t(p.heads), o.scale);
+  p.factor = factor_.data();
+  if (o.sink) p.sink = (sink_ = per_head(*o.sink, p.heads)).data();
+  p.causal = o.causal;
+  p.offset = o.offset;
+  p.topk = int32_t(std::min<int64_t>(o.topk, most));
+  p.dropout_p = o.dropout_p;
+  if (o.seed) p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
+  read_scores(o);
+  read_positions(o);
+  read_ids(o);
+  choose_block();
+}
+
+void AttentionCall::read_sequences(const AttentionOptions& o) {
+  packed = o.cu_q.has_value();
+  if (!packed) {
+    p.queries = int32_t(tokens_q_);
+    p.keys = int32_t(tokens_k_);
+    samples.assign(size_t(batch), {0, tokens_q_, 0, tokens_k_});
+    return;
+  }
+  check(batch == 1 && o.cu_k && o.cu_q->dim() == 1 && o.cu_k->dim() == 1 && o.cu_q->size(0) == o.cu_k->size(0) &&
+            o.cu_q->size(0) >= 1 && o.cu_q->scalar_type() == torch::headeronly::ScalarType::Int &&
+            o.cu_k->scalar_type() == torch::headeronly::ScalarType::Int,
+        kOp, "cu_seqlens_q and cu_seqlens_k must be int32 [S + 1]");
+  const auto at = [](const Tensor& t, int64_t i) -> int64_t {
+    return static_cast<const int32_t*>(t.const_data_ptr())[i * t.stride(0)];
+  };
+  const int64_t count = o.cu_q->size(0) - 1;
+  bool fits = at(*o.cu_q, 0) == 0 && at(*o.cu_k, 0) == 0 && at(*o.cu_q, count) == tokens_q_ && at(*o.cu_k, count) == tokens_k_;
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t q = at(*o.cu_q, s), k = at(*o.cu_k, s), nq = at(*o.cu_q, s + 1) - q, nk = at(*o.cu_k, s + 1) - k;
+    fits = fits && nq >= 0 && nk >= 0 && nq <= o.max_q && nk <= o.max_k;
+    samples.push_back({q, nq, k, nk});
+  }
+  check(fits, kOp,
+        "cu_seqlens_q and cu_seqlens_k must ascend from 0 to the tokens of q and k, in steps of at most max_seqlen_q and max_seqlen_k");
+  p.queries = int32_t(o.max_q);
+  p.keys = int32_t(o.max_k);
+}
+
+void AttentionCall::read_scores(const AttentionOptions& o) {
+  const int64_t shape[4] = {batch, p.heads, p.queries, p.keys}, all[4] = {batch, p.heads, 1, tokens_k_};
+  const struct {
+    const OptTensor& from;
+    ScoreView& to;
+  } floats[] = {{o.bias, p.bias}, {o.gain, p.gain}, {o.weight, p.weight}};
+  for (const auto& t : floats)
+    if (t.from) t.to = score_view(*t.from, shape, dtype_of(*t.from, kOp));
+  if (o.key_bias) p.key_bias = score_view(*o.key_bias, all, dtype_of(*o.key_bias, kOp));
+  if (o.mask) {
+    check(o.mask->scalar_type() == torch::headeronly::ScalarType::Bool, kOp, "mask must be bool");
+    p.mask = score_view(*o.mask, shape, Dtype::f32);
+  }
+}
+
+void AttentionCall::read_positions(const AttentionOptions& o) {
+  if (o.rel_y && o.rel_x) {
+    p.rel_y = token_view(*o.rel_y, batch, tokens_q_, p.heads);
+    p.rel_x = token_view(*o.rel_x, batch, tokens_q_, p.heads);
+    p.rel_height = int32_t(o.rel_y->size(3));
+    p.rel_width = int32_t(o.rel_x->size(3));
+    check(int64_t(p.rel_height) * p.rel_width >= p.keys, kOp, "rel_y and rel_x must hold a map of all keys");
+  }
+  if (o.path_row && o.path_col) {
+    p.path_row = token_view(*o.path_row, batch, tokens_k_, p.heads);
+    p.path_col = token_view(*o.path_col, batch, tokens_k_, p.heads);
+    p.path_width = int32_t(o.path_width);
+    check(!packed && p.path_width > 0 && p.keys % p.path_width == 0 && p.queries == p.keys, kOp, "the path must be of a whole grid");
+    p.path_height = p.keys / p.path_width;
+    p.path_transposed = o.path_transposed;
+  }
+  if (o.slope) {
+    check(o.q_xy && o.k_xy, kOp, "slope must go with coordinates");
+    p.slope = (slope_ = per_head(*o.slope, p.heads)).data();
+    const auto rows = [&](const Tensor& t, int64_t tokens) -> RowsView {
+      check(t.dim() == 3 && (t.size(0) == 1 || t.size(0) == batch) && t.size(1) == tokens && t.size(2) == 2, kOp,
+            "coordinates must have shape [B or 1, N, 2]");
+      return {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype_of(t, kOp), t.size(0) == 1 ? 0 : t.stride(0),
+              t.stride(1), t.stride(2)};
+    };
+    p.q_xy = rows(*o.q_xy, tokens_q_);
+    p.k_xy = rows(*o.k_xy, tokens_k_);
+  }
+  if (o.query_weight) p.query_weight = token_view(*o.query_weight, batch, tokens_q_, p.heads);
+}
+
+void AttentionCall::read_ids(const AttentionOptions& o) {
+  p.rule = o.rule == "equal" ? Rule::equal : o.rule == "table" ? Rule::table : o.rule == "upto" ? Rule::upto : Rule::none;
+  if (p.rule == Rule::none) return;
+  check(o.q_ids && o.k_ids, kOp, "a rule must go with ids");
+  p.q_ids = ids_view(*o.q_ids, batch, tokens_q_);
+  p.k_ids = ids_view(*o.k_ids, batch, tokens_k_);
+  if (p.rule != Rule::table) return;
+  check(o.allow && o.allow->dim() == 2 && o.allow->scalar_type() == torch::headeronly::ScalarType::Bool, kOp, "allow must be a bool table");
+  check(ids_below(*o.q_ids, o.allow->size(0)) && ids_below(*o.k_ids, o.allow->size(1)), kOp,
+        "mask Segments: ids must be below the sides of allow");
+  p.allow = static_cast<const uint8_t*>(o.allow->const_data_ptr());
+  p.allow_row = o.allow->stride(0);
+  p.allow_column = o.allow->stride(1);
+  p.allow_columns = int32_t(o.allow->size(1));
+}
+
+// A block holds what the cache does, 8 to 64 rows. Where a mask shows each query other keys, and few, every query goes alone:
+// what a block sees together would be most of the keys. Judged by some of the rows.
+void AttentionCall::choose_block() {
+  const int64_t row = int64_t(std::max(p.padded, 1)) * (wide ? 8 : 4), tiles = p.keys / kKeyTile;
+  p.block = int32_t(std::clamp<int64_t>(kBlockBytes / row, 8, 64));
+  if (!p.mask.data || !p.mask.row || p.mask.column != 1 || p.queries < 16 || tiles < 16 || !batch) return;
+  int64_t alone = 0, together = 0;
+  for (int64_t part = 0; part < 4; ++part) {
+    std::vector<bool> some(static_cast<size_t>(tiles));
+    const int64_t first = (p.queries - 16) * part / 4;
+    for (int64_t i = first; i < first + 16; ++i) {
+      const char* seen = p.mask.data + (batch - 1) * p.mask.batch + i * p.mask.row;
+      for (int64_t t = 0; t < tiles; ++t) {
+        uint64_t half[2];
+        std::memcpy(half, seen + t * kKeyTile, sizeof half);
+        if (!(half[0] | half[1])) continue;
+        ++alone;
+        some[size_t(t)] = true;
+      }
+    }
+    together += 16 * std::count(some.begin(), some.end(), true);
+  }
+  if (3 * alone < together) p.block = 1;
+}
+
+AttentionProblem AttentionCall::sample(int64_t s) const {
+  AttentionProblem one = p;
+  const Tokens& t = samples[size_t(s)];
+  const int64_t b = packed ? 0 : s;
+  const int32_t lanes = wide ? vitkern::kernels().lanes / 2 : vitkern::kernels().lanes;
+  one.queries = int32_t(t.queries);
+  one.keys = int32_t(t.keys);
+  one.padded = (one.keys + lanes - 1) / lanes * lanes;
+  one.sample = uint32_t(s);
+  for (HeadsView* v : {&one.q, &one.out, &one.lse, &one.dout, &one.dlse, &one.dq, &one.rel_y, &one.rel_x, &one.query_weight})
+    shift(*v, b, t.first_query);
+  for (HeadsView* v : {&one.k, &one.v, &one.dk, &one.dv, &one.path_row, &one.path_col, &one.dkey_mean}) shift(*v, b, t.first_key);
+  shift(one.q_xy, b, t.first_query);
+  shift(one.k_xy, b, t.first_key);
+  shift(one.q_ids, b, t.first_query);
+  shift(one.k_ids, b, t.first_key);
+  for (ScoreView* v : {&one.bias, &one.gain, &one.weight})
+    if (v->data) v->data += b * v->batch * size_of(v->dtype);
+  if (one.key_bias.data) one.key_bias.data += (b * one.key_bias.batch + t.first_key * one.key_bias.column) * size_of(one.key_bias.dtype);
+  if (one.mask.data) one.mask.data += b * one.mask.batch;
+  return one;
+}
+
+}  // namespace vitkern

@@ -1,0 +1,68 @@
+// The arguments of the op attention as the kernels want them: one problem for every sample or packed sequence.
+#pragma once
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tensors.h"
+
+namespace vitkern {
+
+using OptTensor = std::optional<torch::stable::Tensor>;
+
+// The arguments of the op behind q, k and v.
+struct AttentionOptions {
+  OptTensor bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy;
+  OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k;
+  std::string normalizer;
+  double scale;
+  bool causal;
+  int64_t offset;
+  double dropout_p;
+  int64_t topk;
+  std::string rule;
+  int64_t path_width;
+  bool path_transposed;
+  int64_t max_q, max_k;
+};
+
+// The tokens of one sample or sequence among all.
+struct Tokens {
+  int64_t first_query, queries, first_key, keys;
+};
+
+// All of a call. `p` is of the whole tensors, its queries and keys the most of any sample.
+class AttentionCall {
+ public:
+  AttentionProblem p{};
+  const AttentionKernels* kernels;
+  bool wide;       // double
+  bool packed;     // sequences in one row
+  int64_t batch;   // of the tensors: 1 if packed
+  std::vector<Tokens> samples;
+
+  AttentionCall(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                const AttentionOptions& options);
+
+  // The problem of one sample.
+  AttentionProblem sample(int64_t s) const;
+  int64_t all_queries() const { return batch * tokens_q_; }
+  int64_t all_keys() const { return batch * tokens_k_; }
+
+ private:
+  std::vector<double> factor_, sink_, slope_;
+  int64_t tokens_q_, tokens_k_;
+
+  void read_scores(const AttentionOptions& o);
+  void read_positions(const AttentionOptions& o);
+  void read_ids(const AttentionOptions& o);
+  void read_sequences(const AttentionOptions& o);
+  void choose_block();
+};
+
+// A tensor [B, N, H, D], or [B, N, H].
+HeadsView heads_view(const torch::stable::Tensor& t);
+
+}  // namespace vitkern

@@ -1,0 +1,317 @@
+"""attention: how typed modifiers become the arguments of the op, and the op's definition."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern.bias import (
+    ContextualPosition,
+    DecomposedRelativePosition,
+    EuclideanDistance,
+    KeyBias,
+    ManhattanDecay,
+    PolylinePath,
+    RowBias,
+)
+from vitkern.mask import BlockCausal, Causal, Segments
+from vitkern.modulation import ElementwiseMask, Policy, TalkingHeads
+from vitkern.reference.attention import attention as reference
+from vitkern.reference.attention import wider
+from vitkern.reference.window_attention import normalize
+from vitkern.stats import Stats
+
+TENSORS = (
+    "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
+    "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k",
+)  # fmt: skip
+OPTIONS = (
+    "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
+)  # fmt: skip
+PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal)
+KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean")
+
+
+def unserved(lowered: dict[str, Any]) -> str:
+    """Why no kernel serves the call, "" if the op does."""
+    if lowered["normalizer"].startswith("argmax"):
+        return f"no kernel has normalizer={lowered['normalizer']!r}"
+    for m in lowered["modulations"]:
+        if isinstance(m, (TalkingHeads, Policy)):
+            return f"no kernel has modulation.{type(m).__name__}"
+    others = [name for name in lowered["stats"] if name not in KERNEL_STATS]
+    if others:
+        return f"return_stats {others[0]!r} stores the whole map of scores, which no kernel does"
+    if any(isinstance(b, ContextualPosition) and b.v_table is not None for b in lowered["biases"]):
+        return "no kernel has the value table of bias.ContextualPosition"
+    return ""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences one behind the other in one row: their bounds, and a q and a k of the greatest lengths."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest: tuple[Tensor, Tensor]
+
+
+def seen_by(modifier: Any, q: Tensor, k: Tensor, longest: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The q and k that a modifier must fit: of packed sequences all tokens, or the longest one."""
+    return (q, k) if longest is None or isinstance(modifier, PER_TOKEN) else longest
+
+
+def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, Any]:
+    """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
+    whose slot is taken, or that meets further keys, takes its dense form."""
+    q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
+    acc = torch.promote_types(q.dtype, torch.float32)
+    found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
+    found |= {"sink": lowered["sink"], "seed": lowered["seed"], "normalizer": lowered["normalizer"]}
+    found |= {"dropout_p": lowered["dropout_p"], "topk": lowered["topk"] or 0, "rule": "none", "path_width": 0}
+    found |= {"path_transposed": False, "causal": False, "offset": 0, "max_q": 0, "max_k": 0}
+    extra = lowered["extra_kv"]
+    longest = None
+    if packed is not None:
+        longest = packed.longest
+        found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
+    dense, of_keys, of_weights = _place_biases(found, lowered["biases"], q, k, extra is not None, longest)
+    seen = _place_masks(found, lowered["masks"], q, k, extra is not None, longest)
+    factors: list[Tensor] = []
+    for m in lowered["modulations"]:
+        (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
+    rope = lowered["rope"]
+    if rope is not None:
+        q, k = rope.turn(q, rope.q_range), rope.turn(k, rope.k_range)
+    if v is None:
+        v = k[..., :1]  # what the statistics do not see
+    if extra is not None:
+        own, more = k.shape[1], extra[0].shape[1]
+        values = k.new_zeros(extra[0].shape)[..., : v.shape[3]] if extra[1] is None else extra[1]
+        k, v = (
+            torch.cat((t, e.expand(len(q), -1, -1, -1)), 1) for t, e in zip((k, v), (extra[0], values), strict=True)
+        )
+        dense, of_keys = ([wider(t, own, more, 0.0) for t in each] for each in (dense, of_keys))
+        factors, of_weights = ([wider(t, own, more, 1.0) for t in each] for each in (factors, of_weights))
+        seen = [wider(t, own, more, True) for t in seen]
+    if lowered["cosine"] is not None:
+        cosine = lowered["cosine"]
+        q, k = (normalize(t.to(acc), cosine.eps).to(t.dtype) for t in (q, k))
+        found["factor"] = cosine.logit_scale.reshape(-1).to(acc).clamp(max=cosine.max).exp()
+    elif isinstance(scale, Tensor):
+        found["factor"] = scale.to(acc).expand(q.shape[2])
+    found |= {"q": q, "k": k, "v": v, "bias": joined(dense, torch.add), "key_bias": joined(of_keys, torch.add)}
+    found |= {"mask": joined(seen, torch.logical_and), "scale": 1.0 if found["factor"] is not None else float(scale)}
+    found |= {"gain": joined(factors, torch.mul), "weight": joined(of_weights, torch.mul)}
+    if "key_mean" in lowered["stats"]:
+        found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
+    return found
+
+
+def _place_biases(
+    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Fills the slots of the typed biases; returns the dense biases, those of the keys alone, and factors of the weights."""
+    dense, of_keys, of_weights = [], [], []
+    relative = (DecomposedRelativePosition, ManhattanDecay) if longest is None else DecomposedRelativePosition
+    for b in biases:
+        if isinstance(b, Tensor):
+            dense.append(b)
+        elif isinstance(b, KeyBias):
+            of_keys.append(b.dense(q, k))
+        elif isinstance(b, ManhattanDecay) and b.place == "prob":
+            of_weights.append(b.dense(*seen_by(b, q, k, longest)).exp())
+        elif isinstance(b, relative) and found["rel_y"] is None and not extended:
+            found["rel_y"], found["rel_x"] = b.per_query(q)
+        elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None:
+            found["rel_y"] = b.vector.transpose(1, 2)[..., None]  # [1, Tq, H|1, 1]
+            found["rel_x"] = b.vector.new_zeros(()).expand(1, q.shape[1], 1, found["max_k"])
+        elif isinstance(b, PolylinePath) and found["path_row"] is None and not extended:
+            found |= {"path_row": b.row.flatten(1, 2), "path_col": b.col.flatten(1, 2)}
+            found |= {"path_width": b.row.shape[2], "path_transposed": b.transpose}
+        elif isinstance(b, EuclideanDistance) and found["slope"] is None and not extended:
+            found |= {"slope": b.slope, "q_xy": b.q_xy, "k_xy": b.k_xy}
+        else:
+            dense.append(b.dense(*seen_by(b, q, k, longest)))
+    return dense, of_keys, of_weights
+
+
+def _place_masks(found: dict[str, Any], masks: Any, q: Tensor, k: Tensor, extended: bool, longest: Any) -> list[Tensor]:
+    """Fills the slots of the typed masks; returns the dense ones."""
+    seen = []
+    for m in masks:
+        if isinstance(m, Causal) and not extended:
+            found["offset"] = min(found["offset"], m.offset) if found["causal"] else m.offset
+            found["causal"] = True
+        elif isinstance(m, Segments) and found["rule"] == "none" and not extended:
+            found |= {"q_ids": m.q_ids.to(torch.int32), "k_ids": m.k_ids.to(torch.int32), "allow": m.allow}
+            found["rule"] = "equal" if m.allow is None else "table"
+        elif isinstance(m, BlockCausal) and found["rule"] == "none" and not extended:
+            found |= {"q_ids": m.q_levels.to(torch.int32), "k_ids": m.k_levels.to(torch.int32), "rule": "upto"}
+        else:
+            seen.append(m if isinstance(m, Tensor) else m.dense(*seen_by(m, q, k, longest)))
+    return seen
+
+
+def joined(parts: list[Tensor], join: Any) -> Tensor | None:
+    """All parts in one tensor of four axes, None for no part."""
+    if not parts:
+        return None
+    whole = functools.reduce(join, parts)
+    return whole[(None,) * (4 - whole.dim())]
+
+
+def shares(weight: Tensor | None, q: Tensor, cu: Tensor | None) -> Tensor:
+    """[B, Nq, H]: the weights of the queries over their sum, that of a packed sequence if there are; 0 where that is 0."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    w = q.new_ones((1, 1, 1), dtype=acc) if weight is None else weight.to(acc)
+    w = (w[..., None] if w.dim() == 2 else w).expand(q.shape[:3])
+    if cu is None:
+        total = w.sum(1, keepdim=True)
+    else:
+        place = torch.bucketize(torch.arange(q.shape[1], device=q.device), cu[1:], right=True).clamp(max=len(cu) - 2)
+        total = w.new_zeros((1, len(cu) - 1, q.shape[2])).index_add(1, place, w)[:, place]
+    return torch.where(total == 0, 0.0, w / total.masked_fill(total == 0, 1.0))
+
+
+# statistics that need no kernel ---------------------------------------------------------------------------------------
+
+
+def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
+    """The weights of some queries, [B, H, R, Nk]."""
+    count, keys = found["q"].shape[1], found["k"].shape[1]
+    chosen = [i % count for i in rows]
+    some = dict(found)
+    for name in ("q", "rel_y", "rel_x", "q_xy", "q_ids"):
+        some[name] = None if found[name] is None else found[name][:, chosen]
+    for name in ("bias", "mask", "gain"):
+        t = found[name]
+        some[name] = t if t is None or t.shape[2] == 1 else t[:, :, chosen]
+    if found["causal"]:
+        i = torch.tensor(chosen, device=found["q"].device)[:, None]
+        past = torch.arange(keys, device=i.device) <= i + found["offset"]  # [R, Nk]
+        some |= {"causal": False, "mask": past[None, None] if some["mask"] is None else some["mask"] & past}
+    if found["path_row"] is not None:
+        path = _path(found).of_queries(chosen)
+        some |= {"path_row": None, "bias": path if some["bias"] is None else some["bias"] + path}
+    some |= {"weight": None, "dropout_p": 0.0, "query_weight": None}
+    probs = dense_call(some, ("probs",))[1].probs
+    assert probs is not None
+    return probs
+
+
+def mean_logits(found: dict[str, Any]) -> Tensor:
+    """The head mean of the scaled products, [B, Nq, Nk]: one product of the concatenated heads."""
+    q, k, factor = found["q"], found["k"], found["factor"]
+    acc = torch.promote_types(q.dtype, torch.float32)
+    a, b = (t.to(acc).masked_fill(~t.isfinite().all(-1, keepdim=True), math.nan) for t in (q, k))
+    a = a * (found["scale"] if factor is None else factor.to(acc)[:, None]) / q.shape[2]
+    return a.flatten(2) @ b.repeat_interleave(q.shape[2] // k.shape[2], 2).flatten(2).mT
+
+
+# the definition -------------------------------------------------------------------------------------------------------
+
+
+def definition(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``out [B, Nq, H, Dv]``; ``lse [B, Nq, H]``, 0 but for softmax; ``key_mean [B, Nk, H]``, the weights of each key times
+    query_weight, of length 0 without. The arguments are TENSORS, OPTIONS and the back-end of a GPU."""
+    found = dict(zip((*TENSORS, *OPTIONS), args, strict=False))
+    if found["cu_q"] is None:
+        return _one(found)
+    padded, places = _padded(found)
+    out, lse, key_mean = _one(padded)
+    key_mean = key_mean.flatten(0, 1)
+    if found["query_weight"] is not None:
+        key_mean = key_mean[places["k"]]
+    return out.flatten(0, 1)[places["q"]][None], lse.flatten(0, 1)[places["q"]][None], key_mean[None]
+
+
+def _empty(q: Tensor, v: Tensor, query_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    acc = torch.promote_types(q.dtype, torch.float32)
+    keys = v.shape[1] if query_weight is not None else 0
+    return (
+        v.new_empty((*q.shape[:3], v.shape[3])),
+        q.new_empty(q.shape[:3], dtype=acc),
+        q.new_empty((len(q), keys, q.shape[2]), dtype=acc),
+    )
+
+
+def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q, v, rest[TENSORS.index("query_weight") - 3])
+
+
+def _padded(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of packed sequences as a batch of padded ones, and where the tokens of q and k lie in it."""
+    one, places, real = dict(found), {}, {}
+    of = {"q": ("q", "rel_y", "rel_x", "q_xy", "q_ids", "query_weight"), "k": ("k", "v", "k_xy", "k_ids", "key_bias")}
+    for side, names in of.items():
+        cu, tokens, longest = found[f"cu_{side}"].long(), found[side].shape[1], found[f"max_{side}"]
+        first, length = cu[:-1, None], cu.diff()[:, None]  # [S, 1]
+        i = torch.arange(longest, device=cu.device)
+        real[side] = i < length  # [S, max]
+        index = torch.where(real[side], first + i, tokens)  # of the blank behind the last token
+        token = torch.arange(tokens, device=cu.device)
+        s = torch.bucketize(token, cu[1:], right=True)
+        places[side] = s * longest + token - cu[s]
+        for name in names:
+            t = found[name]
+            if t is not None:
+                axis = 3 if name == "key_bias" else 1
+                blank = t.new_zeros((*t.shape[:axis], 1, *t.shape[axis + 1 :]))
+                t = torch.cat((t, blank), axis).squeeze(0)
+                one[name] = t.movedim(axis - 1, 0)[index]  # [S, max, ...]
+                if name == "key_bias":
+                    one[name] = one[name].permute(0, 2, 3, 1)
+    inside = real["q"][:, None, :, None] & real["k"][:, None, None, :]
+    one["mask"] = inside if found["mask"] is None else found["mask"] & inside
+    return one | {"cu_q": None, "cu_k": None}, places
+
+
+def _path(found: dict[str, Any]) -> PolylinePath:
+    row, col = (found[name].unflatten(1, (-1, found["path_width"])) for name in ("path_row", "path_col"))
+    return PolylinePath(row, col, found["path_transposed"])
+
+
+def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    stats = ("lse",) if found["normalizer"] == "softmax" else ()
+    weight = found["query_weight"]
+    out, stat = dense_call(found, stats if weight is None else (*stats, "probs"))
+    _, lse, key_mean = _empty(found["q"], found["v"], weight)
+    if stat.lse is not None:
+        lse = stat.lse.contiguous()
+    else:
+        lse.zero_()
+    if weight is not None:
+        key_mean = torch.einsum("bih,bhij->bjh", weight.to(lse.dtype), stat.probs)
+    assert out is not None
+    return out, lse, key_mean.contiguous()
+
+
+def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | None, Stats]:
+    """The reference on slots, those of the typed modifiers in their dense form."""
+    q, k, v = (found[name] for name in "qkv")
+    biases = [found[name] for name in ("bias", "key_bias") if found[name] is not None]
+    if found["rel_y"] is not None:
+        rows, columns = found["rel_y"], found["rel_x"]
+        biases.append(DecomposedRelativePosition(rows, columns, None, (0, 0)).dense(q, k)[..., : k.shape[1]])
+    if found["path_row"] is not None:
+        biases.append(_path(found))
+    if found["slope"] is not None:
+        biases.append(EuclideanDistance(found["slope"], found["q_xy"], found["k_xy"]))
+    masks: list[Any] = [found["mask"]] if found["mask"] is not None else []
+    if found["causal"]:
+        masks.append(Causal(found["offset"]))
+    if found["rule"] == "upto":
+        masks.append(BlockCausal(found["q_ids"], found["k_ids"]))
+    elif found["rule"] != "none":
+        masks.append(Segments(found["q_ids"], found["k_ids"], found["allow"]))
+    places = (("gain", "logit"), ("weight", "prob"))
+    factors = tuple(ElementwiseMask(found[name], place) for name, place in places if found[name] is not None)
+    scale = found["scale"] if found["factor"] is None else found["factor"]
+    return reference(
+        q, k, v, tuple(biases), tuple(masks), factors, found["normalizer"], None, None, scale, found["sink"], None,
+        found["seed"], found["dropout_p"], found["topk"] or None, stats,
+    )  # fmt: skip
