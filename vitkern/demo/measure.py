@@ -43,9 +43,9 @@ class Result:
 
 
 def logits(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Class scores of a model, or its pooled features where it has no classes."""
+    """Class scores of a model, the masks of one that segments, or its features where it has neither."""
     out = model(pixels)
-    for name in ("logits", "pooler_output", "last_hidden_state"):
+    for name in ("logits", "masks_queries_logits", "pooler_output", "last_hidden_state"):
         found = getattr(out, name, None)
         if found is not None:
             return found.flatten(1)

@@ -79,7 +79,7 @@ def write_report(
     )
     explanation = (
         (weights if random_weights else "")
-        + "Each line runs the same pictures through the model's own code, through torch.compile, and with its window attention "
+        + "Each line runs the same pictures through the model's own code, through torch.compile, and with its attention "
         "replaced by vitkern.patch. Times are medians of interleaved runs. Peak memory is what one forward adds "
         "to the process. The difference is the largest between vitkern and eager; the errors are the largest "
         "of each against the model in float64."

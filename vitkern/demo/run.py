@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +42,64 @@ def pixels(pictures: list[tuple[str, Any]], size: tuple[int, int]) -> Tensor:
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
 
 
-def models(name: str | None) -> dict[str, Callable[[], nn.Module]]:
-    """Swin-T and SwinV2-T from the library's own configurations with random weights, or the user's own model."""
+@dataclass(frozen=True)
+class Subject:
+    """A model of the demo. One with a size runs on that only, in float32 and without torch.compile, which takes minutes."""
+
+    make: Callable[[], nn.Module]
+    size: tuple[int, int] | None = None
+
+
+def models(name: str | None) -> dict[str, Subject]:
+    """Models from the library's own configurations with random weights, or the user's own model."""
     import transformers
 
     if name is None:
         return {
-            "Swin-T": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(num_labels=1000)),
-            "SwinV2-T": lambda: transformers.Swinv2ForImageClassification(transformers.Swinv2Config(num_labels=1000)),
+            "Swin-T": Subject(
+                lambda: transformers.SwinForImageClassification(transformers.SwinConfig(num_labels=1000))
+            ),
+            "SwinV2-T": Subject(
+                lambda: transformers.Swinv2ForImageClassification(transformers.Swinv2Config(num_labels=1000))
+            ),
+            "SAM encoder, 384 wide": Subject(sam, (512, 512)),
+            "Mask2Former, Swin-T": Subject(mask2former, (256, 320)),
         }
     if Path(name).is_dir():
-        return {
-            Path(name).name: lambda: transformers.AutoModelForImageClassification.from_pretrained(
-                name, local_files_only=True
-            )
-        }
+        load = transformers.AutoModelForImageClassification.from_pretrained
+        return {Path(name).name: Subject(lambda: load(name, local_files_only=True))}
     try:
         config = transformers.AutoConfig.for_model(name)
     except ValueError as error:
         raise SystemExit(
             f"vitkern demo: --model must be a local model directory or an architecture of transformers, got {name!r}"
         ) from error
-    return {name: lambda: transformers.AutoModelForImageClassification.from_config(config)}
+    return {name: Subject(lambda: transformers.AutoModelForImageClassification.from_config(config))}
+
+
+def sam() -> nn.Module:
+    """SAM's encoder of half its width: windows of 14, four blocks of all patches, decomposed positions of random weights."""
+    import transformers
+
+    config = transformers.SamVisionConfig(
+        hidden_size=384, num_attention_heads=6, mlp_dim=1536, image_size=512, initializer_range=0.02
+    )
+    model = transformers.SamVisionModel(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "rel_pos" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+def mask2former() -> nn.Module:
+    """Mask2Former with the backbone Swin-T."""
+    import transformers
+
+    stages = [f"stage{i}" for i in range(1, 5)]
+    backbone = transformers.SwinConfig(depths=[2, 2, 6, 2], out_features=stages)
+    config = transformers.Mask2FormerConfig(backbone_config=backbone)
+    return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
 def table(results: list[Result]) -> Table:
@@ -116,7 +153,7 @@ def merge_tokens(pictures: list[tuple[str, Any]], options: argparse.Namespace, b
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="vitkern demo", description="Swin models on photographs, with and without vitkern."
+        prog="vitkern demo", description="Models on photographs, with and without vitkern."
     )
     parser.add_argument("--model", help="a local model directory, or an architecture name of transformers")
     parser.add_argument("--image", action="append", default=[], help="a picture of yours (may be given several times)")
@@ -126,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out (it takes a minute per model)"
     )
-    parser.add_argument("--quick", action="store_true", help="one size, no torch.compile: under a minute")
+    parser.add_argument("--quick", action="store_true", help="one size, Swin only, no torch.compile: under a minute")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long to measure each line")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the HTML report")
     options = parser.parse_args(argv)
@@ -134,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     pictures = (pictures * options.batch)[: max(options.batch, len(options.image))]
     sizes = [tuple(int(n) for n in s.split("x")) for s in options.sizes.split(",")][: 1 if options.quick else None]
     dtypes = [DTYPES[d] for d in options.dtypes.split(",")]
-    made = models(options.model)
+    made = {name: m for name, m in models(options.model).items() if not (options.quick and m.size)}
     console = Console()
     wide = Console(width=max(console.width, 170))
     bar = Progress(
@@ -143,23 +180,24 @@ def main(argv: list[str] | None = None) -> int:
     results: list[Result] = []
     reports: dict[str, str] = {}
     with bar:
-        task = bar.add_task("starting", total=len(made) * len(sizes) * len(dtypes))
-        for name, make in made.items():
+        lines = {name: ([m.size], [torch.float32]) if m.size else (sizes, dtypes) for name, m in made.items()}
+        task = bar.add_task("starting", total=sum(len(s) * len(d) for s, d in lines.values()))
+        for name, subject in made.items():
             torch.manual_seed(0)
-            model = make().eval()
+            model = subject.make().eval()
             weights = {key: value.clone() for key, value in model.state_dict().items()}
             with vitkern.patched(model) as report:
                 reports[name] = str(report)
             bar.update(task, description=f"{name}: the result in float64")
             with torch.inference_mode():
-                exact = {size: logits(model.double(), pixels(pictures, size).double()).float() for size in sizes}
-            for dtype in dtypes:
+                exact = {s: logits(model.double(), pixels(pictures, s).double()).float() for s in lines[name][0]}
+            for dtype in lines[name][1]:
                 model.float().load_state_dict(weights)  # the last dtype may have rounded them
                 compiled = None
-                if not (options.no_compile or options.quick):
+                if not (options.no_compile or options.quick or subject.size):
                     torch._dynamo.reset()
                     compiled = torch.compile(model, dynamic=False)
-                for size in sizes:
+                for size in lines[name][0]:
                     x = pixels(pictures, size)
                     step = lambda text: bar.update(task, description=text)  # noqa: E731
                     results.append(compare(name, model, x, exact[size], dtype, compiled, options.seconds, step))
