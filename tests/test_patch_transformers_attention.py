@@ -1,5 +1,7 @@
 """vitkern.patch on transformers' models with masked and biased attention: same weights, outputs and gradients."""
 
+import importlib
+
 import libraries  # noqa: F401
 import patch_cases
 import pytest
@@ -178,6 +180,45 @@ def test_levit_matches_and_its_cached_bias_does_not_go_stale(train):
         assert not torch.equal(made(x)[0], before)
 
 
+# the vision towers of Qwen ---------------------------------------------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    """A vision tower on an image and on a part of another, packed: both are cut into patches of two frames."""
+
+    def __init__(self, tower, patch):
+        super().__init__()
+        self.tower, self.patch = tower, patch
+
+    def forward(self, x):
+        images = (x[0], x[1, :, : 4 * self.patch, : 2 * self.patch])
+        cut = [torch.stack((i, i.roll(1, -1)), 1).unfold(2, self.patch, self.patch) for i in images]
+        cut = [c.unfold(3, self.patch, self.patch).permute(2, 3, 0, 1, 4, 5) for c in cut]  # [h, w, 3, 2, p, p]
+        grid = torch.tensor([[1, *c.shape[:2]] for c in cut])
+        return self.tower(torch.cat([c.flatten(0, 1).flatten(1) for c in cut]), grid_thw=grid)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
+def test_the_vision_tower_of_qwen_matches_on_packed_images(kind, implementation):
+    name = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}[kind]
+    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    options = {"depth": 2, "num_heads": 2, "patch_size": 4, "hidden_size": 16, "out_hidden_size": 8}
+    if kind == "Qwen2VL":
+        options = {"depth": 2, "num_heads": 2, "patch_size": 4, "embed_dim": 16, "hidden_size": 8, "mlp_ratio": 1}
+    if kind == "Qwen2_5_VL":
+        options |= {"window_size": 16, "fullatt_block_indexes": [1]}  # windows of 4 x 4 patches, the last ones cut
+    if kind == "Qwen3VL":
+        options |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    if kind != "Qwen2VL":
+        options["intermediate_size"] = 16
+    config = getattr(modeling, f"{kind}VisionConfig")(**options)
+    config._attn_implementation = implementation
+    tower = {"Qwen2VL": "Qwen2VisionTransformerPretrainedModel", "Qwen3VL": "Qwen3VLVisionModel"}
+    tower = getattr(modeling, tower.get(kind, "Qwen2_5_VisionTransformerPretrainedModel"))(config)
+    patch_cases.check(Packed(patch_cases.randomize(tower), 4), (24, 40), replaced=2)
+
+
 # through the attention interface --------------------------------------------------------------------------------------------
 
 
@@ -222,12 +263,12 @@ def test_detr_matches_on_padded_images(implementation):
 
 @pytest.mark.parametrize("kind", ["Sam", "SamHQ", "Sam2"])
 def test_the_mask_decoder_of_sam_matches(kind):
-    modeling = __import__(f"transformers.models.{kind.lower().replace('hq', '_hq')}", fromlist=["_"])
+    name = {"Sam": "sam", "SamHQ": "sam_hq", "Sam2": "sam2"}[kind]
+    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     config = getattr(transformers, f"{kind}MaskDecoderConfig")(
         hidden_size=16, num_attention_heads=2, mlp_dim=16, attention_downsample_rate=2
     )
-    two_way = getattr(modeling, f"modeling_{kind.lower().replace('hq', '_hq')}")
-    two_way = patch_cases.randomize(getattr(two_way, f"{kind}TwoWayTransformer")(config))
+    two_way = patch_cases.randomize(getattr(modeling, f"{kind}TwoWayTransformer")(config))
     patch_cases.check(TwoWay(two_way), (4, 5), channels=16, replaced=7)
 
 

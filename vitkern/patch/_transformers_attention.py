@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from vitkern.bias import DecomposedRelativePosition, RelativePosition
 from vitkern.ops.attention import attention
+from vitkern.ops.attention_varlen import attention_varlen
 from vitkern.patch._attention import index_refusal, merged, multihead, relative_on_grid, split_heads
 from vitkern.patch._interface import View, refusal, weights_wanted
+from vitkern.rope import Rope
 
 # SAM and what was built from it: decomposed positions, windows cut by the layer -----------------------------------------
 
@@ -162,9 +164,45 @@ def _mask2former(layer: nn.Module) -> Any:
     return refusal() or forward
 
 
+# the vision towers of Qwen: packed windows or frames under a rotary embedding --------------------------------------------
+
+
+def _qwen(module: nn.Module) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        max_seqlen: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if position_embeddings is None:
+            return type(self).forward(self, hidden_states, cu_seqlens, None, max_seqlen, **kwargs)
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        cos, sin = (t[None, :, None, : t.shape[-1] // 2] for t in position_embeddings)  # each holds its half twice
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        out = attention_varlen(
+            q,
+            k,
+            v,
+            *(cu_seqlens.to(torch.int32),) * 2,
+            *(max_seqlen,) * 2,
+            rope=Rope(cos, sin, layout="half"),
+            scale=self.scaling,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        return self.proj(merged(out))
+
+    return refusal() or forward
+
+
 _MODELS = "transformers.models"
 _D2V = f"{_MODELS}.data2vec.modeling_data2vec_vision"
 TABLE = {
+    f"{_MODELS}.qwen2_vl.modeling_qwen2_vl.VisionAttention": (_qwen, "attention_varlen"),
+    f"{_MODELS}.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention": (_qwen, "attention_varlen"),
+    f"{_MODELS}.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionAttention": (_qwen, "attention_varlen"),
     f"{_MODELS}.sam.modeling_sam.SamVisionAttention": (_sam, "attention"),
     f"{_MODELS}.sam.modeling_sam.SamVisionSdpaAttention": (partial(_sam, drops=False), "attention"),
     f"{_MODELS}.sam_hq.modeling_sam_hq.SamHQVisionAttention": (_sam, "attention"),

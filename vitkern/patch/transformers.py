@@ -9,6 +9,7 @@ biased attention, at the attention module.
 | SamVisionAttention, SamHQVisionAttention, GotOcr2VisionAttention, VitDetAttention | 5.x | attention, decomposed positions | |
 | Data2VecVisionSelfAttention | 5.x | attention, relative position with a prefix | |
 | LevitAttention, LevitAttentionSubsample | 5.x | attention, absolute offsets | an index buffer that is not LeViT's |
+| the vision attention of Qwen2-VL, Qwen2.5-VL, Qwen3-VL | 5.x | attention_varlen, rope | |
 | Mask2FormerMaskedAttentionDecoderLayer | 5.x | attention, mask | |
 | those of `_interface.TABLE`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT, EoMT, DETR, MaskFormer, SAM 2 … | 5.x | attention | |
 
