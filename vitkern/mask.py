@@ -88,18 +88,37 @@ class FromLogits:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, 1, Nq, Nk]``."""
-        acc = torch.promote_types(self.logits.dtype, torch.float32)
-        resized = torch.nn.functional.interpolate(
-            self.logits.detach().to(acc), size=self.size, mode="bilinear", align_corners=False
-        ).flatten(2)  # [B, Q, cells]
-        on = ~(resized < self.threshold) if self.inclusive else resized > self.threshold
-        if self.empty == "full":
-            on = on | ~on.any(-1, keepdim=True)
-        if self.open_rows is not None:
-            on = on | self.open_rows[:, :, None]
+        on = seen_cells(
+            self.logits, self.open_rows, *self.size, self.threshold, self.empty == "full", self.inclusive
+        )
+        return self.among(on, q, k)
+
+    def among(self, on: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The cells ``on [B, Q, cells]`` among all queries and keys: ``[B, 1, Nq, Nk]``."""
         (first, last), (left, right) = self.rows or (0, q.shape[1]), self.cols or (0, k.shape[1])
         around = (left, k.shape[1] - right, first, q.shape[1] - last)
-        return torch.nn.functional.pad(on, around, value=True)[:, None]
+        return (torch.nn.functional.pad(on, around, value=True) if any(around) else on)[:, None]
+
+
+def seen_cells(
+    logits: Tensor,  # [B, Q, h, w]
+    open_rows: Tensor | None,  # [B, Q]
+    height: int,
+    width: int,
+    threshold: float,
+    full: bool,  # a query that sees nothing sees all
+    inclusive: bool,
+    gpu: str = "",
+) -> Tensor:  # [B, Q, height width]
+    """Where the resized logits are on."""
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    resized = torch.nn.functional.interpolate(
+        logits.detach().to(acc), size=(height, width), mode="bilinear", align_corners=False
+    ).flatten(2)  # [B, Q, cells]
+    on = ~(resized < threshold) if inclusive else resized > threshold
+    if full:
+        on = on | ~on.any(-1, keepdim=True)
+    return on if open_rows is None else on | open_rows[:, :, None]
 
 
 def _places(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ from vitkern.bias import (
     PolylinePath,
     RowBias,
 )
-from vitkern.mask import BlockCausal, Causal, Segments
+from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
 from vitkern.modulation import ElementwiseMask, Policy, TalkingHeads
+from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import attention as reference
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
@@ -151,6 +152,8 @@ def _place_masks(found: dict[str, Any], masks: Any, q: Tensor, k: Tensor, extend
             found["rule"] = "equal" if m.allow is None else "table"
         elif isinstance(m, BlockCausal) and found["rule"] == "none" and not extended:
             found |= {"q_ids": m.q_levels.to(torch.int32), "k_ids": m.k_levels.to(torch.int32), "rule": "upto"}
+        elif isinstance(m, FromLogits):
+            seen.append(m.among(mask_from_logits(m), q, k))
         else:
             seen.append(m if isinstance(m, Tensor) else m.dense(*seen_by(m, q, k, longest)))
     return seen

@@ -1,0 +1,107 @@
+// mask_from_logits on the CPU: a task is the map of one query, resized and compared in one pass.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+
+namespace vitkern {
+
+namespace {
+
+using torch::stable::Tensor;
+constexpr const char* kOp = "mask_from_logits";
+
+// Where the cells of one side lie between the cells of the logits: cell `first`, then `second` with the weight `share`.
+template <typename Acc>
+struct Between {
+  std::vector<int32_t> first, second;
+  std::vector<Acc> share;
+
+  Between(int64_t from, int64_t to) {
+    const Acc scale = Acc(from) / Acc(to);
+    for (int64_t i = 0; i < to; ++i) {
+      const Acc at = std::max(scale * (Acc(i) + Acc(0.5)) - Acc(0.5), Acc(0));
+      const int64_t low = std::min(int64_t(at), from - 1);
+      first.push_back(int32_t(low));
+      second.push_back(int32_t(std::min(low + 1, from - 1)));
+      share.push_back(std::clamp(at - Acc(low), Acc(0), Acc(1)));
+    }
+  }
+};
+
+// A line of logits stretched to the cells of a row; returns whether one of them is on.
+template <typename Acc>
+bool compare(const Acc* line, const Between<Acc>& across, Acc limit, bool inclusive, uint8_t* to) {
+  const int32_t *first = across.first.data(), *second = across.second.data();
+  const Acc* share = across.share.data();
+  const int64_t width = int64_t(across.share.size());
+  int some = 0;
+  for (int64_t x = 0; x < width; ++x) {
+    const Acc a = line[first[x]], at = a + share[x] * (line[second[x]] - a);
+    const int on = inclusive ? !(at < limit) : at > limit;
+    to[x] = uint8_t(on);
+    some |= on;
+  }
+  return some != 0;
+}
+
+template <typename Acc>
+void resize(const Tensor& logits, const std::optional<Tensor>& open_rows, int64_t height, int64_t width, double threshold, bool full,
+            bool inclusive, uint8_t* out) {
+  const Dtype dtype = dtype_of(logits, kOp);
+  const int64_t queries = logits.size(1), rows = logits.size(2), columns = logits.size(3), cells = height * width;
+  const Between<Acc> down(rows, height), across(columns, width);
+  const Acc limit = Acc(threshold);
+  const bool ready = logits.stride(3) == 1 && logits.stride(2) == columns;
+  const char* data = static_cast<const char*>(logits.const_data_ptr());
+  torch::stable::parallel_for(0, logits.size(0) * queries, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Acc> map(static_cast<size_t>(rows * columns)), line(static_cast<size_t>(columns));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / queries, q = task % queries;
+      uint8_t* to = out + task * cells;
+      const Acc* cells_in = map.data();
+      with_element(dtype, [&](auto element) {
+        const auto* from = reinterpret_cast<const decltype(element)*>(data) + b * logits.stride(0) + q * logits.stride(1);
+        if constexpr (std::is_same_v<decltype(element), Acc>)
+          if (ready) return void(cells_in = from);
+        for (int64_t y = 0; y < rows; ++y)
+          for (int64_t x = 0; x < columns; ++x)
+            map[size_t(y * columns + x)] = widened<Acc>(from[y * logits.stride(2) + x * logits.stride(3)]);
+      });
+      bool some = false;
+      for (int64_t y = 0; y < height; ++y) {
+        const Acc *top = cells_in + down.first[size_t(y)] * columns, *below = cells_in + down.second[size_t(y)] * columns;
+        const Acc share = down.share[size_t(y)];
+        for (int64_t x = 0; x < columns; ++x) line[size_t(x)] = top[x] * (1 - share) + below[x] * share;
+        some |= compare(line.data(), across, limit, inclusive, to + y * width);
+      }
+      const bool open = open_rows && static_cast<const uint8_t*>(open_rows->const_data_ptr())[b * open_rows->stride(0) + q * open_rows->stride(1)];
+      if (open || (full && !some)) std::memset(to, 1, size_t(cells));
+    }
+  });
+}
+
+Tensor mask_from_logits(Tensor logits, std::optional<Tensor> open_rows, int64_t height, int64_t width, double threshold, bool full,
+                        bool inclusive, std::string /*gpu*/) {
+  check(logits.dim() == 4 && height >= 0 && width >= 0, kOp, "logits must have shape [B, Q, h, w]");
+  check(logits.size(2) > 0 && logits.size(3) > 0, kOp, "logits must hold a cell");
+  check(!open_rows || (open_rows->dim() == 2 && open_rows->size(0) == logits.size(0) && open_rows->size(1) == logits.size(1) &&
+                       open_rows->scalar_type() == torch::headeronly::ScalarType::Bool),
+        kOp, "open_rows must be bool [B, Q]");
+  Tensor seen = torch::stable::empty({logits.size(0), logits.size(1), height * width}, torch::headeronly::ScalarType::Bool);
+  if (!seen.numel()) return seen;
+  auto* out = static_cast<uint8_t*>(seen.mutable_data_ptr());
+  if (dtype_of(logits, kOp) == Dtype::f64) resize<double>(logits, open_rows, height, width, threshold, full, inclusive, out);
+  else resize<float>(logits, open_rows, height, width, threshold, full, inclusive, out);
+  return seen;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vitkern, CPU, m) { m.impl("mask_from_logits", TORCH_BOX(&mask_from_logits)); }
+
+}  // namespace vitkern

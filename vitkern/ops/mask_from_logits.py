@@ -1,0 +1,35 @@
+"""mask_from_logits: the visible cells of predicted masks, resized, compared and filled in one pass. No public function: it is
+the kernel of :class:`vitkern.mask.FromLogits`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern import backends
+from vitkern.mask import FromLogits, seen_cells
+from vitkern.ops import _call
+from vitkern.ops._op import PlainOp
+
+
+def mask_from_logits(m: FromLogits) -> Tensor:
+    """bool ``[B, Q, cells]`` of ``size``: True where the query sees the cell."""
+    args = (m.logits.detach(), m.open_rows, *m.size, float(m.threshold), m.empty == "full", m.inclusive)
+    by_reference = m.logits.device.type == "cuda" or backends.forced(None) == "reference"  # no GPU kernel yet
+    return _call.dispatch(OP, args, "reference" if by_reference else None)
+
+
+def _fake(logits: Tensor, open_rows: Tensor | None, height: int, width: int, *rest: Any) -> Tensor:
+    return logits.new_empty((*logits.shape[:2], height * width), dtype=torch.bool)
+
+
+OP = PlainOp(
+    "mask_from_logits",
+    ("Tensor logits", "Tensor? open_rows"),
+    "SymInt height, SymInt width, float threshold, bool full, bool inclusive, str gpu",
+    outputs=1,
+    batched=2,
+    definition=seen_cells,
+    fake=_fake,
+)
+OP.register()
