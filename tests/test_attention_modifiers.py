@@ -6,6 +6,7 @@ import libraries  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import grown
 from test_attention import logits, output, qkv
 from timm.models import beit, cait, levit, vision_transformer_sam
 
@@ -324,3 +325,28 @@ def test_modifiers_compose():
     s = (logits(q, k) * c + a + b[:, :, None] + far).masked_fill(~visible, -math.inf)
     p = s.softmax(-1).nan_to_num(0.0) * torch.ones(6, 6, dtype=D).tril().clamp(min=0.4) * c
     torch.testing.assert_close(got, output(p, v))
+
+
+POSITIONS = {
+    "decomposed": "bias.DecomposedRelativePosition(torch.randn(2 * s - 1, 16), torch.randn(2 * s - 1, 16), (s, s), (s, s))",
+    "manhattan": "bias.ManhattanDecay(-torch.rand(4), (s, s))",
+    "path": "bias.PolylinePath(-torch.rand(1, s, s, 4), -torch.rand(1, s, s, 4))",
+    "distance": "bias.EuclideanDistance(torch.rand(4), torch.randn(1, s * s, 2), torch.randn(1, s * s, 2))",
+}
+MEASURED = """
+from vitkern import bias
+def call(s):
+    leaves = [torch.randn(1, s * s, 4, 16, requires_grad=True) for _ in range(3)]
+    made = {made}
+    for t in vars(made).values():
+        if isinstance(t, torch.Tensor):
+            t.requires_grad_()
+    vitkern.attention(*leaves, bias=made, return_stats=("lse", "key_mean"))[0].sum().backward()
+call(4)
+"""
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_need_no_map_of_scores(name):
+    """4 heads of 3136 tokens: one map of scores in float32 would be 157 MB, and backward would need more than one."""
+    assert grown(MEASURED.replace("{made}", POSITIONS[name]), "call(56)") < 60e6

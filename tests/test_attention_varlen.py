@@ -1,0 +1,134 @@
+"""attention_varlen: packed sequences against one call each, and the refusals. What every op must do is in tests/test_ops.py."""
+
+import pytest
+import torch
+
+import vitkern
+from vitkern import bias, mask, modulation
+
+D = torch.float64
+LENGTHS = ((0, 3), (1, 1), (5, 5), (64, 64), (63, 0), (20, 33))
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def packed(lengths=LENGTHS, heads=4, kv_heads=2, d=8, grad=False, dtype=D):
+    """q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = zip(*lengths, strict=True)
+    shapes = ((sum(queries), heads, d), (sum(keys), kv_heads, d), (sum(keys), kv_heads, d))
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=grad) for shape in shapes]
+    return (*tensors, bounds(queries), bounds(keys), max(queries), max(keys))
+
+
+def one_by_one(arguments, options=lambda s, rows, columns: {}, **shared):
+    """What attention gives for every sequence alone, one behind the other."""
+    q, k, v, cu_q, cu_k, *_ = arguments
+    parts = []
+    for s in range(len(cu_q) - 1):
+        rows, columns = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        own = (q[None, rows], k[None, columns], v[None, columns])
+        parts.append(vitkern.attention(*own, **shared, **options(s, rows, columns))[0])
+    return torch.cat(parts)
+
+
+def test_every_sequence_is_as_if_alone():
+    arguments = packed(grad=True)
+    got, want = vitkern.attention_varlen(*arguments), one_by_one(arguments)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(t.sin().sum(), arguments[:3]) for t in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_thousands_of_windows_and_empty_ones_between():
+    """Qwen2.5-VL: windows of 64 and fewer tokens, offsets that repeat."""
+    lengths = [(n, n) for n in (64, 64, 0, 32, 16, 0, 0, 64)] * 40
+    arguments = packed(lengths, heads=2, kv_heads=2, dtype=torch.float32)
+    torch.testing.assert_close(vitkern.attention_varlen(*arguments), one_by_one(arguments))
+
+
+def test_what_belongs_to_tokens_is_packed_and_what_belongs_to_scores_is_shared():
+    arguments = packed()
+    q, k, _, cu_q, cu_k, most_q, most_k = arguments
+    generator = torch.Generator().manual_seed(2)
+    shared = torch.randn(4, most_q, most_k, generator=generator, dtype=D)
+    seen = torch.rand(most_q, most_k, generator=generator) < 0.8
+    of_keys, of_rows = (torch.randn(1, 4, n, generator=generator, dtype=D) for n in (len(k), len(q)))
+    ids = [torch.randint(-1, 2, (1, n), generator=generator) for n in (len(q), len(k))]
+    slope = torch.rand(4, generator=generator, dtype=D)
+    xy = [torch.randn(1, n, 2, generator=generator, dtype=D) for n in (len(q), len(k))]
+
+    def alone(s, rows, columns):
+        n, m = rows.stop - rows.start, columns.stop - columns.start
+        biases = [
+            shared[:, :n, :m], bias.KeyBias(of_keys[..., columns]), bias.RowBias(of_rows[..., rows]),
+            bias.EuclideanDistance(slope, xy[0][:, rows], xy[1][:, columns]),
+        ]  # fmt: skip
+        return {"bias": biases, "mask": [seen[:n, :m], mask.Segments(ids[0][:, rows], ids[1][:, columns])]}
+
+    got = vitkern.attention_varlen(
+        *arguments,
+        bias=[shared, bias.KeyBias(of_keys), bias.RowBias(of_rows), bias.EuclideanDistance(slope, *xy)],
+        mask=[seen, mask.Segments(*ids), mask.Causal(3)],
+        modulation=modulation.SoftCausal(0.4),
+        normalizer="sigmoid",
+    )
+    hidden = lambda s, rows, columns: alone(s, rows, columns) | {  # noqa: E731
+        "mask": [*alone(s, rows, columns)["mask"], mask.Causal(3)], "modulation": modulation.SoftCausal(0.4)
+    }  # fmt: skip
+    torch.testing.assert_close(got, one_by_one(arguments, hidden, normalizer="sigmoid"))
+
+
+def test_statistics_are_of_the_own_sequence():
+    arguments = packed()
+    q, _, _, cu_q, cu_k, *_ = arguments
+    weight = torch.rand(len(q), generator=torch.Generator().manual_seed(3), dtype=D)
+    _, stats = vitkern.attention_varlen(*arguments, return_stats=("lse", "key_mean"), query_weight=weight)
+    for s in range(len(LENGTHS)):
+        rows, columns = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        _, own = vitkern.attention(
+            *(t[None, part] for t, part in zip(arguments[:3], (rows, columns, columns), strict=True)),
+            return_stats=("lse", "key_mean"),
+            query_weight=weight[None, rows],
+        )
+        torch.testing.assert_close(stats.lse[rows], own.lse[0])
+        torch.testing.assert_close(stats.key_mean[columns], own.key_mean[0])
+
+
+def test_a_longer_maximum_changes_nothing():
+    *arguments, most_q, most_k = packed(dtype=torch.float32)
+    exact = vitkern.attention_varlen(*arguments, most_q, most_k)
+    assert torch.equal(vitkern.attention_varlen(*arguments, most_q + 100, most_k + 3), exact)
+
+
+def test_no_sequence_at_all():
+    arguments = packed(((0, 0),), grad=True)
+    vitkern.attention_varlen(*arguments[:3], bounds(()), bounds(()), 0, 0).sum().backward()
+    out, stats = vitkern.attention_varlen(*arguments, return_stats=("lse", "key_mean"))
+    assert out.shape == (0, 4, 8) and stats.lse.shape == (0, 4) and stats.key_mean.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: {"q": a["q"][None]}, r"q must have shape \[T, heads, head_dim\], got \[1, 153, 4, 8\]"),
+        (lambda a: {"cu_seqlens_q": a["cu_seqlens_q"].long()}, r"cu_seqlens_q must be int32 \[S \+ 1\], got torch.int64"),
+        (lambda a: {"cu_seqlens_k": bounds((106,))}, r"cu_seqlens_k must have the length of cu_seqlens_q \(7\), got 2"),
+        (lambda a: {"cu_seqlens_q": a["cu_seqlens_q"].flip(0)}, "cu_seqlens_q must ascend from 0 to the 153 tokens"),
+        (lambda a: {"cu_seqlens_k": a["cu_seqlens_k"] - 1}, "cu_seqlens_k must ascend from 0 to the 106 tokens"),
+        (lambda a: {"max_seqlen_q": 63}, r"max_seqlen_q must be at least the longest sequence \(64\), got 63"),
+        (lambda a: {"max_seqlen_k": 2.5}, "max_seqlen_k must be an int, got 2.5"),
+        (lambda a: {"bias": torch.zeros(4, 153, 106)}, r"bias must broadcast to \[B, H, Nq, Nk\] = \[1, 4, 64, 64\]"),
+        (lambda a: {"mask": torch.zeros(64, 64)}, "mask must be bool"),
+        (lambda a: {"modulation": modulation.TalkingHeads()}, "TalkingHeads has no form for packed sequences"),
+        (lambda a: {"return_stats": ("probs",)}, "return_stats of packed sequences may be lse, key_mean"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(change, message):
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    arguments = dict(zip(names, packed(), strict=True))
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        vitkern.attention_varlen(**arguments | change(arguments))

@@ -1,0 +1,120 @@
+"""mask_from_logits, the kernel behind mask.FromLogits, against its definition; and attention past tiles that nobody sees."""
+
+import pytest
+import torch
+
+import vitkern
+from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
+from vitkern.ops.mask_from_logits import mask_from_logits
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def defined(m):
+    with vitkern.use_backend("reference"):
+        return mask_from_logits(m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (5, 3), (1, 1), (16, 24)])
+def test_the_kernel_sees_what_the_definition_sees(dtype, size):
+    logits = drawn(2, 3, 8, 8, dtype=dtype)
+    for layout in (logits, logits.transpose(2, 3), drawn(2, 3, 8, 16, dtype=dtype)[..., ::2]):
+        for inclusive in (True, False):
+            m = FromLogits(layout, size, 0.1, inclusive=inclusive)
+            resized = torch.nn.functional.interpolate(layout.double(), size=size, mode="bilinear").flatten(2)
+            near = (resized - 0.1).abs() < 1e-6  # decided by the rounding of the interpolation
+            got, want = mask_from_logits(m), defined(m)
+            assert got.shape == want.shape and ((got == want) | near).all()
+
+
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_ties_and_nan(inclusive):
+    """Mask2Former attends where nothing says below the threshold, EoMT where something says above it."""
+    logits = torch.tensor([[[[0.0, -1.0], [torch.nan, 1.0]]]])
+    on = mask_from_logits(FromLogits(logits, (2, 2), inclusive=inclusive))
+    assert on.flatten().tolist() == [inclusive, False, inclusive, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_compared_and_not_probabilities(dtype):
+    """sigmoid(-1e-4) rounds to 0.5 in float16, sigmoid(-1e-3) in bfloat16."""
+    on = mask_from_logits(FromLogits(torch.full((1, 1, 2, 2), -1e-4, dtype=dtype), (2, 2), empty="none"))
+    assert not on.any()
+
+
+def test_rows_without_a_cell_and_open_rows():
+    logits = -drawn(1, 3, 4, 4).abs() - 1
+    logits[0, 1, 2, 3] = 5.0
+    assert mask_from_logits(FromLogits(logits, (4, 4))).sum(-1).tolist() == [[16, 1, 16]]
+    assert mask_from_logits(FromLogits(logits, (4, 4), empty="none")).sum(-1).tolist() == [[0, 1, 0]]
+    open_rows = torch.tensor([[False, True, True]])
+    assert mask_from_logits(FromLogits(logits, (4, 4), empty="none", open_rows=open_rows)).sum(-1).tolist() == [
+        [0, 16, 16]
+    ]
+    lost = torch.full((1, 1, 8, 8), -10.0)
+    lost[..., 0, 0] = 1.0  # one pixel that the resized map loses
+    assert mask_from_logits(FromLogits(lost, (2, 2))).all()
+
+
+def test_it_compiles_and_no_gradient_goes_to_the_logits():
+    logits, q, k = drawn(1, 5, 4, 4).requires_grad_(), drawn(1, 5, 2, 8), drawn(1, 16, 2, 8, seed=1)
+
+    def call(logits):
+        return vitkern.attention(q, k, k, mask=FromLogits(logits, (4, 4)))
+
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(logits), call(logits))
+    assert not call(logits).requires_grad
+
+
+def blobs(queries, side, radius):
+    """bool [queries, side * side]: every query sees a disc of its own; one sees nothing."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    centre = torch.rand(queries, 2, generator=torch.Generator().manual_seed(3)) * side
+    seen = (y - centre[:, :1, None]).square() + (x - centre[:, 1:, None]).square() < radius**2
+    seen[queries // 2] = False
+    return seen.flatten(1)
+
+
+MASKS = {
+    "discs": lambda q, k: blobs(q, 18, 3.0)[:, :k],
+    "discs and causal": lambda q, k: [blobs(q, 18, 3.0)[:, :k], Causal(k - q)],
+    "half of the keys": lambda q, k: torch.arange(k)[None, None, None] < k // 2,
+    "causal": lambda q, k: Causal(0),
+    "segments": lambda q, k: Segments(torch.arange(q)[None] // 9 - 1, torch.arange(k)[None] // 60 - 1),
+    "many segments": lambda q, k: Segments(torch.arange(q)[None] * 3 % 130, torch.arange(k)[None] % 130),
+    "table": lambda q, k: Segments(
+        torch.arange(q)[None] // 9, torch.arange(k)[None] // 60, torch.eye(8, dtype=torch.bool).roll(1, 0)
+    ),
+    "levels": lambda q, k: BlockCausal(torch.arange(q)[None] // 9 - 3, torch.arange(k)[None] // 60 - 2),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("keys", [324, 321])
+def test_hidden_tiles_are_passed_over_and_nothing_else_is(name, keys):
+    """Outputs, statistics and gradients are those of the reference; NaN in what nobody sees never shows."""
+    q, k, v = (drawn(2, n, 2, 16, seed=n, dtype=torch.float64) for n in (40, keys, keys))
+    seen = MASKS[name](40, keys)
+    shown = vitkern.attention(q, k, v, mask=seen, return_stats="probs", backend="reference")[1].probs.sum((1, 2)) > 0
+    k, v = (torch.where(shown[..., None, None], t, torch.nan) for t in (k, v))
+    added = drawn(1, 2, 40, keys, seed=7, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in (q, k, v, added)]
+    found = []
+    for backend in ("reference", "cpu"):
+        out, stats = vitkern.attention(
+            *tensors[:3], bias=added, mask=seen, return_stats=("lse", "key_mean"), backend=backend
+        )
+        loss = out.sin().sum() + stats.lse.masked_fill(stats.lse.isinf(), 0.0).sum() + stats.key_mean.sin().sum()
+        found.append((out, stats.lse, stats.key_mean, *torch.autograd.grad(loss, tensors)))
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().logical_or(a.isinf()).all()
+        torch.testing.assert_close(b, a)
+
+
+def test_causal_is_its_triangle_bit_for_bit():
+    q, k, v = (drawn(1, 200, 2, 16, seed=n) for n in range(3))
+    triangle = torch.ones(200, 200, dtype=torch.bool).tril()
+    assert torch.equal(vitkern.attention(q, k, v, mask=Causal()), vitkern.attention(q, k, v, mask=triangle))
