@@ -97,3 +97,23 @@ def test_gradcheck_and_double_backward_in_float64(entry, backend):
         values = tuple(wanted.values())
         assert torch.autograd.gradcheck(run, values, fast_mode=True), str(call)
         assert torch.autograd.gradgradcheck(run, values, fast_mode=True), str(call)
+
+
+def spread(t):
+    """The tensor with its first axis stretched beyond 2^31 elements: storage of which all but a few pages is never touched."""
+    if not t.is_floating_point() or t.dim() < 2 or t.shape[0] < 2 or not t.numel():
+        return t
+    step = max(2**31 // (len(t) - 1) + 1, t[0].numel())
+    storage = torch.UntypedStorage(t.element_size() * (step * (len(t) - 1) + t[0].numel()))
+    flat = torch.empty(0, dtype=t.dtype).set_(storage)
+    return flat.as_strided(t.shape, (step, *torch.empty(t.shape[1:], device="meta").stride())).copy_(t)
+
+
+@pytest.mark.parametrize("backend", testing.backends())
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+def test_offsets_beyond_32_bits(entry, backend):
+    call = next(c for c in entry.small() if any(t.dim() > 1 and len(t) > 1 and t.numel() for t in c.tensors.values()))
+    near = call.leaves(torch.float16)
+    far = {name: spread(t) for name, t in near.items()}
+    for a, b in zip(call.run(near, backend), call.run(far, backend), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())

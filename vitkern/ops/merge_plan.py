@@ -72,7 +72,8 @@ def _lower(
     else:
         n_out = _checks.count(NAME, "n_max", n_max, tokens, "N")
     ragged = match.ragged or counts is not None or least is not None or n_max is not None
-    return (match.score, match.dst, match.role, counts, least, most, n_out, order), n_out, ragged
+    score, dst, role = (t.contiguous() for t in (match.score, match.dst, match.role))  # a Match that a caller made
+    return (score, dst, role, counts, least, most, n_out, order), n_out, ragged
 
 
 def _count(r: Any, limit: int, clip: bool) -> int:
