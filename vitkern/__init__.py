@@ -9,6 +9,7 @@ from vitkern.ops.attention_varlen import attention_varlen
 from vitkern.ops.bipartite_match import bipartite_match
 from vitkern.ops.cluster_tokens import cluster_tokens
 from vitkern.ops.drop_tokens import drop_tokens
+from vitkern.ops.merge_lse import merge_lse
 from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
 from vitkern.ops.reconstruct_tokens import reconstruct_tokens
@@ -21,10 +22,12 @@ from vitkern.patch import PatchReport, patch, patched
 from vitkern.rope import Rope
 from vitkern.stats import Stats
 from vitkern.tokens import Match, MergePlan
+from vitkern.value import DepthwiseValue
 
 __version__ = "0.1.0"
 __all__ = [
     "CosineScore",
+    "DepthwiseValue",
     "Match",
     "MergePlan",
     "PatchReport",
@@ -39,6 +42,7 @@ __all__ = [
     "explain",
     "info",
     "mask",
+    "merge_lse",
     "merge_plan",
     "merge_tokens",
     "merging",

@@ -88,9 +88,7 @@ class FromLogits:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, 1, Nq, Nk]``."""
-        on = seen_cells(
-            self.logits, self.open_rows, *self.size, self.threshold, self.empty == "full", self.inclusive
-        )
+        on = seen_cells(self.logits, self.open_rows, *self.size, self.threshold, self.empty == "full", self.inclusive)
         return self.among(on, q, k)
 
     def among(self, on: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from vitkern import backends, bias, mask, modulation
 from vitkern.cosine import CosineScore
 from vitkern.ops import _checks
 from vitkern.rope import LAYOUTS, Rope
+from vitkern.value import DepthwiseValue
 
 NAME = "attention"
 NORMALIZERS = ("softmax", "sigmoid", "relu", "none", "argmax_q", "argmax_k")
@@ -270,6 +271,41 @@ def check_rope(rope: Any, q: Tensor, k: Tensor) -> None:
         heads = rope.cos.shape[2]
         if heads not in (1, of.shape[2]):
             raise ValueError(f"{NAME}: rope.cos must have 1 head or those it turns ({of.shape[2]}), got {heads}")
+
+
+def check_key_index(index: Any, q: Tensor, k: Tensor, normalizer: str, stats: Any, topk: Any) -> None:
+    _checks.integers(NAME, "key_index", index)
+    _checks.on_device(NAME, "key_index", index, "q", q.device)
+    if index.dim() != 3 or index.shape[0] not in (1, q.shape[0]) or index.shape[1] != q.shape[1]:
+        raise ValueError(f"{NAME}: key_index must have shape [B or 1, Nq = {q.shape[1]}, K], got {list(index.shape)}")
+    if backends.may_read(index) and index.numel() and not -1 <= int(index.min()) <= int(index.max()) < k.shape[1]:
+        raise ValueError(
+            f"{NAME}: key_index must lie in [-1, {k.shape[1]}), the keys, got {int(index.min())} to {int(index.max())}"
+        )
+    if topk is not None or (normalizer != "softmax" and stats):
+        raise NotImplementedError(f"{NAME}: key_index goes neither with topk nor with statistics without softmax")
+
+
+def check_lepe(lepe: Any, q: Tensor, v: Any) -> None:
+    if lepe is None:
+        return
+    if not isinstance(lepe, DepthwiseValue):
+        raise TypeError(f"{NAME}: lepe must be a vitkern.DepthwiseValue or None, got {type(lepe).__name__}")
+    if v is None or v.shape[1] != q.shape[1]:
+        raise ValueError(f"{NAME}: lepe must go with values of the queries' own tokens ({q.shape[1]})")
+    fields("lepe", lepe, q.device)
+    grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix")
+    heads, width = v.shape[2:]
+    shape = tuple(lepe.weight.shape)
+    if (
+        len(shape) != 4
+        or shape[0] not in (width, heads * width)
+        or shape[1] != 1
+        or not (shape[2] % 2 and shape[3] % 2)
+    ):
+        raise ValueError(
+            f"{NAME}: lepe.weight must have shape [{heads * width} or {width}, 1, kh, kw] with odd kh and kw, got {list(shape)}"
+        )
 
 
 def check_scale(scale: Any, cosine: Any, q: Tensor) -> Any:

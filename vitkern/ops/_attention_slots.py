@@ -159,6 +159,15 @@ def _place_masks(found: dict[str, Any], masks: Any, q: Tensor, k: Tensor, extend
     return seen
 
 
+def named_keys(index: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """How often each query names each key, [B|1, 1, Nq, Nk]; index [B|1, Nq, K], -1 names none."""
+    keys = k.shape[1]
+    places = torch.where(index < 0, keys, index.clamp(max=keys)).long()
+    acc = torch.promote_types(q.dtype, torch.float32)
+    found = q.new_zeros((len(index), q.shape[1], keys + 1), dtype=acc)
+    return found.scatter_add(2, places, found.new_ones(()).expand(places.shape))[:, None, :, :keys]
+
+
 def joined(parts: list[Tensor], join: Any) -> Tensor | None:
     """All parts in one tensor of four axes, None for no part."""
     if not parts:

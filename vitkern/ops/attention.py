@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern.cosine import CosineScore
+from vitkern.modulation import ElementwiseMask
 from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks
@@ -13,6 +14,7 @@ from vitkern.ops._op import Op
 from vitkern.reference.attention import attention as reference
 from vitkern.rope import Rope
 from vitkern.stats import Stats
+from vitkern.value import DepthwiseValue
 
 NAME = checks.NAME
 
@@ -31,6 +33,8 @@ def attention(
     scale: float | Tensor | None = None,
     sink: Tensor | None = None,
     extra_kv: tuple[Tensor, Tensor | None] | None = None,
+    key_index: Tensor | None = None,
+    lepe: DepthwiseValue | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     topk: int | None = None,
@@ -59,6 +63,9 @@ def attention(
         sink: ``[H]``: one more term ``exp(sink_h)`` in the denominator of the softmax.
         extra_kv: ``(k, v) [B|1, E, Hk, D|Dv]``: further keys behind the others; not turned, visible to all, bias 0 unless
             the bias has Nk + E columns.
+        key_index: integers ``[B|1, Nq, K]``: query i sees the keys ``key_index[:, i]`` alone, one that is named twice counts
+            twice, -1 names none. Costs a map ``[B, Nq, Nk]``.
+        lepe: a :class:`vitkern.DepthwiseValue`, a depthwise convolution of v that is added to the output.
         dropout_p, dropout_seed: dropout of the weights, Philox of (seed, sample, head, query, key).
         topk: so many of the largest visible scores of a row stay; ties to the lower key.
         return_stats: ``"lse"`` ``[B, Nq, H]``; ``"key_mean"`` ``[B, Nk, H]``, the attention each key receives; ``"row"``
@@ -78,9 +85,14 @@ def attention(
     """
     lowered = lower(
         q, k, v, bias, mask, modulation, normalizer, cosine, rope, scale, sink, extra_kv, dropout_p, dropout_seed, topk,
-        return_stats, stat_rows, query_weight,
+        return_stats, stat_rows, query_weight, key_index=key_index,
     )  # fmt: skip
+    checks.check_lepe(lepe, q, v)
     out, found = run(lowered, backend, slots.unserved(lowered))
+    if lepe is not None and out is not None:
+        out = out + lepe.of(v if out.dtype == v.dtype else v.to(out.dtype)).repeat_interleave(
+            q.shape[2] // k.shape[2], 2
+        )
     return (out, found) if return_stats else out
 
 
@@ -134,6 +146,7 @@ def lower(
     stat_rows: Any = None,
     query_weight: Any = None,
     longest: tuple[Tensor, Tensor] | None = None,
+    key_index: Any = None,
 ) -> dict[str, Any]:
     """The arguments of the reference, by name. `longest`: of packed sequences, a q and a k of the greatest lengths, which are
     what a modifier that is not packed must fit."""
@@ -149,6 +162,14 @@ def lower(
         checks.check_mask(m, *slots.seen_by(m, q, k, longest))
     for m in modulations:
         checks.check_modulation(m, *slots.seen_by(m, q, k, longest), normalizer)
+    if key_index is not None:
+        checks.check_key_index(key_index, q, k, normalizer, stats, topk)
+        named = slots.named_keys(key_index, q, k)
+        masks = (*masks, named > 0)
+        if normalizer == "softmax":
+            biases = (*biases, named.log())
+        elif not normalizer.startswith("argmax"):
+            modulations = (*modulations, ElementwiseMask(named, "prob"))
     checks.check_rope(rope, q, k)
     scale = checks.check_scale(scale, cosine, q)
     seed = _checks.dropout(NAME, dropout_p, dropout_seed, q.device)
@@ -162,7 +183,7 @@ def lower(
     }  # fmt: skip
 
 
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
+def _explain(*args: Any, backend: str | None = None, lepe: Any = None, **options: Any) -> _call.Found:
     lowered = lower(*args, **options)
     why = slots.unserved(lowered)
     if why:
