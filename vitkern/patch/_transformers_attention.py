@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from vitkern.bias import DecomposedRelativePosition, RelativePosition
+from vitkern.mask import FromLogits
 from vitkern.ops.attention import attention
 from vitkern.ops.attention_varlen import attention_varlen
+from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.patch._attention import index_refusal, merged, multihead, relative_on_grid, split_heads
 from vitkern.patch._interface import View, refusal, weights_wanted
 from vitkern.rope import Rope
@@ -130,36 +132,28 @@ def _self_attention(
     return module.out_proj(merged(out)).transpose(0, 1), None
 
 
-def _mask2former(layer: nn.Module) -> Any:
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        level_index: int | None = None,
-        attention_mask: Tensor | None = None,
-        position_embeddings: Any = None,
-        query_position_embeddings: Tensor | None = None,
-        encoder_hidden_states: Any = None,
-        encoder_attention_mask: Tensor | None = None,
-        output_attentions: bool | None = False,
-    ) -> Any:
+def _layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own forward with its two attentions on vitkern."""
+    cross, own = partial(multihead, layer.cross_attn), partial(_self_attention, layer.self_attn)
+    return type(layer).forward(View(layer, cross_attn=cross, self_attn=own), *args, **kwargs)
+
+
+def _predicted(
+    predictor: Any, outputs: Tensor, pixel_embeddings: Tensor, attention_mask_target_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The mask logits [B, Q, h, w], and where they hide the cells of the next map, once for all heads: [B, Q, cells]."""
+    embedded = predictor.mask_embedder(outputs.transpose(0, 1))
+    logits = torch.einsum("bqc,bchw->bqhw", embedded, pixel_embeddings)
+    return logits, ~mask_from_logits(FromLogits(logits, tuple(attention_mask_target_size)))
+
+
+def _mask2former(decoder: nn.Module) -> Any:
+    def forward(self: Any, *args: Any, output_attentions: bool | None = None, **kwargs: Any) -> Any:
         seen = self
-        if not output_attentions:
-            seen = View(
-                self,
-                cross_attn=partial(multihead, self.cross_attn),
-                self_attn=partial(_self_attention, self.self_attn),
-            )
-        return type(self).forward(
-            seen,
-            hidden_states,
-            level_index,
-            attention_mask,
-            position_embeddings,
-            query_position_embeddings,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            output_attentions,
-        )
+        if not (self.config.output_attentions if output_attentions is None else output_attentions):
+            layers = [partial(_layer, layer) for layer in self.layers]
+            seen = View(self, mask_predictor=partial(_predicted, self.mask_predictor), layers=layers)
+        return type(self).forward(seen, *args, output_attentions=output_attentions, **kwargs)
 
     return refusal() or forward
 
@@ -213,5 +207,5 @@ TABLE = {
     f"{_D2V}.Data2VecVisionSdpaSelfAttention": (partial(_data2vec, returns=(None,)), "attention"),
     f"{_MODELS}.levit.modeling_levit.LevitAttention": (_levit, "attention"),
     f"{_MODELS}.levit.modeling_levit.LevitAttentionSubsample": (_levit_subsample, "attention"),
-    f"{_MODELS}.mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer": (_mask2former, "attention"),
+    f"{_MODELS}.mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoder": (_mask2former, "attention"),
 }
