@@ -123,7 +123,7 @@ def test_no_sequence_at_all():
         (lambda a: {"max_seqlen_k": 2.5}, "max_seqlen_k must be an int, got 2.5"),
         (lambda a: {"bias": torch.zeros(4, 153, 106)}, r"bias must broadcast to \[B, H, Nq, Nk\] = \[1, 4, 64, 64\]"),
         (lambda a: {"mask": torch.zeros(64, 64)}, "mask must be bool"),
-        (lambda a: {"modulation": modulation.TalkingHeads()}, "TalkingHeads has no form for packed sequences"),
+        (lambda a: {"modulation": modulation.Policy(torch.ones(1, 106))}, "Policy has no form for packed sequences"),
         (lambda a: {"return_stats": ("probs",)}, "return_stats of packed sequences may be lse, key_mean"),
     ],
 )  # fmt: skip

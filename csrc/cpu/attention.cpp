@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 template <typename Acc>
 void add_parts(const AttentionCall& c, const std::vector<AttentionTask>& tasks, const std::vector<Acc>& parts, Acc* to) {
   int64_t at = 0;
-  const int32_t group = c.p.heads / c.p.kv_heads;
+  const int32_t group = c.p.heads / c.units;
   for (const AttentionTask& t : tasks) {
     const Tokens& tokens = c.samples[size_t(t.sample)];
     const int64_t first = (c.packed ? 0 : t.sample * tokens.keys) + tokens.first_key;
@@ -29,7 +29,7 @@ void add_parts(const AttentionCall& c, const std::vector<AttentionTask>& tasks, 
 template <typename Acc>
 void forward(AttentionCall& c, void* key_mean) {
   const std::vector<AttentionTask> tasks = attention_tasks(c, true);
-  const int32_t group = c.p.heads / c.p.kv_heads;
+  const int32_t group = c.p.heads / c.units;
   std::vector<int64_t> place{0};
   for (const AttentionTask& t : tasks) place.push_back(place.back() + (key_mean ? group * c.samples[size_t(t.sample)].keys : 0));
   std::vector<Acc> parts(size_t(place.back()));

@@ -46,6 +46,7 @@ struct AttentionProblem {
   const double* factor;          // [heads]: of the products
   const double* sink;            // [heads] or null
   const double* slope;           // [heads] or null: of the distance
+  const double *pre_weight, *pre_bias, *post_weight, *post_bias;  // [heads][heads], [heads] or null: heads that mix
   int32_t queries, keys, heads, kv_heads, depth, width;  // depth of q and k, width of v
   int32_t rel_height, rel_width, path_height, path_width;
   int32_t padded;   // keys, rounded up to the vector length
@@ -75,9 +76,13 @@ struct AttentionSums {
   ScoreSums bias, gain, weight;
   void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight;
   double *factor, *sink, *slope;
+  double *pre_weight, *pre_bias, *post_weight, *post_bias;
 };
 
-// Work on one kv head, forward on queries [first, last) of it; `scratch` is aligned to 64 bytes, holds
+// Whether the scores or the weights of all heads mix.
+static inline bool mixes(const AttentionProblem& p) { return p.pre_weight || p.pre_bias || p.post_weight || p.post_bias; }
+
+// Work on one kv head (on all heads where they mix, then kv_head is 0), forward on queries [first, last) of it; `scratch` is aligned to 64 bytes, holds
 // scratch_bytes(p, backward), and is zero before its first use with p. key_sums: Acc [heads][keys] or null, the weights that
 // each key receives from these queries, times query_weight.
 struct AttentionKernels {

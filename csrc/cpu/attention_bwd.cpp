@@ -60,7 +60,7 @@ struct Families {
   int64_t all, kv_heads, samples, heads, chunks = 1;
 
   Families(const AttentionCall& c, std::initializer_list<SharedSums<Acc>*> shared)
-      : all(int64_t(c.samples.size())), kv_heads(c.p.kv_heads), samples(all), heads(kv_heads) {
+      : all(int64_t(c.samples.size())), kv_heads(c.units), samples(all), heads(kv_heads) {
     int64_t bytes = 1;
     for (const SharedSums<Acc>* s : shared) {
       if (!s->wanted) continue;
@@ -119,24 +119,27 @@ struct TokenSums {
   }
 };
 
-// [H] from one value of every sample and head.
-OptTensor head_sums(bool wanted, const std::vector<double>& each, int64_t heads, const OptTensor& like) {
+// Values of every sample, summed: [H] or [H, H], as `like`.
+OptTensor head_sums(bool wanted, const std::vector<double>& each, const OptTensor& like) {
   if (!wanted) return std::nullopt;
   const Dtype dtype = dtype_of(*like, kOp);
-  Tensor grad = new_tensor({heads}, dtype);
-  for (int64_t h = 0; h < heads; ++h) {
+  Tensor grad = new_tensor({like->sizes().begin(), like->sizes().end()}, dtype);
+  const size_t count = size_t(grad.numel());
+  for (size_t h = 0; h < count; ++h) {
     double sum = 0;
-    for (size_t i = size_t(h); i < each.size(); i += size_t(heads)) sum += each[i];
-    set_scalar<double>(grad.mutable_data_ptr(), h, dtype, sum);
+    for (size_t i = h; i < each.size(); i += count) sum += each[i];
+    set_scalar<double>(grad.mutable_data_ptr(), int64_t(h), dtype, sum);
   }
   return grad;
 }
 
 using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
-                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
+                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
+                             OptTensor, OptTensor, OptTensor>;
 
 // The bits of `need`.
-enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight };
+enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight, kPreWeight,
+              kPreBias, kPostWeight, kPostBias };
 
 template <typename Acc>
 Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q, int64_t tokens_k, int64_t need) {
@@ -165,15 +168,23 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   const size_t places = c.samples.size() * size_t(p.heads);
   std::vector<double> factor(wants(kFactor, o.factor) ? places : 0), sink(wants(kSink, o.sink) ? places : 0);
   std::vector<double> slope(wants(kSlope, o.slope) ? places : 0);
+  const struct {
+    Wanted bit;
+    const OptTensor& like;
+  } mixtures[] = {{kPreWeight, o.pre_weight}, {kPreBias, o.pre_bias}, {kPostWeight, o.post_weight}, {kPostBias, o.post_bias}};
+  std::vector<double> mixed[4];
+  for (int i = 0; i < 4; ++i)
+    if (wants(mixtures[i].bit, mixtures[i].like)) mixed[i].resize(c.samples.size() * size_t(mixtures[i].like->numel()));
   const auto one = [&](int64_t s, int32_t head, int64_t chunk, void* scratch) {
     const AttentionProblem sample = c.sample(s);
     const Tokens& t = c.samples[size_t(s)];
     const int64_t b = c.packed ? 0 : s, first_q = b * tokens_q + t.first_query, first_k = b * tokens_k + t.first_key;
-    const auto of = [&](std::vector<double>& each) { return each.empty() ? nullptr : each.data() + s * p.heads; };
+    const auto of = [&](std::vector<double>& each) { return each.empty() ? nullptr : each.data() + s * int64_t(each.size() / c.samples.size()); };
     const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b), keys.at(first_k, p.heads),
                              rel_y.at(first_q, p.heads), rel_x.at(first_q, p.heads), path_row.at(first_k, p.heads),
                              path_col.at(first_k, p.heads), q_xy.at(first_q, p.heads), k_xy.at(first_k, p.heads),
-                             of_queries.at(first_q, p.heads), of(factor), of(sink), of(slope)};
+                             of_queries.at(first_q, p.heads), of(factor), of(sink), of(slope), of(mixed[0]), of(mixed[1]),
+                             of(mixed[2]), of(mixed[3])};
     c.kernels->backward(sample, head, sums, scratch);
   };
   if (bias.wanted || gain.wanted || weight.wanted) {
@@ -191,19 +202,21 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
     over_tasks(c, attention_tasks(c, false), true, [&](const AttentionTask& t, int64_t, void* scratch) { one(t.sample, t.kv_head, 0, scratch); });
   }
   const auto given = [need](Wanted bit, const Tensor& t) { return need >> bit & 1 ? OptTensor(t) : OptTensor(); };
+  const auto mixture = [&](int i) { return head_sums(wants(mixtures[i].bit, mixtures[i].like), mixed[i], mixtures[i].like); };
   const int tokens[4] = {0, 1, 2, 3}, vectors[4] = {0, 3, 1, -1}, flat[4] = {0, 1, 2, -1}, places_of[4] = {0, 1, -1, 2};
   return {given(kQ, dq), given(kK, dk), given(kV, dv), bias.gradient(o.bias),
           keys.gradient(wants(kKeyBias, o.key_bias), o.key_bias, c, tokens_k, vectors),
-          head_sums(wants(kFactor, o.factor), factor, p.heads, o.factor), head_sums(wants(kSink, o.sink), sink, p.heads, o.sink),
+          head_sums(wants(kFactor, o.factor), factor, o.factor), head_sums(wants(kSink, o.sink), sink, o.sink),
           gain.gradient(o.gain), weight.gradient(o.weight),
           rel_y.gradient(wants(kRelY, o.rel_y), o.rel_y, c, tokens_q, tokens),
           rel_x.gradient(wants(kRelX, o.rel_x), o.rel_x, c, tokens_q, tokens),
           path_row.gradient(wants(kPathRow, o.path_row), o.path_row, c, tokens_k, flat),
           path_col.gradient(wants(kPathCol, o.path_col), o.path_col, c, tokens_k, flat),
-          head_sums(wants(kSlope, o.slope), slope, p.heads, o.slope),
+          head_sums(wants(kSlope, o.slope), slope, o.slope),
           q_xy.gradient(wants(kQxy, o.q_xy), o.q_xy, c, tokens_q, places_of),
           k_xy.gradient(wants(kKxy, o.k_xy), o.k_xy, c, tokens_k, places_of),
-          of_queries.gradient(wants(kQueryWeight, o.query_weight), o.query_weight, c, tokens_q, flat)};
+          of_queries.gradient(wants(kQueryWeight, o.query_weight), o.query_weight, c, tokens_q, flat),
+          mixture(0), mixture(1), mixture(2), mixture(3)};
 }
 
 Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,

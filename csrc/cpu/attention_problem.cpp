@@ -108,6 +108,7 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   read_scores(o);
   read_positions(o);
   read_ids(o);
+  read_mixtures(o);
   choose_block();
 }
 
@@ -201,11 +202,31 @@ void AttentionCall::read_ids(const AttentionOptions& o) {
   p.allow_columns = int32_t(o.allow->size(1));
 }
 
+void AttentionCall::read_mixtures(const AttentionOptions& o) {
+  const struct {
+    const OptTensor& from;
+    const double*& to;
+  } parts[] = {{o.pre_weight, p.pre_weight}, {o.pre_bias, p.pre_bias}, {o.post_weight, p.post_weight}, {o.post_bias, p.post_bias}};
+  for (int i = 0; i < 4; ++i) {
+    if (!parts[i].from) continue;
+    const Tensor& t = *parts[i].from;
+    check(t.dim() == (i % 2 ? 1 : 2) && t.size(0) == p.heads && t.size(t.dim() - 1) == p.heads && p.heads <= 128, kOp,
+          "mixtures must have shape [H, H] and [H], of at most 128 heads");
+    for (int64_t g = 0; g < p.heads; ++g)
+      for (int64_t h = 0; h < (i % 2 ? 1 : p.heads); ++h)
+        mixtures_[i].push_back(scalar<double>(t.const_data_ptr(), g * t.stride(0) + (i % 2 ? 0 : h * t.stride(1)), dtype_of(t, kOp)));
+    parts[i].to = mixtures_[i].data();
+  }
+  units = mixes(p) ? 1 : p.kv_heads;
+}
+
 // A block holds what the cache does, 8 to 64 rows. Where a mask shows each query other keys, and few, every query goes alone:
 // what a block sees together would be most of the keys. Judged by some of the rows.
 void AttentionCall::choose_block() {
   const int64_t row = int64_t(std::max(p.padded, 1)) * (wide ? 8 : 4), tiles = p.keys / kKeyTile;
   p.block = int32_t(std::clamp<int64_t>(kBlockBytes / row, 8, 64));
+  if (mixes(p)) p.block = int32_t(std::clamp<int64_t>(kBlockBytes / (row * p.heads), 4, 64));
+  if (mixes(p)) return;
   if (!p.mask.data || !p.mask.row || p.mask.column != 1 || p.queries < 16 || tiles < 16 || !batch) return;
   int64_t alone = 0, together = 0;
   for (int64_t part = 0; part < 4; ++part) {

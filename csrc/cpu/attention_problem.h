@@ -15,7 +15,7 @@ using OptTensor = std::optional<torch::stable::Tensor>;
 // The arguments of the op behind q, k and v.
 struct AttentionOptions {
   OptTensor bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy;
-  OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k;
+  OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias;
   std::string normalizer;
   double scale;
   bool causal;
@@ -40,6 +40,7 @@ class AttentionCall {
   const AttentionKernels* kernels;
   bool wide;       // double
   bool packed;     // sequences in one row
+  int32_t units;   // tasks of a sample: its kv heads, or one where the heads mix
   int64_t batch;   // of the tensors: 1 if packed
   std::vector<Tokens> samples;
 
@@ -52,12 +53,13 @@ class AttentionCall {
   int64_t all_keys() const { return batch * tokens_k_; }
 
  private:
-  std::vector<double> factor_, sink_, slope_;
+  std::vector<double> factor_, sink_, slope_, mixtures_[4];
   int64_t tokens_q_, tokens_k_;
 
   void read_scores(const AttentionOptions& o);
   void read_positions(const AttentionOptions& o);
   void read_ids(const AttentionOptions& o);
+  void read_mixtures(const AttentionOptions& o);
   void read_sequences(const AttentionOptions& o);
   void choose_block();
 };

@@ -7,12 +7,13 @@
   torch::stable::Tensor q, torch::stable::Tensor k, torch::stable::Tensor v, OptTensor bias, OptTensor key_bias, OptTensor mask, \
       OptTensor factor, OptTensor sink, OptTensor seed, OptTensor gain, OptTensor weight, OptTensor rel_y, OptTensor rel_x,      \
       OptTensor path_row, OptTensor path_col, OptTensor slope, OptTensor q_xy, OptTensor k_xy, OptTensor q_ids, OptTensor k_ids, \
-      OptTensor allow, OptTensor query_weight, OptTensor cu_q, OptTensor cu_k, std::string normalizer, double scale, bool causal, \
+      OptTensor allow, OptTensor query_weight, OptTensor cu_q, OptTensor cu_k, OptTensor pre_weight, OptTensor pre_bias,           \
+      OptTensor post_weight, OptTensor post_bias, std::string normalizer, double scale, bool causal, \
       int64_t offset, double dropout_p, int64_t topk, std::string rule, int64_t path_width, bool path_transposed, int64_t max_q, \
       int64_t max_k, std::string /*gpu*/
 #define VITKERN_ATTENTION_OPTIONS                                                                                          \
   {bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy, q_ids,     \
-   k_ids, allow, query_weight, cu_q, cu_k, normalizer, scale, causal, offset, dropout_p, topk, rule, path_width,           \
+   k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias, normalizer, scale, causal, offset, dropout_p, topk, rule, path_width,           \
    path_transposed, max_q, max_k}
 
 namespace vitkern {
@@ -22,12 +23,12 @@ struct AttentionTask {
   int32_t kv_head, begin, end;  // queries
 };
 
-// Every sample and kv head. Keys are packed anew in every task: parts of the queries only where there are few tasks.
+// Every sample and kv head, or sample alone. Keys are packed anew in every task: parts of the queries only where there are few tasks.
 inline std::vector<AttentionTask> attention_tasks(const AttentionCall& c, bool in_parts) {
   std::vector<AttentionTask> tasks;
-  const int64_t units = int64_t(c.samples.size()) * c.p.kv_heads, block = c.p.block;
+  const int64_t units = int64_t(c.samples.size()) * c.units, block = c.p.block;
   for (int64_t s = 0; s < int64_t(c.samples.size()); ++s)
-    for (int32_t head = 0; head < c.p.kv_heads; ++head) {
+    for (int32_t head = 0; head < c.units; ++head) {
       const int64_t queries = c.samples[size_t(s)].queries, blocks = (queries + block - 1) / block;
       const int64_t whole = std::max<int64_t>(4, 64 / block);
       const int64_t parts = in_parts ? std::clamp<int64_t>(64 / units, 1, std::max<int64_t>(blocks / whole, 1)) : 1;

@@ -27,12 +27,14 @@ from vitkern.stats import Stats
 
 TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
-    "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k",
+    "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
+    "pre_bias", "post_weight", "post_bias",
 )  # fmt: skip
 OPTIONS = (
     "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
 )  # fmt: skip
 PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal)
+MIXED_HEADS = 128
 KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean")
 
 
@@ -40,12 +42,16 @@ def unserved(lowered: dict[str, Any]) -> str:
     """Why no kernel serves the call, "" if the op does."""
     if lowered["normalizer"].startswith("argmax"):
         return f"no kernel has normalizer={lowered['normalizer']!r}"
-    for m in lowered["modulations"]:
-        if isinstance(m, (TalkingHeads, Policy)):
-            return f"no kernel has modulation.{type(m).__name__}"
-    others = [name for name in lowered["stats"] if name not in KERNEL_STATS]
-    if others:
-        return f"return_stats {others[0]!r} stores the whole map of scores, which no kernel does"
+    if any(isinstance(m, Policy) for m in lowered["modulations"]):
+        return "no kernel has modulation.Policy"
+    others = len(lowered["modulations"]) > 1 or any(getattr(b, "place", "") == "prob" for b in lowered["biases"])
+    if any(isinstance(m, TalkingHeads) for m in lowered["modulations"]) and (
+        others or lowered["topk"] or lowered["q"].shape[2] > MIXED_HEADS
+    ):
+        return f"modulation.TalkingHeads has a kernel by itself, without topk, and for at most {MIXED_HEADS} heads"
+    stored = [name for name in lowered["stats"] if name not in KERNEL_STATS]
+    if stored:
+        return f"return_stats {stored[0]!r} stores the whole map of scores, which no kernel does"
     if any(isinstance(b, ContextualPosition) and b.v_table is not None for b in lowered["biases"]):
         return "no kernel has the value table of bias.ContextualPosition"
     return ""
@@ -83,6 +89,9 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
     seen = _place_masks(found, lowered["masks"], q, k, extra is not None, longest)
     factors: list[Tensor] = []
     for m in lowered["modulations"]:
+        if isinstance(m, TalkingHeads):
+            found |= {name: getattr(m, name) for name in TENSORS[-4:]}
+            continue
         (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
     rope = lowered["rope"]
     if rope is not None:
@@ -321,7 +330,11 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     elif found["rule"] != "none":
         masks.append(Segments(found["q_ids"], found["k_ids"], found["allow"]))
     places = (("gain", "logit"), ("weight", "prob"))
-    factors = tuple(ElementwiseMask(found[name], place) for name, place in places if found[name] is not None)
+    factors: tuple[Any, ...] = tuple(
+        ElementwiseMask(found[name], place) for name, place in places if found[name] is not None
+    )
+    if any(found[name] is not None for name in TENSORS[-4:]):
+        factors = (TalkingHeads(*(found[name] for name in TENSORS[-4:])),)
     scale = found["scale"] if found["factor"] is None else found["factor"]
     return reference(
         q, k, v, tuple(biases), tuple(masks), factors, found["normalizer"], None, None, scale, found["sink"], None,

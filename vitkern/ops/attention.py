@@ -72,7 +72,7 @@ def attention(
             ``[B, H, R, Nk]``, the weights of the queries ``stat_rows``; ``"logits_mean"`` ``[B, Nq, Nk]``, the head mean of
             the scores before modulations; ``"probs"``, ``"logits"`` in full; ``"index"`` of argmax_k.
         query_weight: ``[B, Nq]`` or ``[B, Nq, H]``, of key_mean; with gradient.
-        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run. TalkingHeads, Policy, the hard
+        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run. Policy, the hard
             choices, the value table of ContextualPosition, ``"probs"`` and ``"logits"`` have no kernel yet.
 
     Returns:
@@ -196,7 +196,7 @@ OP = Op(
     tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in slots.TENSORS),
     "str normalizer, float scale, bool causal, SymInt offset, float dropout_p, SymInt topk, str rule, SymInt path_width, "
     "bool path_transposed, SymInt max_q, SymInt max_k, str gpu",
-    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21),
+    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 24, 25, 26, 27),
     batched=0,  # a bias or a mask may have a batch of its own
     definition=slots.definition,
     fake=slots.fake,

@@ -16,7 +16,7 @@ from vitkern.rope import Rope
 from vitkern.stats import Stats
 
 NAME = "attention_varlen"
-UNPACKED = (biases.PolylinePath, masks.FromLogits, modulations.TalkingHeads, modulations.Policy)
+UNPACKED = (biases.PolylinePath, masks.FromLogits, modulations.Policy)
 STATS = ("lse", "key_mean")
 
 
@@ -64,8 +64,8 @@ def attention_varlen(
         ``out [Tq, H, Dv]``, with return_stats ``(out, Stats)``.
 
     Raises:
-        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, FromLogits, TalkingHeads, Policy, the hard
-            choices and the other statistics have no form for packed sequences.
+        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, FromLogits, Policy, the hard choices
+            and the other statistics have no form for packed sequences.
     """
     lowered, packed = _lower(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query_weight, bias=bias, mask=mask,
@@ -109,18 +109,28 @@ def _lower(
         t.new_empty((1, 1, *t.shape[1:])).expand(1, n, *t.shape[1:]) for t, n in zip((q, k), lengths, strict=True)
     )
     weight = query_weight[None] if isinstance(query_weight, Tensor) else query_weight
+    _refuse_unpacked(options)
     lowered = lower(q[None], k[None], v[None], **options, query_weight=weight, longest=longest)
     why = slots.unserved(lowered)
-    for part in (*lowered["biases"], *lowered["masks"], *lowered["modulations"]):
-        if isinstance(part, UNPACKED):
-            why = f"{type(part).__name__} has no form for packed sequences"
-        if isinstance(part, biases.DecomposedRelativePosition) and part.q_grid is not None:
-            why = "DecomposedRelativePosition must be given per query (q_grid=None) for packed sequences"
-    if any(name not in STATS for name in lowered["stats"]):
-        why = f"return_stats of packed sequences may be {', '.join(STATS)}, got {lowered['stats']!r}"
     if why:
         raise NotImplementedError(f"{NAME}: {why}")
     return lowered, slots.Packed(cu_q, cu_k, longest)
+
+
+def _refuse_unpacked(options: dict[str, Any]) -> None:
+    """Raises for what has no form for packed sequences."""
+    for name in ("bias", "mask", "modulation"):
+        given = options.get(name)
+        for part in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(part, UNPACKED):
+                raise NotImplementedError(f"{NAME}: {type(part).__name__} has no form for packed sequences")
+            if isinstance(part, biases.DecomposedRelativePosition) and part.q_grid is not None:
+                raise NotImplementedError(
+                    f"{NAME}: DecomposedRelativePosition must be given per query (q_grid=None) for packed sequences"
+                )
+    stats = options.get("return_stats", ())
+    if any(name not in STATS for name in ((stats,) if isinstance(stats, str) else stats)):
+        raise NotImplementedError(f"{NAME}: return_stats of packed sequences may be {', '.join(STATS)}, got {stats!r}")
 
 
 def _explain(

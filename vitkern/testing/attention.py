@@ -17,7 +17,7 @@ from vitkern.bias import (
     RowBias,
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
-from vitkern.modulation import ElementwiseMask, GaussianMixture, SoftCausal
+from vitkern.modulation import ElementwiseMask, GaussianMixture, SoftCausal, TalkingHeads
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
 
@@ -43,6 +43,7 @@ FACTORS = {
     "weight": lambda t, grid: ElementwiseMask(t["factors"], "prob"),
     "mixture": lambda t, grid: GaussianMixture(t["sigma"], t["alpha"], grid),
     "soft": lambda t, grid: SoftCausal(t["ratio"]),
+    "heads": lambda t, grid: TalkingHeads(t["pre"], t["pre_bias"], t["post"], t["post_bias"]),
 }
 
 
@@ -73,7 +74,7 @@ def make(
 ) -> Call:
     """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
     and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
-    both; `modulation`: gain, mixture, weight, soft; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
+    both; `modulation`: gain, mixture, weight, soft, heads; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
     `extra`: further keys; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
@@ -110,6 +111,9 @@ def make(
         tensors["factors"] = normal(1, heads, queries, keys)
     if modulation == "mixture":
         tensors["sigma"], tensors["alpha"] = normal(2, heads).abs() + 1, normal(2, heads)
+    if modulation == "heads":
+        tensors |= {"pre": normal(heads, heads), "pre_bias": normal(heads), "post": normal(heads, heads)}
+        tensors["post_bias"] = normal(heads)
     if modulation == "soft":
         tensors["ratio"] = torch.rand((), generator=g, dtype=torch.float64)
     if weighed:
@@ -223,6 +227,10 @@ def small() -> list[Call]:
         make(15, 2, 3, 8, typed="decomposed", grid=(2, 4), modulation="weight", masks="levels", dropout_p=0.4, dropout_seed=9),
         make(16, 2, 5, 6, typed="euclidean", modulation="gain", masks="logits", topk=2, return_stats=("key_mean",)),
         make(17, 1, 9, 9, typed="manhattan", grid=(3, 3), modulation="soft", masks="causal", normalizer="none"),
+        make(18, 2, 5, 6, heads=4, kv_heads=2, d=4, modulation="heads", bias=(0, 1, 1, 1), masks="empty", dropout_p=0.3,
+             dropout_seed=2, return_stats=("lse", "key_mean")),
+        make(19, 1, 7, 7, heads=3, d=4, modulation="heads", typed="manhattan", grid=(1, 7), normalizer="none", masks="both",
+             scale="heads"),
         make(10, 0, 4, 5, heads=2, bias=(0, 1, 1, 1)),
         make(11, 2, 0, 5, bias=(0, 1, 1, 1)),
         make(12, 2, 4, 0, heads=2, sink=True, return_stats=("lse",)),
