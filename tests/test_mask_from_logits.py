@@ -88,6 +88,7 @@ MASKS = {
     "table": lambda q, k: Segments(
         torch.arange(q)[None] // 9, torch.arange(k)[None] // 60, torch.eye(8, dtype=torch.bool).roll(1, 0)
     ),
+    "falling levels": lambda q, k: BlockCausal(torch.arange(q)[None] // 9, 5 - torch.arange(k)[None] // 50),
     "levels": lambda q, k: BlockCausal(torch.arange(q)[None] // 9 - 3, torch.arange(k)[None] // 60 - 2),
 }
 
