@@ -19,9 +19,14 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from vitkern.ops import _attention_slots as slots  # noqa: E402
 from vitkern.triton_kernels import (  # noqa: E402
+    _attention_bwd_tiles,
+    _attention_host,
     _reduce,
     _window_bwd_tiled,
+    attention,
+    attention_bwd,
     bipartite_match,
     merge_plan,
     merge_tokens,
@@ -83,11 +88,11 @@ def source(kernel, arguments: dict) -> ASTSource:
 def caught(family):
     """Collects (kernel, arguments) of every launch instead of launching, configured for a family of devices."""
     launches, patch = [], pytest.MonkeyPatch()
-    for module in (window_attention, window_attention_bwd):
+    for module in (window_attention, window_attention_bwd, _attention_host):
         patch.setattr(module, "family", lambda device: family)
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
-        select_tokens, unmerge_tokens,
+        select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -194,6 +199,55 @@ def test_compiles_without_spills(name, capability, dtype):
     launches = launches_of(capability, dtype=dtype, **CASES[name])
     seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
     assert "_forward" in seen and len(seen) > 1
+
+
+EVERY_TERM = dict(key_bias=True, mask=True, parameters=True, dropout=0.1, causal=True, bias_dtype=torch.float32)
+ATTENTION = {
+    "plain": dict(width=64, queries=1024, keys=1024, bias=None),
+    "bias": dict(width=64),
+    "80 in 64 + 16": dict(width=80, bias=(1, 1, 1, 1)),
+    "sigmoid, groups": dict(width=32, heads=4, key_heads=2, normalizer="sigmoid", mask=True),
+    "every term": dict(width=64, **EVERY_TERM),
+    "wide": dict(width=256, width_v=192, causal=True),
+    "wide, every term": dict(width=256, **EVERY_TERM),
+}
+ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for capability in (80, 90)] + [
+    ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
+    ("every term", 80, torch.float32), ("wide, every term", 90, torch.float32),
+]  # fmt: skip
+
+
+def attention_launches(
+    capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
+    bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
+):  # fmt: skip
+    key_heads, width_v = key_heads or heads, width_v or width
+    shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
+    q, k, v = (torch.zeros(2, *s, dtype=dtype) for s in shapes)
+    full = (2, heads, queries, keys)
+    shape = None if bias is None else [n if has else 1 for n, has in zip(full, bias, strict=True)]
+    args = (
+        q, k, v, None if bias is None else torch.zeros(shape, dtype=bias_dtype or dtype),
+        torch.zeros(2, 1, 1, keys) if key_bias else None,
+        torch.zeros(2, 1, queries, keys, dtype=torch.bool) if mask else None,
+        torch.zeros(heads) if parameters else None, torch.zeros(heads) if parameters else None,
+        torch.zeros(1, dtype=torch.int64), *[None] * (len(slots.TENSORS) - 9),
+        normalizer, 0.1, causal, 0, dropout, 0, "none", 0, False, 0, 0,
+    )  # fmt: skip
+    with caught(f"sm{capability}") as launches:
+        out, *saved = attention.fwd(*args)
+        attention.bwd(out, None, None, *saved, *args, 127)
+    return launches
+
+
+@pytest.mark.parametrize(
+    "name, capability, dtype", ATTENTION_RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-")
+)
+def test_attention_compiles_without_spills(name, capability, dtype):
+    launches = attention_launches(capability, dtype, **ATTENTION[name])
+    seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
+    assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
+    assert ("_backward_bias" in seen) == (ATTENTION[name].get("bias", True) is not None)
 
 
 MATCHES = {

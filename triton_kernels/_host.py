@@ -1,5 +1,9 @@
 """What the launch functions of all ops ask of a device."""
 
+import functools
+import json
+import pathlib
+
 import torch
 from torch import Tensor
 
@@ -20,6 +24,28 @@ def device_reasons(name: str, x: Tensor, interpreted: bool) -> list[str]:
 def power(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least n and at least `least` (matrix products want 16)."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.cache
+def tables(op: str) -> dict:
+    return json.loads((pathlib.Path(__file__).parent / "configs" / f"{op}.json").read_text())
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """The configuration family of a device: "sm90" for an H100, whether or not the table knows it."""
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "default"
+
+
+@functools.cache
+def config(op: str, name: str, kernel: str, n: int, width: int, itemsize: int) -> dict:
+    """The first row of a kernel's table that allows this size N, padded width and element size; a family's rows come
+    before the default ones."""
+    for row in tables(op).get(name, {}).get(kernel, []) + tables(op)["default"][kernel]:
+        size = n <= row.get("max_n", n) and row.get("min_width", width) <= width <= row.get("max_width", width)
+        if size and itemsize == row.get("bytes", itemsize):
+            return row
+    raise LookupError(f"no {kernel} configuration for N={n}, D={width}, {itemsize} bytes")
 
 
 def plan_reasons(score: Tensor, interpreted: bool) -> list[str]:

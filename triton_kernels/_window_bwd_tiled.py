@@ -8,9 +8,10 @@ so would be every weight of its row: for float32 inputs the first pass sums the 
 import triton
 import triton.language as tl
 
+from ._tiles import clean, store_rows
 from ._window_bwd_tiles import key_side, query_side, row_factor, weights
 from ._window_host import UNSPECIALIZED
-from ._window_tiles import clean, load_bias, row_offsets, seams, sides, store_rows, unit_rows, unit_rows_grad
+from ._window_tiles import load_bias, row_offsets, seams, sides, unit_rows, unit_rows_grad
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -3,14 +3,11 @@
 import triton
 import triton.language as tl
 
+from ._tiles import LOG2E, clean, keep_tile, load_rows
 from ._window_tiles import (
-    LOG2E,
     PADS_HIDDEN,
     PADS_VISIBLE,
-    clean,
-    keep_tile,
     load_keys,
-    load_rows,
     mask_scores,
     row_offsets,
     token_numbers,

@@ -1,9 +1,6 @@
 """What both launch functions of window attention do on the host: limits, geometry, strides, configuration."""
 
-import functools
-import json
 import math
-import pathlib
 
 import torch
 from torch import Tensor
@@ -57,28 +54,6 @@ def alignment(maps: list[Tensor]) -> int:
     unit = all(x.stride(-1) == 1 for x in maps)
     steps = [s for x in maps for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
     return math.gcd(8, *steps) if unit else 1
-
-
-@functools.cache
-def tables() -> dict:
-    return json.loads((pathlib.Path(__file__).parent / "configs" / "window_attention.json").read_text())
-
-
-@functools.cache
-def family(device: torch.device) -> str:
-    """The configuration family of a device: "sm90" for an H100, whether or not the table knows it."""
-    return "sm{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "default"
-
-
-@functools.cache
-def config(name: str, kernel: str, n: int, width: int, itemsize: int) -> dict:
-    """The first row of a kernel's table that allows this window size, padded width and element size; a family's rows
-    come before the default ones."""
-    for row in tables().get(name, {}).get(kernel, []) + tables()["default"][kernel]:
-        size = n <= row.get("max_n", n) and row.get("min_width", width) <= width <= row.get("max_width", width)
-        if size and itemsize == row.get("bytes", itemsize):
-            return row
-    raise LookupError(f"no {kernel} configuration for N={n}, D={width}, {itemsize} bytes")
 
 
 def arguments(

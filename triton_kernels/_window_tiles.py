@@ -7,8 +7,8 @@ axes here, the missing ones leading with length 1; AXES says how many are real. 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from ._tiles import load_rows
+
 NO_PADS = tl.constexpr(0)                                   # PADS: the windows divide the map
 PADS_HIDDEN = tl.constexpr(1)
 PADS_VISIBLE = tl.constexpr(2)
@@ -116,26 +116,6 @@ def row_offsets(coords, image, head, strides, AXES: tl.constexpr, ALIGN: tl.cons
 
 
 @triton.jit
-def load_rows(ptr, rows, real, d_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows of a tensor, 0 where not real and past D: [rows, BLOCK_D]."""
-    d = tl.arange(0, BLOCK_D)
-    mask = real[:, None]
-    if BLOCK_D != D:
-        mask = mask & (d < D)[None, :]
-    return tl.load(ptr + (rows[:, None] + d[None, :] * d_stride), mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(ptr, rows, real, d_stride, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes x [rows, BLOCK_D] to the real rows, rounded to the tensor's dtype."""
-    d = tl.arange(0, BLOCK_D)
-    mask = real[:, None]
-    if BLOCK_D != D:
-        mask = mask & (d < D)[None, :]
-    tl.store(ptr + (rows[:, None] + d[None, :] * d_stride), x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def load_keys(
     ptr, rows, real, pad, d_stride, pad_ptr, pad_strides, head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PADS: tl.constexpr,
@@ -204,20 +184,3 @@ def mask_scores(
     if CLIP:
         s = tl.where(visible_j[None, :], s, float("-inf"))
     return s
-
-
-@triton.jit
-def keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N: tl.constexpr):
-    """True where dropout keeps a weight: Philox on (image, head, query token, key slot div 4), lane = slot mod 4."""
-    quads = start // 4 + tl.arange(0, BLOCK_N // 4)
-    shape = (tokens[:, None] + quads[None, :]) * 0                                     # [i, BLOCK_N / 4]
-    lane0, lane1, lane2, lane3 = tl.philox(
-        tl.load(seed_ptr), shape + image, shape + head, shape + tokens[:, None], shape + quads[None, :])
-    lanes = tl.interleave(tl.interleave(lane0, lane2), tl.interleave(lane1, lane3))    # [i, BLOCK_N]
-    return lanes.to(tl.int64) >= threshold
-
-
-@triton.jit
-def clean(x):
-    """x with 0 where it is not finite."""
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)

@@ -12,22 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._window_host import UNSPECIALIZED, arguments, config, family, power, reasons
+from ._host import config, family, power
+from ._tiles import LN2, LOG2E, clean, keep_tile, load_rows, store_rows
+from ._window_host import UNSPECIALIZED, arguments, reasons
 from ._window_tiles import (
-    LN2,
-    LOG2E,
     PADS_HIDDEN,
     PADS_VISIBLE,
-    clean,
-    keep_tile,
     load_bias,
     load_keys,
-    load_rows,
     mask_scores,
     row_offsets,
     seams,
     sides,
-    store_rows,
     token_numbers,
     unit_rows,
     window_slots,
@@ -184,7 +180,7 @@ def fwd(
     shared = arguments(q, k, v, bias, index, logit_scale, k_pad, v_pad, seed, window, shift, roll_first, pad_visible,
                        scale, mask_value, cosine_max, cosine_eps, dropout_p)
     n, width = shared["N"], max(shared["BLOCK_D"], shared["BLOCK_DV"])
-    tuned = config(family(q.device), "forward", n, width, q.element_size())
+    tuned = config("window_attention", family(q.device), "forward", n, width, q.element_size())
     block_m, block_n = min(tuned["block_m"], power(n)), min(tuned["block_n"], power(n))
     total = q.shape[0] * shared["windows"]
     fans = shared["heads"] * -(-n // block_m)                                          # programs per chunk

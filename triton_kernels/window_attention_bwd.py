@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._host import config, family, power
 from ._reduce import add_parts, table_gradient
+from ._tiles import clean, store_rows
 from ._window_bwd_tiled import _backward_bias, _backward_keys, _backward_queries
 from ._window_bwd_tiles import key_side, query_side, row_factor, weights
-from ._window_host import UNSPECIALIZED, arguments, config, family, power, row_strides, tied_strides
-from ._window_tiles import clean, load_bias, row_offsets, seams, sides, store_rows, unit_rows, unit_rows_grad
+from ._window_host import UNSPECIALIZED, arguments, row_strides, tied_strides
+from ._window_tiles import load_bias, row_offsets, seams, sides, unit_rows, unit_rows_grad
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -183,7 +185,7 @@ def _output(wanted: bool, given: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _tuned(kernel: str, shared: dict, q: Tensor) -> dict:
     width = max(shared["BLOCK_D"], shared["BLOCK_DV"])
-    return config(family(q.device), kernel, shared["N"], width, q.element_size())
+    return config("window_attention", family(q.device), kernel, shared["N"], width, q.element_size())
 
 
 def _fits_one_tile(shared: dict, q: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from vitkern.reference.window_attention import window_attention as reference
 from vitkern.testing import assert_close_to_oracle, poisoned
-from vitkern.triton_kernels import _reduce, _window_host
+from vitkern.triton_kernels import _host, _reduce
 from vitkern.triton_kernels import window_attention as forward
 from vitkern.triton_kernels import window_attention_bwd as backward
 
@@ -33,15 +33,15 @@ def poison():
 @pytest.fixture
 def tuned(monkeypatch):
     """Replaces the configuration table; kernels that a table leaves out keep the shipped rows for wide windows."""
-    shipped = _window_host.tables()["default"]
+    shipped = _host.tables("window_attention")["default"]
     tiles = {x: [TILES | {"block_n": 64, "block_m": 64}] for x in shipped if x != "backward_window"}
 
     def use(table):
-        monkeypatch.setattr(_window_host, "tables", lambda: {"default": shipped | tiles | table})
-        _window_host.config.cache_clear()
+        monkeypatch.setattr(_host, "tables", lambda op: {"default": shipped | tiles | table})
+        _host.config.cache_clear()
 
     yield use
-    _window_host.config.cache_clear()
+    _host.config.cache_clear()
 
 
 def arguments(

@@ -10,6 +10,7 @@ from vitkern.modulation import ElementwiseMask
 from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.attention import attention as reference
 from vitkern.rope import Rope
@@ -72,7 +73,7 @@ def attention(
             ``[B, H, R, Nk]``, the weights of the queries ``stat_rows``; ``"logits_mean"`` ``[B, Nq, Nk]``, the head mean of
             the scores before modulations; ``"probs"``, ``"logits"`` in full; ``"index"`` of argmax_k.
         query_weight: ``[B, Nq]`` or ``[B, Nq, H]``, of key_mean; with gradient.
-        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run. Policy, the hard
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run. Policy, the hard
             choices, the value table of ContextualPosition, ``"probs"`` and ``"logits"`` have no kernel yet.
 
     Returns:
@@ -191,6 +192,12 @@ def _explain(*args: Any, backend: str | None = None, lepe: Any = None, **options
     return _call.explanation(NAME, OP, tuple(slots.slots(lowered).values()), backend)
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import attention as kernels
+
+    return kernels
+
+
 OP = Op(
     NAME,
     tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in slots.TENSORS),
@@ -200,6 +207,7 @@ OP = Op(
     batched=0,  # a bias or a mask may have a batch of its own
     definition=slots.definition,
     fake=slots.fake,
+    gpu=Gpu(_triton),
     outputs=("out", "lse", "key_mean"),
     autocast=False,
 )

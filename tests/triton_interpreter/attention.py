@@ -1,0 +1,271 @@
+"""attention in Triton, interpreted on the CPU, from the public function down. Run by tests/test_triton.py."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gpu_path import tokens_on_gpu
+
+from vitkern import testing
+from vitkern.ops import _attention_slots as slots
+from vitkern.ops.attention import OP
+from vitkern.testing import attention as registry
+from vitkern.triton_kernels import _host
+from vitkern.triton_kernels import attention as kernels
+from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, UNSERVED, Call, widths
+
+ENTRY = testing.entries()["attention"]
+OFFSET = len(slots.TENSORS) + slots.OPTIONS.index("offset")
+HALF, FULL = torch.float16, torch.float32  # the interpreter cannot multiply bfloat16
+NAMES = [slots.TENSORS[p] for p in OP.differentiable]
+SMALL = [c for c in registry.small() if c.seed < 13 and c.seed != 6]  # the others have what UNSERVED names
+EVERYTHING = (1 << len(NAMES)) - 1
+
+
+def table(block_m, block_n, programs=3):
+    row = {"block_m": block_m, "block_n": block_n, "warps": 4, "stages": 1, "programs": programs}
+    return {x: [row] for x in ("forward", "backward_queries", "backward_keys", "backward_bias")}
+
+
+@pytest.fixture(autouse=True)
+def tuned(monkeypatch):
+    """One tile for a small call, unless a test asks for other tiles; the interpreter pays for each."""
+
+    def use(block_m, block_n, programs=3):
+        monkeypatch.setattr(_host, "tables", lambda op: {"default": table(block_m, block_n, programs)})
+        _host.config.cache_clear()
+
+    use(64, 64)
+    yield use
+    _host.config.cache_clear()
+
+
+def check(call, dtype=FULL):
+    with tokens_on_gpu("triton"):
+        testing.assert_matches(ENTRY, call, dtype, "triton")
+
+
+def scores(shape, *, hide=0.0):
+    x = torch.randn(shape)
+    return x.masked_fill(torch.rand(shape) < hide, -math.inf) if hide else x
+
+
+def arguments(
+    batch=2, queries=5, keys=7, heads=2, kv_heads=None, d=8, dv=None, dtype=FULL, bias=None, key_bias=None, mask=None,
+    factor=None, sink=None, seed=None, normalizer="softmax", scale=0.3, causal=False, offset=0, dropout_p=0.0,
+):  # fmt: skip
+    """The arguments of the op."""
+    kv_heads, dv = kv_heads or heads, dv or d
+    shapes = (queries, heads, d), (keys, kv_heads, d), (keys, kv_heads, dv)
+    q, k, v = (torch.randn(batch, *s).to(dtype) for s in shapes)
+    terms = [q, k, v, bias, key_bias, mask, factor, sink, seed, *[None] * (len(slots.TENSORS) - 9)]
+    return [*terms, normalizer, scale, causal, offset, dropout_p, 0, "none", 0, False, 0, 0]
+
+
+def wide(args):
+    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+
+
+def check_op(args, dlse=True):
+    """fwd and bwd against the reference on the op's own arguments; returns the gradients."""
+    with testing.poisoned():
+        out, lse, key_mean = kernels.fwd(*args)
+        dout = torch.randn(out.shape).to(out.dtype)
+        dlse = torch.randn(lse.shape).where(lse.isfinite(), 0.0) if dlse and "softmax" in args else None
+        got = kernels.bwd(dout, dlse, None, lse, key_mean, *args, EVERYTHING)
+    eager, oracle = OP.definition(*args), OP.definition(*wide(args))
+    for name, x, y, z in zip(OP.outputs, (out, lse, key_mean), oracle, eager, strict=True):
+        testing.assert_close_to_oracle(name, x, y, z)
+    rest = [None if x is None else x.double() for x in (dout, dlse)]
+    eager = OP.reference_backward(dout, dlse, *[None] * 3, *args, "", EVERYTHING)
+    oracle = OP.reference_backward(*rest, *[None] * 3, *wide(args), "", EVERYTHING)
+    for name, x, y, z in zip(NAMES, got, oracle, eager, strict=True):
+        assert (x is None) == (z is None), name
+        if x is not None:
+            assert x.dtype == z.dtype
+            testing.assert_close_to_oracle(name, x, y, z, gradient=True)
+    return got
+
+
+@pytest.mark.parametrize("call", SMALL, ids=str)
+def test_small_calls_of_the_registry(call):
+    check(call, (FULL, HALF)[call.seed % 2])
+
+
+def test_the_arguments_are_those_of_the_op():
+    assert Call._fields == (*slots.TENSORS, *slots.OPTIONS)
+    assert list(DIFFERENTIABLE) == NAMES
+
+
+@pytest.mark.parametrize(
+    "pattern", [(b, h, q, k) for b in (0, 1) for h in (0, 1) for q in (0, 1) for k in (0, 1)], ids=str
+)
+def test_a_bias_broadcasts_over_any_axes_and_so_does_its_gradient(pattern):
+    """One number for all scores has a gradient of 0 under softmax, in which only rounding could be compared."""
+    normalizer = "softmax" if any(pattern[2:]) else "sigmoid"
+    check(registry.make(20, 2, 5, 7, bias=pattern, normalizer=normalizer, masks="causal", scale=0.3))
+
+
+CASES = {
+    "causal, rows that see nothing": dict(masks="causal", bias=(0, 1, 1, 1), sink=True, return_stats=("lse",)),
+    "causal, more keys": dict(queries=18, keys=50, masks="causal", bias=(0, 0, 1, 1), kv_heads=1),
+    "dropout": dict(queries=18, keys=70, dropout_p=0.4, dropout_seed=2**40 + 3, bias=(1, 0, 1, 1), heads=1),
+    "groups": dict(heads=4, kv_heads=2, bias=(0, 1, 0, 1), key_bias=True, scale="heads"),
+    "rows": dict(bias=(0, 1, 1, 0), masks="dense", sink=True),
+    "sigmoid": dict(normalizer="sigmoid", bias=(0, 1, 1, 1), masks="causal", scale="heads"),
+    "relu": dict(normalizer="relu", bias=(1, 1, 1, 0), masks="dense", key_bias=True),
+    "none": dict(normalizer="none", bias=(1, 1, 1, 1), masks="empty", dropout_p=0.2, dropout_seed=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_tiles(name, tuned):
+    tuned(16, 32)
+    case = {"batch": 2 if name == "groups" else 1, "queries": 37, "keys": 33} | CASES[name]
+    check(registry.make(30, **case), FULL if name in ("dropout", "sigmoid") else HALF)
+
+
+@pytest.mark.parametrize(
+    "d, dv", [(1, 8), (15, 24), (40, 17), (72, 80), (80, 72), (96, 200), (256, 130), (64, 256)], ids=str
+)
+def test_widths(d, dv):
+    check(registry.make(40, 1, 5, 7, heads=1, d=d, dv=dv, bias=(0, 1, 1, 1)), HALF)
+
+
+def test_no_width_is_padded_beyond_two_blocks():
+    assert [widths(d) for d in (1, 16, 17, 40, 64, 72, 80, 88, 96, 112, 130, 192, 256)] == [
+        (1, 16, 0), (16, 16, 0), (17, 32, 0), (40, 32, 16), (64, 64, 0), (72, 64, 16), (80, 64, 16), (88, 64, 32),
+        (96, 64, 32), (112, 128, 0), (130, 128, 16), (192, 128, 64), (256, 128, 128),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF], ids=str)
+def test_shipped_configuration(dtype, monkeypatch):
+    monkeypatch.undo()
+    _host.config.cache_clear()
+    check(registry.make(50, 1, 20, 40, d=24, bias=(0, 1, 1, 1), masks="dense"), dtype)
+
+
+def test_strides():
+    """Expanded and transposed biases and masks, an expanded bias gradient, heads of stride 0, a last stride of 2."""
+    args = arguments(heads=4, kv_heads=2, bias=scores((1, 1, 7, 5)).mT.expand(2, 4, 5, 7))
+    args[0] = torch.randn(2, 5, 4, 16)[..., ::2]
+    args[1] = args[1].permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+    args[2] = args[2][:1].expand(2, 7, 2, 8)
+    args[4] = scores((2, 1, 1, 14))[..., ::2]
+    args[5] = (torch.rand(4, 5, 1) < 0.8).expand(2, 4, 5, 7)
+    args[6] = torch.rand(8)[::2]
+    args[7] = torch.tensor(0.5).expand(4)
+    got = check_op(args)
+    assert got[3].shape == (2, 4, 5, 7) and not torch.equal(got[3][0], got[3][1])
+    check_op(arguments(bias=scores((2, 2, 5, 7)).half(), dtype=FULL))
+    check_op(arguments(bias=scores((1, 2, 5, 7)), key_bias=scores((1, 2, 1, 7)), dtype=HALF))
+
+
+def test_offsets_beyond_32_bits():
+    """Views whose samples, and whose rows of scores, lie more than 2^31 elements apart; untouched pages hold no memory."""
+    args = arguments(d=16, dtype=HALF, bias=scores((2, 1, 5, 7)).half(), mask=torch.rand(2, 1, 5, 7) < 0.8)
+    far = torch.UntypedStorage(2 * (2 * 2**31 + 8192))
+    flat = torch.tensor([], dtype=HALF).set_(far)
+    for n in range(3):
+        view = flat.as_strided(args[n].shape, (2**31, *args[n].stride()[1:]), n * 1024)
+        args[n] = view.copy_(args[n])
+    args[3] = flat.as_strided((2, 1, 5, 7), (7, 0, 2**29, 1), 4096).copy_(args[3])
+    spots = torch.tensor([], dtype=torch.bool).set_(torch.UntypedStorage(2**31 + 4096))
+    args[5] = spots.as_strided((2, 1, 5, 7), (2**31, 0, 7, 1)).copy_(args[5])
+    check_op(args)
+
+
+def test_biases_that_hide_and_large_logits():
+    check_op(arguments(bias=scores((2, 1, 5, 7), hide=0.6), key_bias=scores((1, 1, 1, 7), hide=0.3)))
+    for shift in (-90.0, 1e4):
+        check_op(arguments(bias=scores((1, 2, 5, 7)) + shift))
+    check_op(arguments(bias=scores((1, 2, 5, 7)), sink=torch.tensor([-math.inf, 90.0])))
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("hides", ["mask", "bias", "causal"])
+def test_nothing_hidden_leaks(hides, normalizer, tuned):
+    """NaN and infinity in keys and values: rows that do not see them, and all gradients but their own, are as without."""
+    tuned(16, 16)
+    args = arguments(1, 20, 20, 1, bias=scores((1, 1, 20, 20)), normalizer=normalizer, scale=0.3)
+    seen = torch.rand(1, 1, 20, 20) < 0.7
+    seen[..., 3] = False  # seen by nobody
+    seen[..., 17] = False
+    seen[..., 5, :] = False  # sees nothing
+    if hides == "mask":
+        args[5] = seen
+    elif hides == "bias":
+        args[3] = args[3].masked_fill(~seen, -math.inf)
+    else:
+        args[OFFSET - 1 : OFFSET + 1] = True, -2
+        seen = torch.ones(20, 20, dtype=torch.bool).tril(-2)[None, None]
+    never = ~seen.any(2)[0, 0]
+    dirty = list(args)
+    dirty[1], dirty[2] = args[1].clone(), args[2].clone()
+    dirty[1][:, never] = math.nan
+    dirty[2][:, never] = math.inf
+    want, got = kernels.fwd(*args), kernels.fwd(*dirty)
+    dout = torch.randn(want[0].shape)
+    assert torch.equal(want[1], got[1])
+    testing.assert_close_to_oracle("out", got[0], OP.definition(*wide(args))[0], OP.definition(*args)[0])
+    for name, x, y in zip(
+        NAMES, *(kernels.bwd(dout, None, None, *want[1:], *a, EVERYTHING) for a in (args, dirty)), strict=True
+    ):
+        assert x is None or torch.equal(x, y) or (name in ("k", "v") and torch.equal(x[:, ~never], y[:, ~never])), name
+    dirty[1], dirty[2] = args[1].clone(), args[2].clone()
+    dirty[2][0, 9, 0, 4], dirty[2][0, 10, 0, 6], dirty[1][0, 11, 0, 2] = math.nan, -math.inf, -math.inf
+    (out, *_), (same, *_) = kernels.fwd(*dirty), OP.definition(*dirty)
+    oracle, at = OP.definition(*wide(dirty)), same.isfinite()
+    assert torch.equal(out.isfinite(), at) and not out.isinf().any() and at.any() and not at.all()
+    testing.assert_close_to_oracle("out", out, oracle[0], same)
+
+
+def test_causal_tiles_beyond_the_diagonal_are_not_visited(tuned, monkeypatch):
+    tuned(16, 16)
+    visits, inner = [], kernels.scores
+    monkeypatch.setattr(kernels, "scores", lambda *args: visits.append(int(args[7])) or inner(*args))
+    kernels.fwd(*arguments(1, 40, 48, 1, causal=True, offset=-8))
+    assert sorted(visits) == [0, 0, 0, 16, 16]
+
+
+def test_only_the_gradients_that_are_needed_are_made():
+    args = arguments(
+        bias=scores((1, 2, 5, 7)), key_bias=scores((2, 1, 1, 7)), factor=torch.rand(2), sink=torch.randn(2)
+    )  # fmt: skip
+    out, *saved = kernels.fwd(*args)
+    dout, dlse = torch.randn(out.shape), torch.randn(saved[0].shape)
+    for given in ((dout, dlse), (dout, None), (None, dlse), (None, None)):
+        with testing.poisoned():
+            everything = kernels.bwd(*given, None, *saved, *args, EVERYTHING)
+            assert all(x is None or x.isfinite().all() for x in everything)
+            assert given != (None, None) or not any(x is not None and x.any() for x in everything)
+            for need in (1, 2, 4, 8, 16, 32, 64, 0b0001001, 0):
+                found = kernels.bwd(*given, None, *saved, *args, need)
+                for bit, (name, x, y) in enumerate(zip(NAMES, found, everything, strict=True)):
+                    wanted = need >> bit & 1 and y is not None
+                    assert (x is not None and torch.equal(x, y)) if wanted else x is None, (name, need)
+
+
+def test_the_order_of_sums_is_fixed_and_parts_are_added(tuned):
+    """Three samples share a bias: one program for all of them, one each, and the same bits again."""
+    args = arguments(3, 5, 7, 2, bias=scores((1, 1, 5, 7)))
+    for programs in (1, 4, 99):
+        tuned(16, 16, programs)
+        torch.manual_seed(1)
+        first = check_op(args)
+        torch.manual_seed(1)
+        assert all(x is None or torch.equal(x, y) for x, y in zip(check_op(args), first, strict=True))
+
+
+def test_reasons():
+    assert kernels.supported(*arguments()) == []
+    why = " ".join(kernels.supported(*arguments(d=300, dtype=torch.float64, normalizer="argmax_k")))
+    assert "300" in why and "float64" in why and "argmax_k" in why
+    for name, what in UNSERVED.items():
+        call = Call(*arguments())._replace(**{name: 3 if name == "topk" else torch.zeros(1)})
+        assert kernels.supported(*call) == [f"no Triton kernel has {what}"]

@@ -1,0 +1,259 @@
+"""The kernels of attention's backward. P is made again from lse; delta_i = sum_j P_ij dP_ij of softmax is a first walk over
+the keys. An lse of 50 rounded to float32 is off by 2e-6, and so would be every weight of its row: for float32 inputs that
+walk also sums the weights and keeps their log as `low`.
+"""
+
+import triton
+import triton.language as tl
+
+from ._attention_host import UNSPECIALIZED
+from ._attention_tiles import (
+    SOFTMAX,
+    add_weighted,
+    clean_parts,
+    load_parts,
+    offsets,
+    row_factor,
+    row_products,
+    scaled_parts,
+    store_parts,
+    weights,
+    zero_parts,
+)
+from ._tiles import LOG2E
+
+
+@triton.jit
+def _key_side(
+    k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head, j, keys,
+    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """k, and v with 0 where it is not finite."""
+    k = load_parts(k_ptr, offsets(image, head, j, k_strides, ALIGN), j < keys, d_strides[1], WIDTHS)
+    v = load_parts(v_ptr, offsets(image, head, j, v_strides, ALIGN), j < keys, d_strides[2], WIDTHS_V)
+    return k, clean_parts(v, WIDTHS_V)
+
+
+@triton.jit
+def _query_side(
+    q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+    NORM: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """q, dout, lse, low, whether a row has a gradient, and its place in [B, Nq, H]."""
+    queries, heads = sizes[1], sizes[3]
+    real = i < queries
+    flat = (image.to(tl.int64) * queries + i) * heads + head
+    q = load_parts(q_ptr, offsets(image, head, i, q_strides, ALIGN), real, d_strides[0], WIDTHS)
+    dout = load_parts(dout_ptr, offsets(image, head, i, dout_strides, ALIGN), real, d_strides[3], WIDTHS_V)
+    lse = tl.zeros_like(i).to(tl.float32)
+    low = lse
+    live = real
+    if NORM == SOFTMAX:
+        lse = tl.load(lse_ptr + flat, mask=real, other=float("-inf"))
+        live = tl.abs(lse) < float("inf")                                              # a NaN is seen by others alone
+        if low_ptr is not None:
+            low = tl.load(low_ptr + flat, mask=real, other=0.0)
+    return q, dout, lse, low, live, real, flat
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_queries(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, sizes,
+    scale, threshold, keep_scale,
+    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """delta - dlse, dq and the row sums of dS of BLOCK_M queries of one head and sample, and their share of dfactor and
+    dsink, [programs / heads, heads].
+    Grid: heads (fastest) x query tiles x samples, on axis 0.
+    Any strides: q, k, v, dout, dlse, dq and the terms."""
+    batch, queries, keys, heads, offset = sizes
+    pid = tl.program_id(0)
+    tiles = (queries + BLOCK_M - 1) // BLOCK_M
+    head = pid % heads
+    row = pid // heads % tiles * BLOCK_M
+    image = pid // heads // tiles
+    i = row + tl.arange(0, BLOCK_M)
+    last = keys
+    if CAUSAL:
+        last = tl.minimum(keys, tl.minimum(row + BLOCK_M, queries) + offset)
+    factor = row_factor(terms, term_strides, head, scale)
+    q, dout, lse, low, live, real, flat = _query_side(
+        q_ptr, dout_ptr, lse_ptr, None, q_strides, dout_strides, d_strides, image, head, i, sizes,
+        NORM, WIDTHS, WIDTHS_V, ALIGN)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    drow = tl.zeros([BLOCK_M], tl.float32)
+
+    if NORM == SOFTMAX:
+        norm = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
+            j = start + tl.arange(0, BLOCK_N)
+            k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+                             WIDTHS, WIDTHS_V, ALIGN)
+            p, _, _, dp = weights(
+                row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
+                start, queries, keys, offset, threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V,
+                BLOCK_M, BLOCK_N)
+            delta += tl.sum(p * dp, 1)
+            norm += tl.sum(p, 1)
+        share = tl.zeros([BLOCK_M], tl.float32)                                        # of the sink
+        if terms[4] is not None:
+            sink = tl.load(terms[4] + head.to(tl.int64) * term_strides[13]).to(tl.float32)
+            share = tl.where(live, tl.exp2((sink - lse) * LOG2E), 0.0)
+        if low_ptr is not None:
+            norm += share
+            norm = tl.where(norm == 0.0, 1.0, norm)
+            delta = delta / norm
+            share = share / norm
+            low = tl.log2(norm)
+            tl.store(low_ptr + flat, low, mask=real)
+        dlse = tl.zeros([BLOCK_M], tl.float32)
+        if dlse_ptr is not None:
+            dlse = tl.load(dlse_ptr + offsets(image, head, i, dlse_strides, 1), mask=live, other=0.0).to(tl.float32)
+        drow = delta * share + dlse * (1.0 - share)         # the sum of dS, whose terms cancel
+        delta -= dlse
+        tl.store(delta_ptr + flat, delta, mask=real)
+        if dsink_ptr is not None:
+            tl.store(dsink_ptr + pid, -tl.sum(share * delta, 0))
+
+    if dq_ptr is not None or dfactor_ptr is not None or (drow_ptr is not None and NORM != SOFTMAX):
+        dq = zero_parts(BLOCK_M, WIDTHS)
+        dfactor = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
+            j = start + tl.arange(0, BLOCK_N)
+            k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+                             WIDTHS, WIDTHS_V, ALIGN)
+            a = row_products(q, k, WIDTHS)
+            _, slope, _, dp = weights(
+                a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, queries, keys, offset,
+                threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
+            ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
+            if NORM != SOFTMAX:
+                drow += tl.sum(ds, 1)
+            if dfactor_ptr is not None:
+                dfactor += tl.sum(tl.where(ds == 0.0, 0.0, ds * a), 1)
+            if dq_ptr is not None:
+                dq = add_weighted(dq, ds, clean_parts(k, WIDTHS), WIDTHS)
+        if dfactor_ptr is not None:
+            tl.store(dfactor_ptr + pid, tl.sum(dfactor, 0))
+        if dq_ptr is not None:
+            dq = scaled_parts(dq, tl.zeros([BLOCK_M], tl.float32) + factor, WIDTHS)
+            store_parts(dq_ptr, offsets(image, head, i, dq_strides, ALIGN), real, 1, dq, WIDTHS)
+    if drow_ptr is not None:
+        tl.store(drow_ptr + flat, drow, mask=real)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_keys(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dk_ptr, dv_ptr, dcolumn_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, sizes,
+    scale, threshold, keep_scale,
+    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys of one key head and sample, and the column sums of dS for each of its heads.
+    Grid: key heads (fastest) x key tiles x samples, on axis 0. Writes dcolumn [B, H, Nk].
+    Any strides: q, k, v, dout, dk, dv and the terms."""
+    batch, queries, keys, heads, offset = sizes
+    pid = tl.program_id(0)
+    key_heads = heads // GROUP
+    tiles = (keys + BLOCK_N - 1) // BLOCK_N
+    key_head = pid % key_heads
+    start = pid // key_heads % tiles * BLOCK_N
+    image = pid // key_heads // tiles
+    j = start + tl.arange(0, BLOCK_N)
+    k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, key_head, j, keys, WIDTHS, WIDTHS_V, ALIGN)
+    dk = zero_parts(BLOCK_N, WIDTHS)
+    dv = zero_parts(BLOCK_N, WIDTHS_V)
+    first = 0
+    if CAUSAL:
+        first = tl.maximum(start - offset, 0) // BLOCK_M * BLOCK_M
+    for g in tl.range(0, GROUP, num_stages=1):
+        head = key_head * GROUP + g
+        factor = row_factor(terms, term_strides, head, scale)
+        dcolumn = tl.zeros([BLOCK_N], tl.float32)
+        for row in tl.range(first, queries, BLOCK_M, num_stages=STAGES):
+            i = row + tl.arange(0, BLOCK_M)
+            q, dout, lse, low, live, real, flat = _query_side(
+                q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+                NORM, WIDTHS, WIDTHS_V, ALIGN)
+            delta = tl.zeros([BLOCK_M], tl.float32)
+            if NORM == SOFTMAX:
+                delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+            _, slope, dropped, dp = weights(
+                row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
+                start, queries, keys, offset, threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V,
+                BLOCK_M, BLOCK_N)
+            ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
+            if dcolumn_ptr is not None:
+                dcolumn += tl.sum(ds, 0)
+            if dv_ptr is not None:
+                dv = add_weighted(dv, tl.trans(dropped), dout, WIDTHS_V)
+            if dk_ptr is not None:
+                dk = add_weighted(dk, tl.trans(ds * factor), q, WIDTHS)
+        if dcolumn_ptr is not None:
+            at = (image.to(tl.int64) * heads + head) * keys + j
+            tl.store(dcolumn_ptr + at, dcolumn, mask=j < keys)
+    if dv_ptr is not None:
+        store_parts(dv_ptr, offsets(image, key_head, j, dv_strides, ALIGN), j < keys, 1, dv, WIDTHS_V)
+    if dk_ptr is not None:
+        store_parts(dk_ptr, offsets(image, key_head, j, dk_strides, ALIGN), j < keys, 1, dk, WIDTHS)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_bias(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dbias_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, members, chunks,
+    scale, threshold, keep_scale,
+    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of the bias gradient of one bias sample and head, summed over a chunk of the samples and heads that share
+    it, in order; members = (bias heads, samples sharing, heads sharing).
+    Grid: bias heads (fastest) x query tiles x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples,
+    bias heads, Nq, Nk].
+    Any strides: q, k, v, dout and the terms."""
+    batch, queries, keys, heads, offset = sizes
+    bias_heads, samples, shared = members
+    bias_samples = batch // samples
+    pid = tl.program_id(0)
+    m_tiles = (queries + BLOCK_M - 1) // BLOCK_M
+    n_tiles = (keys + BLOCK_N - 1) // BLOCK_N
+    bias_head = pid % bias_heads
+    row = pid // bias_heads % m_tiles * BLOCK_M
+    start = pid // bias_heads // m_tiles % n_tiles * BLOCK_N
+    part = pid // bias_heads // m_tiles // n_tiles
+    bias_sample = part % bias_samples
+    chunk = (part // bias_samples).to(tl.int64)
+    i = row + tl.arange(0, BLOCK_M)
+    j = start + tl.arange(0, BLOCK_N)
+    total = samples * shared
+    first = (chunk * total // chunks).to(tl.int32)
+    last = ((chunk + 1) * total // chunks).to(tl.int32)
+    if CAUSAL:
+        last = tl.where(start <= row + (BLOCK_M - 1) + offset, last, first)            # nothing is seen: 0
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for member in tl.range(first, last, num_stages=STAGES):
+        image = bias_sample + member // shared
+        head = bias_head + member % shared
+        factor = row_factor(terms, term_strides, head, scale)
+        q, dout, lse, low, live, real, flat = _query_side(
+            q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+            NORM, WIDTHS, WIDTHS_V, ALIGN)
+        k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+                         WIDTHS, WIDTHS_V, ALIGN)
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        if NORM == SOFTMAX:
+            delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+        _, slope, _, dp = weights(
+            row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
+            start, queries, keys, offset, threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V,
+            BLOCK_M, BLOCK_N)
+        dbias += slope * (dp - delta[:, None])
+    at = ((chunk * bias_samples + bias_sample) * bias_heads + bias_head) * queries
+    tl.store(dbias_ptr + ((at + i)[:, None] * keys + j[None, :]), dbias.to(dbias_ptr.dtype.element_ty),
+             mask=(i < queries)[:, None] & (j < keys)[None, :])

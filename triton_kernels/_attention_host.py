@@ -1,0 +1,169 @@
+"""What both launch functions of attention do on the host: limits, strides, configuration."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._host import DTYPES, config, device_reasons, family, power
+
+MAX_WIDTH = 256                         # D and Dv
+MAX_TOKENS = 2**30                      # of a sample: kernels count them in 32 bits
+MAX_BLOCK = 128                         # queries, keys or columns in a tile
+NORMALIZERS = ("softmax", "sigmoid", "relu", "none")        # their places are NORM in the kernels
+
+
+class Call(NamedTuple):
+    """The arguments of the op, whose meaning is that of vitkern/ops/_attention_slots.py, in its order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    key_bias: Tensor | None
+    mask: Tensor | None
+    factor: Tensor | None
+    sink: Tensor | None
+    seed: Tensor | None
+    gain: Tensor | None
+    weight: Tensor | None
+    rel_y: Tensor | None
+    rel_x: Tensor | None
+    path_row: Tensor | None
+    path_col: Tensor | None
+    slope: Tensor | None
+    q_xy: Tensor | None
+    k_xy: Tensor | None
+    q_ids: Tensor | None
+    k_ids: Tensor | None
+    allow: Tensor | None
+    query_weight: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    pre_weight: Tensor | None
+    pre_bias: Tensor | None
+    post_weight: Tensor | None
+    post_bias: Tensor | None
+    normalizer: str
+    scale: float
+    causal: bool
+    offset: int
+    dropout_p: float
+    topk: int
+    rule: str
+    path_width: int
+    path_transposed: bool
+    max_q: int
+    max_k: int
+
+
+DIFFERENTIABLE = (
+    "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
+    "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias",
+)  # fmt: skip
+UNSERVED = {  # slots without a Triton kernel
+    "gain": "a factor of the scores", "weight": "a factor of the weights", "rel_y": "biases of rows and columns per query",
+    "path_row": "bias.PolylinePath", "slope": "bias.EuclideanDistance", "q_ids": "masks of ids or levels",
+    "query_weight": "return_stats 'key_mean'", "cu_q": "packed sequences", "topk": "topk",
+    **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
+}  # fmt: skip
+
+
+def reasons(call: Call, interpreted: bool) -> list[str]:
+    """Why the kernels cannot run these arguments, one sentence each; empty if they can."""
+    q, k, v = call.q, call.k, call.v
+    why = device_reasons("q", q, interpreted)
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        why.append(f"q, k and v must share float32, bfloat16 or float16, got {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, width in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
+        if not 1 <= width <= MAX_WIDTH:
+            why.append(f"{name} must lie in 1..{MAX_WIDTH}, got {width}")
+    for name, tokens in (("queries", q.shape[1]), ("keys", k.shape[1])):
+        if tokens >= MAX_TOKENS:
+            why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
+    if call.normalizer not in NORMALIZERS:
+        why.append(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {call.normalizer!r}")
+    if not 0.0 <= call.dropout_p < 1.0:
+        why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
+    given = {name for name, x in call._asdict().items() if isinstance(x, Tensor) or (name == "topk" and x)}
+    return why + [f"no Triton kernel has {x}" for x in dict.fromkeys(x for n, x in UNSERVED.items() if n in given)]
+
+
+def widths(d: int) -> tuple[int, int, int]:
+    """(d, its blocks): one power of two up to 128, or two where they are narrower together."""
+    whole = power(d)
+    if whole > 16:
+        rest = power(d - whole // 2)
+        if rest < whole // 2 or whole > MAX_BLOCK:
+            return d, whole // 2, rest
+    return d, whole, 0
+
+
+def row_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """(batch, token, head) of [B, N, H, D] or [B, N, H]; axes of length 1 count as stride 0."""
+    if x is None:
+        return 0, 0, 0
+    return tuple(0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False))
+
+
+def score_strides(x: Tensor | None) -> tuple[int, int, int, int]:
+    return (0,) * 4 if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def alignment(maps: list[Tensor]) -> int:
+    """The largest of 8, 4, 2, 1 that divides the row strides of all maps, whose last strides must then be 1."""
+    unit = all(x.stride(-1) == 1 for x in maps)
+    return math.gcd(8, *(s for x in maps for s in row_strides(x))) if unit else 1
+
+
+def arguments(call: Call, others=()) -> dict:
+    """The arguments that all kernels share, by name; `others` are further maps whose strides count for ALIGN."""
+    q, k, v, bias, key_bias, mask, factor, sink, seed = call[:9]
+    batch, queries, heads = q.shape[:3]
+    keys = k.shape[1]
+    terms = score_strides(bias), score_strides(key_bias), score_strides(mask)
+    far = any(MAX_BLOCK * (abs(s[2]) + abs(s[3])) >= 2**31 for s in terms)
+    parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink))
+    return {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v,
+        "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
+                  seed if call.dropout_p > 0.0 else None),
+        "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
+        "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
+        "term_strides": (*terms[0], *terms[1], *terms[2], *parameters),
+        "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0),
+        "scale": float(call.scale),
+        "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
+        "NORM": NORMALIZERS.index(call.normalizer), "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
+        "FAR": far, "CAUSAL": bool(call.causal), "GROUP": heads // k.shape[2],
+        "WIDTHS": widths(q.shape[-1]), "WIDTHS_V": widths(v.shape[-1]), "ALIGN": alignment([q, k, v, *others]),
+    }  # fmt: skip
+
+
+def row(kernel: str, shared: dict) -> dict:
+    """The row of a kernel's table for these arguments. Dropout, or a bias beside a mask, holds as many registers as heads
+    of twice the width."""
+    q, keys = shared["q_ptr"], shared["sizes"][2]
+    bias, _, mask, _, _, seed = shared["terms"]
+    width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
+    if seed is not None or (bias is not None and mask is not None):
+        width *= 2
+    return config("attention", family(q.device), kernel, keys, width, q.element_size())
+
+
+def tuned(kernel: str, shared: dict) -> dict:
+    """How a kernel runs these arguments: blocks, warps, stages, and whether the last block of keys is not full."""
+    found = row(kernel, shared)
+    _, queries, keys, _, _ = shared["sizes"]
+    block_n = min(found["block_n"], power(keys))
+    return {
+        "BLOCK_M": min(found["block_m"], power(queries)), "BLOCK_N": block_n, "CLIP": keys % block_n != 0,
+        "STAGES": found["stages"], "num_warps": found["warps"], "num_stages": found["stages"], "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+UNSPECIALIZED = (
+    "q_strides", "k_strides", "v_strides", "dout_strides", "dlse_strides", "dq_strides", "dk_strides", "dv_strides",
+    "sizes", "threshold", "members", "chunks", "rows", "columns",
+)  # fmt: skip

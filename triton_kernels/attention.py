@@ -1,0 +1,185 @@
+"""attention on a GPU: every query against every key, with biases, masks, sinks, dropout and four normalisers.
+
+The meaning of every argument is that of `definition` in vitkern/ops/attention.py. One query tile of one head walks the
+key tiles with an online softmax; of a causal mask it visits none beyond the diagonal. Biases and masks are read where
+they stand, whatever they are broadcast over. A NaN or infinity in a value is found in the result (0 x NaN is NaN), and
+only then is the tile done again, a few channels at a time, with a record of who sees it, so that rows that do not see it
+stay as they are; finite values pay one comparison per output element.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._attention_host import UNSPECIALIZED, Call, arguments, reasons, tuned
+from ._attention_tiles import (
+    SOFTMAX,
+    add_weighted,
+    load_parts,
+    offsets,
+    plain_weights,
+    row_factor,
+    row_products,
+    scaled_parts,
+    scores,
+    store_parts,
+    zero_parts,
+)
+from ._tiles import LN2, LOG2E, clean, keep_tile
+from .attention_bwd import bwd
+
+__all__ = ["bwd", "fwd", "supported"]
+CHANNELS = tl.constexpr(16)                                 # of the second pass over values that are not finite
+
+
+@triton.jit
+def _load_channels(ptr, rows, real, d_stride, first, WIDTH: tl.constexpr):
+    d = first + tl.arange(0, CHANNELS)
+    at = rows[:, None] + d.to(tl.int64)[None, :] * d_stride
+    return tl.load(ptr + at, mask=real[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _exact_channels(
+    channel, q_ptr, k_ptr, v_ptr, out_ptr, flat, base, final, last, q_strides, k_strides, v_strides, d_strides, factor,
+    terms, term_strides, image, head, row, sizes, threshold,
+    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The output in CHANNELS channels where values may be NaN or infinite: NaN in the rows that see one. Everything is read
+    a few columns at a time, so that the registers of the kernel are those of its other path."""
+    batch, queries, keys, heads, offset = sizes
+    i = row + tl.arange(0, BLOCK_M)
+    q_rows = offsets(image, head, i, q_strides, 1)
+    acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
+    bad = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
+    for start in tl.range(0, last, BLOCK_N, num_stages=1):
+        j = start + tl.arange(0, BLOCK_N)
+        k_rows = offsets(image, head // GROUP, j, k_strides, 1)
+        a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first in tl.range(0, WIDTHS[0], CHANNELS, num_stages=1):
+            q = _load_channels(q_ptr, q_rows, i < queries, d_strides[0], first, WIDTHS[0])
+            k = _load_channels(k_ptr, k_rows, j < keys, d_strides[1], first, WIDTHS[0])
+            a = tl.dot(q, tl.trans(k), a, input_precision="ieee")
+        a += a * 0.0
+        s = scores(a, factor, terms, term_strides, image, head, row, start, queries, keys, offset,
+                   AXES, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
+        p = tl.exp2(s * LOG2E - base[:, None]) if NORM == SOFTMAX else plain_weights(s, NORM)
+        if terms[5] is not None:
+            p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
+        v = _load_channels(v_ptr, offsets(image, head // GROUP, j, v_strides, 1), j < keys, d_strides[2], channel, WIDTHS_V[0])
+        acc = tl.dot(p.to(v.dtype), clean(v).to(v.dtype), acc, input_precision="ieee")
+        seen = tl.where(s == float("-inf"), 0.0, 1.0).to(tl.float16)
+        bad = tl.dot(seen, tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0.0, 1.0).to(tl.float16), bad)
+    o = tl.where(bad > 0.0, float("nan"), acc * final[:, None])
+    d = channel + tl.arange(0, CHANNELS)
+    tl.store(out_ptr + (flat[:, None] * WIDTHS_V[0] + d[None, :]), o.to(out_ptr.dtype.element_ty),
+             mask=(i < queries)[:, None] & (d < WIDTHS_V[0])[None, :])
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, terms, q_strides, k_strides, v_strides, d_strides, term_strides, sizes,
+    scale, threshold, keep_scale,
+    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BATCH_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out and lse of BLOCK_M queries of one head and sample.
+    Grid: query tiles (fastest) x heads x samples on axis 0; samples fastest if BATCH_FIRST, for a bias that they share.
+    Any strides: q, k, v and the terms. out and lse are contiguous."""
+    batch, queries, keys, heads, offset = sizes
+    pid = tl.program_id(0)
+    tiles = (queries + BLOCK_M - 1) // BLOCK_M
+    if BATCH_FIRST:
+        image = pid % batch
+        tile = pid // batch % tiles
+        head = pid // batch // tiles
+    else:
+        tile = pid % tiles
+        head = pid // tiles % heads
+        image = pid // tiles // heads
+    if CAUSAL:
+        tile = tiles - 1 - tile                                                        # the longest first
+    row = tile * BLOCK_M
+    i = row + tl.arange(0, BLOCK_M)
+    real = i < queries
+    last = keys
+    if CAUSAL:
+        last = tl.minimum(keys, tl.minimum(row + BLOCK_M, queries) + offset)
+    factor = row_factor(terms, term_strides, head, scale)
+    q = load_parts(q_ptr, offsets(image, head, i, q_strides, ALIGN), real, d_strides[0], WIDTHS)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    if terms[4] is not None:
+        sink = tl.load(terms[4] + head.to(tl.int64) * term_strides[13]).to(tl.float32)
+        top = tl.zeros([BLOCK_M], tl.float32) + sink
+        norm = tl.where(top == float("-inf"), 0.0, 1.0)
+    acc = zero_parts(BLOCK_M, WIDTHS_V)
+    for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
+        j = start + tl.arange(0, BLOCK_N)
+        k = load_parts(k_ptr, offsets(image, head // GROUP, j, k_strides, ALIGN), j < keys, d_strides[1], WIDTHS)
+        a = row_products(q, k, WIDTHS)
+        a += a * 0.0                                                                   # an infinity becomes NaN
+        s = scores(a, factor, terms, term_strides, image, head, row, start, queries, keys, offset,
+                   AXES, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
+        v = load_parts(v_ptr, offsets(image, head // GROUP, j, v_strides, ALIGN), j < keys, d_strides[2], WIDTHS_V)
+        if NORM == SOFTMAX:
+            higher = tl.maximum(top, tl.max(s, 1))
+            base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
+            p = tl.exp2(s * LOG2E - base[:, None])                                     # [BLOCK_M, BLOCK_N]
+            shrink = tl.exp2(top * LOG2E - base)
+            norm = norm * shrink + tl.sum(p, 1)
+            acc = scaled_parts(acc, shrink, WIDTHS_V)
+            top = higher
+        else:
+            p = plain_weights(s, NORM)
+        if terms[5] is not None:
+            p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
+        acc = add_weighted(acc, p, v, WIDTHS_V)
+
+    flat = (image.to(tl.int64) * queries + i) * heads + head                           # [BLOCK_M]
+    final = tl.zeros([BLOCK_M], tl.float32) + keep_scale
+    base = tl.where(top == float("-inf"), 0.0, top * LOG2E)
+    if NORM == SOFTMAX:
+        full = tl.where(norm == 0.0, 1.0, norm)
+        final = keep_scale / full
+        tl.store(lse_ptr + flat, tl.where(norm == 0.0, float("-inf"), top + tl.log2(full) * LN2), mask=real)
+    broken = tl.sum(tl.where(tl.abs(acc[0]) < float("inf"), 0, 1))
+    if WIDTHS_V[2] > 0:
+        broken += tl.sum(tl.where(tl.abs(acc[1]) < float("inf"), 0, 1))
+    if broken == 0:
+        store_parts(out_ptr, flat * WIDTHS_V[0], real, 1, scaled_parts(acc, final, WIDTHS_V), WIDTHS_V)
+    else:
+        # Something is not finite: again, counting for each row and channel the visible values that are not.
+        for channel in tl.range(0, WIDTHS_V[0], CHANNELS, num_stages=1):
+            _exact_channels(
+                channel, q_ptr, k_ptr, v_ptr, out_ptr, flat, base, final, last, q_strides, k_strides, v_strides, d_strides,
+                factor, terms, term_strides, image, head, row, sizes, threshold,
+                NORM, AXES, FAR, CAUSAL, GROUP, WIDTHS, WIDTHS_V, CLIP, BLOCK_M, BLOCK_N)
+
+
+def supported(*args) -> list[str]:
+    """Why fwd and bwd cannot run these arguments of the op, one sentence each; [] if they can."""
+    return reasons(Call(*args), not isinstance(_forward, triton.JITFunction))
+
+
+def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, Nq, H, Dv] in v's dtype; lse [B, Nq, H] in float32, 0 but for softmax; key_mean, of no keys."""
+    call = Call(*args)
+    q, k, v, bias = call[:4]
+    batch, queries, heads, _ = q.shape
+    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=v.dtype, device=q.device)
+    new = torch.empty if call.normalizer == "softmax" else torch.zeros
+    lse = new((batch, queries, heads), dtype=torch.float32, device=q.device)
+    key_mean = torch.empty((batch, 0, heads), dtype=torch.float32, device=q.device)
+    if out.numel():
+        shared = arguments(call)
+        blocks = tuned("forward", shared)
+        _forward[(batch * heads * -(-queries // blocks["BLOCK_M"]),)](
+            **shared, **blocks, out_ptr=out, lse_ptr=lse,
+            BATCH_FIRST=bias is not None and shared["term_strides"][0] == 0 and shared["AXES"][0] == (True, True),
+        )
+    return out, lse, key_mean

@@ -1,0 +1,94 @@
+"""Backward of attention on a GPU: gradients of q, k, v, bias, key_bias, factor and sink.
+
+Up to three kernels: queries (delta, dq, row sums of dS), keys (dk, dv, column sums) and, where a bias has an axis of queries
+and one of keys, one tile of its gradient at a time, which walks the samples and heads that share the bias. Every sum has
+an order that the sizes fix: no atomics, the same bits on every run. Nothing of size [B, H, Nq, Nk] exists but the gradient
+of a bias of that shape. What a mask hides has no gradient whatever it holds; values that are not finite count as 0 where
+they are seen.
+"""
+
+import torch
+from torch import Tensor
+
+from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
+from ._attention_host import DIFFERENTIABLE, Call, arguments, row, row_strides, tuned
+from ._reduce import add_parts
+
+
+def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...]:
+    """The gradients of DIFFERENTIABLE; the last argument is `need`, whose bit n asks for the n-th."""
+    *given, need = args
+    call = Call(*given)
+    q, k, v, bias, key_bias, _, factor, sink = call[:8]
+    softmax = call.normalizer == "softmax"
+    if not softmax:
+        dlse = None
+    inputs = [getattr(call, name) for name in DIFFERENTIABLE]
+    wanted = [x is not None and bool(need >> bit & 1) for bit, x in enumerate(inputs)]
+    if (dout is None and dlse is None) or min(q.numel(), k.numel(), v.numel()) == 0:
+        grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
+        if wanted[6] and dlse is not None:                  # a sink is all that rows without keys see
+            grads[6] = dlse.sum((0, 1)).to(sink.dtype)
+        return tuple(grads)
+    dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None
+                  for x, w in zip((q, k, v), wanted, strict=False))
+    shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)])
+    shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": lse.contiguous() if softmax else None}
+    shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+
+    def new(condition, *shape):
+        return torch.empty(shape, dtype=torch.float32, device=q.device) if condition else None
+
+    tall, wide = (bias is not None and bias.shape[axis] > 1 for axis in (2, 3))
+    delta = new(softmax, batch, queries, heads)
+    low = new(softmax and q.dtype == torch.float32, batch, queries, heads)
+    drow = new(wanted[3] and not wide, batch, queries, heads)
+    dcolumn = new((wanted[3] and wide and not tall) or wanted[4], batch, heads, keys)
+    blocks = tuned("backward_queries", shared)
+    tiles = batch * -(-queries // blocks["BLOCK_M"])
+    dfactor, dsink = new(wanted[5], tiles, heads), new(wanted[6], tiles, heads)
+    if softmax or any(x is not None for x in (dq, drow, dfactor)):
+        _backward_queries[(tiles * heads,)](
+            **shared, **blocks, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta, low_ptr=low,
+            dq_ptr=dq, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink)
+    shared |= {"delta_ptr": delta, "low_ptr": low}
+    if any(x is not None for x in (dk, dv, dcolumn)):
+        blocks = tuned("backward_keys", shared)
+        _backward_keys[(batch * k.shape[2] * -(-keys // blocks["BLOCK_N"]),)](
+            **shared, **blocks, dk_ptr=dk, dk_strides=row_strides(dk), dv_ptr=dv, dv_strides=row_strides(dv),
+            dcolumn_ptr=dcolumn)
+
+    dbias = None
+    if wanted[3]:
+        if tall and wide:
+            dbias = _dense_gradient(shared, bias)
+        elif wide:
+            dbias = _folded(dcolumn[:, :, None], bias)
+        else:
+            dbias = _folded(drow.transpose(1, 2)[..., None], bias)
+    return (
+        dq, dk, dv, dbias, _folded(dcolumn[:, :, None], key_bias) if wanted[4] else None,
+        add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
+        *[None] * (len(DIFFERENTIABLE) - 7),
+    )  # fmt: skip
+
+
+def _folded(sums: Tensor, like: Tensor) -> Tensor:
+    """Sums over the axes that `like` does not have, in float32, rounded once to its dtype."""
+    return sums.sum_to_size(like.shape).to(like.dtype)
+
+
+def _dense_gradient(shared: dict, bias: Tensor) -> Tensor:
+    """The gradient of a bias with queries and keys: chunks of what shares it where tiles alone are too few programs."""
+    batch, queries, keys, heads, _ = shared["sizes"]
+    blocks = tuned("backward_bias", shared)
+    members = (bias.shape[1], batch // bias.shape[0], heads // bias.shape[1])
+    fans = bias.shape[0] * bias.shape[1] * -(-queries // blocks["BLOCK_M"]) * -(-keys // blocks["BLOCK_N"])
+    chunks = max(1, min(members[1] * members[2], row("backward_bias", shared)["programs"] // fans))
+    dtype = bias.dtype if chunks == 1 else torch.float32
+    parts = torch.empty((chunks, *bias.shape), dtype=dtype, device=bias.device)
+    _backward_bias[(fans * chunks,)](**shared, **blocks, dbias_ptr=parts, members=members, chunks=chunks)
+    return parts[0] if chunks == 1 else add_parts(parts, bias.dtype)
