@@ -143,10 +143,12 @@ def test_exactly_k_keys_stay_and_ties_go_to_the_lower_key():
         s = logits(q, k)
         order = [sorted(range(12), key=lambda j: (-float(s[0, 1, 2, j]), j))[:topk]]
         assert sorted(order[0]) == (p[0, 1, 2] > 0).nonzero()[:, 0].tolist()
+        torch.testing.assert_close(vitkern.attention(q, k, v, topk=topk), output(p, v))  # by the kernel
     visible = torch.zeros(7, 12, dtype=torch.bool)
     visible[:, :2] = True
     p = vitkern.attention(q, k, v, topk=5, mask=visible, return_stats="probs")[1].probs
     assert (p > 0).sum(-1).eq(2).all()
+    torch.testing.assert_close(vitkern.attention(q, k, v, topk=5, mask=visible), output(p, v))
 
 
 def test_hard_choices():
