@@ -146,6 +146,24 @@ def test_dropout_draws_in_training_only(attention):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda: beit.Attention(8, 2, True, window_size=(1, 5)),
+        lambda: cait.TalkingHeadAttn(8, 2),
+        lambda: levit.AttentionDownsample(8, 8, 4, 2, resolution=(2, 3)),
+    ],
+)
+def test_a_patched_module_compiles_whole(attention):
+    module, x = random(attention()), torch.randn(2, 6, 8)
+    module.eval()  # that of LeViT returns nothing
+    with torch.no_grad(), vitkern.patched(module) as report:
+        want = module(x)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(x), want)
+        assert len(report.replaced) == 1
+
+
 def test_another_version_of_timm_is_refused(monkeypatch):
     monkeypatch.setattr(timm, "__version__", "1.0.28")
     assert "timm 1.0.28 is not a known version" in vitkern.patch(cait.ClassAttn(8)).kept[0].reason

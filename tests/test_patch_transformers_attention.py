@@ -330,13 +330,24 @@ def test_the_attention_function_refuses_what_it_does_not_know():
         attend(nn.Module(), q, q, q, None, softcap=30.0)
 
 
-def test_a_patched_model_compiles_whole():
-    made, x = eomt().eval(), torch.randn(1, 3, 32, 32)
-    with torch.no_grad(), vitkern.patched(made):
-        want = made.layers[0](x.flatten(2)[:, :, :16])
-        torch._dynamo.reset()
-        compiled = torch.compile(made.layers[0], backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x.flatten(2)[:, :, :16]), want)
+def test_patched_modules_compile_whole():
+    x = torch.randn(1, 17, 16)
+    bias = {"image_size": 32, "patch_size": 8, "use_relative_position_bias": True}
+    data2vec = model("Data2VecVisionModel", "Data2VecVisionConfig", drop_path_rate=0.0, **VIT | bias).encoder.layer[0]
+    decoder = mask2former().model.transformer_module
+    for made, *args in (
+        (eomt().layers[0], x),
+        (sam().vision_encoder.layers[1].attn, torch.randn(2, 6, 6, 16)),
+        (data2vec, x, False, None, False, (32, 32)),
+        (decoder, [torch.randn(1, 32, s, s) for s in (2, 4, 8)], torch.randn(1, 32, 16, 16)),
+    ):
+        made.eval()
+        with torch.no_grad(), vitkern.patched(made) as report:
+            want = made(*args)
+            torch._dynamo.reset()
+            got = torch.compile(made, backend="aot_eager", fullgraph=True)(*args)
+        first = (lambda t: t) if isinstance(want, torch.Tensor) else (lambda t: t[0])
+        assert len(report.replaced) == 1 and torch.equal(first(got), first(want))
 
 
 def eomt(**options):

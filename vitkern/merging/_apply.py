@@ -1,7 +1,6 @@
 """apply: one tower of blocks at a time, its sizes from block to block, and what it reports."""
 
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -246,7 +245,7 @@ def _serve(
     for layer, (path, module, kind) in enumerate(found):
         tower.watch(module, kind)
         report._modules.append(module)
-        module.__dict__["forward"] = MethodType(_Forward(_block_forward(tower, layer, kind)), module)
+        module.__dict__["forward"] = _Forward(module, _block_forward(tower, layer, kind))
         report.replaced.append(Replaced(path, type(module).__qualname__, "merge_tokens"))
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -136,7 +135,7 @@ def _serve(path: str, block: Any, parts: tuple[str, ...], state: Pass, report: D
     report.handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
     for part, module in found:
         report._modules.append(module)
-        module.__dict__["forward"] = MethodType(_Forward(_around(plan, part == "attn1")), module)
+        module.__dict__["forward"] = _Forward(module, _around(plan, part == "attn1"))
         report.replaced.append(Replaced(f"{path}.{part}" if path else part, type(module).__qualname__, "merge_tokens"))
 
 

@@ -5,12 +5,12 @@ and module names stay. Each library has one file with a table from class to serv
 returns the new forward, or a sentence why it keeps the old one.
 """
 
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -89,7 +89,7 @@ def patch(model: nn.Module) -> PatchReport:
             report.kept.append(Kept(path, kind, forward))
             continue
         report._modules.append(module)
-        module.__dict__["forward"] = MethodType(_Forward(forward), module)
+        module.__dict__["forward"] = _Forward(module, forward, checkpoints=True)
         report.replaced.append(Replaced(path, kind, op))
     return report
 
@@ -105,16 +105,23 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
 
 
 class _Forward:
-    """A replacement forward: marks a patched module, and travels through copies of it."""
+    """The replacement forward of one module: marks it, goes along into copies, and is left out when the module is saved.
+    It is no bound method: torch.compile asks a method for the file of its function. ``checkpoints``: whether it may run
+    twice where the module's own forward would checkpoint itself."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.__name__ = function.__name__
+    def __init__(self, module: Any, function: Callable[..., Any], checkpoints: bool = False) -> None:
+        self.module, self.function, self.checkpoints = module, function, checkpoints
 
-    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        if _checkpoints_in_forward(module):
-            return module._gradient_checkpointing_func(partial(self.function, module, **kwargs), *args)
-        return self.function(module, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.checkpoints and _checkpoints_in_forward(self.module):
+            return self.module._gradient_checkpointing_func(partial(self.function, self.module, **kwargs), *args)
+        return self.function(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
+        return _Forward(copy.deepcopy(self.module, memo), self.function, self.checkpoints)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "forward")  # the class's own, when it is read back
 
 
 def _checkpoints_in_forward(module: Any) -> bool:
@@ -125,10 +132,10 @@ def _checkpoints_in_forward(module: Any) -> bool:
 
 def _foreign(module: nn.Module) -> str | None:
     """Why this module must keep its forward, whatever its class: somebody else already runs through it."""
-    given = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
+    given = module.__dict__.get("forward")
     if isinstance(given, _Forward):
         return "patched already"
-    if given not in (None, type(module).forward):
+    if getattr(given, "__func__", given) not in (None, type(module).forward):
         return "another tool gave it a forward of its own"
     for name, part in module.named_modules():
         served = isinstance(part, nn.MultiheadAttention) or type(part).__module__ == type(module).__module__

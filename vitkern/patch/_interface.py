@@ -5,6 +5,7 @@ that whatever the class does around attention (positions added to queries and ke
 own, and finds vitkern under that name.
 """
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -30,7 +31,7 @@ class View:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._subject, name)
         if isinstance(found, MethodType) and found.__self__ is self._subject:
-            return MethodType(found.__func__, self)
+            return partial(found.__func__, self)  # not a method: torch.compile traces this
         return found
 
 
