@@ -45,6 +45,7 @@ class Call(NamedTuple):
     pre_bias: Tensor | None
     post_weight: Tensor | None
     post_bias: Tensor | None
+    policy: Tensor | None
     normalizer: str
     scale: float
     causal: bool
@@ -56,16 +57,19 @@ class Call(NamedTuple):
     path_transposed: bool
     max_q: int
     max_k: int
+    policy_eps: float
+    policy_diagonal: bool
 
 
 DIFFERENTIABLE = (
     "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
-    "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias",
+    "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
     "gain": "a factor of the scores", "weight": "a factor of the weights", "rel_y": "biases of rows and columns per query",
     "path_row": "bias.PolylinePath", "slope": "bias.EuclideanDistance", "q_ids": "masks of ids or levels",
     "query_weight": "return_stats 'key_mean'", "cu_q": "packed sequences", "topk": "topk",
+    "policy": "modulation.Policy",
     **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ void add_parts(const AttentionCall& c, const std::vector<AttentionTask>& tasks, 
 
 template <typename Acc>
 void forward(AttentionCall& c, void* key_mean) {
-  const std::vector<AttentionTask> tasks = attention_tasks(c, true);
+  const std::vector<AttentionTask> tasks = attention_tasks(c, c.p.normalizer != Normalizer::first_query);
   const int32_t group = c.p.heads / c.units;
   std::vector<int64_t> place{0};
   for (const AttentionTask& t : tasks) place.push_back(place.back() + (key_mean ? group * c.samples[size_t(t.sample)].keys : 0));
@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(VITKERN_ATTENTION_ARGUMENTS) {
   const auto zero = [acc](Tensor& t) {
     if (t.numel()) std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * size_of(acc)));
   };
-  if (p.normalizer == Normalizer::softmax) p.lse = heads_view(lse);
-  else zero(lse);
+  if (p.normalizer == Normalizer::softmax || p.normalizer == Normalizer::first_key) p.lse = heads_view(lse);
+  if (p.normalizer != Normalizer::softmax || p.policy.data) zero(lse);
   zero(key_mean);
   void* sums = p.query_weight.rows.data && key_mean.numel() ? key_mean.mutable_data_ptr() : nullptr;
   if (c.wide) forward<double>(c, sums);

@@ -25,7 +25,8 @@ struct IdsView {
   int64_t batch, token;
 };
 
-enum class Normalizer : int32_t { softmax, sigmoid, relu, none };
+// first_key: 1 at the first largest key of a row; first_query: at the first largest query of a column.
+enum class Normalizer : int32_t { softmax, sigmoid, relu, none, first_key, first_query };
 // Which ids a query sees: its own, those of its row of a table, those up to its own.
 enum class Rule : int32_t { none, equal, table, upto };
 
@@ -39,6 +40,7 @@ struct AttentionProblem {
   HeadsView path_row, path_col;  // [N, H]: log-decays along rows and columns of a grid
   HeadsView query_weight, dkey_mean;  // [Nq, H], [Nk, H]
   RowsView q_xy, k_xy;           // [Nq, 2], [Nk, 2]
+  RowsView policy;               // [Nk]: what the exponentials of a softmax are multiplied by
   IdsView q_ids, k_ids;
   const uint8_t* allow;          // the table of Rule::table
   int64_t allow_row, allow_column;
@@ -57,6 +59,8 @@ struct AttentionProblem {
   bool path_transposed;
   bool causal;      // key j is seen by query i where j <= i + offset
   int64_t offset;
+  double policy_eps;
+  bool policy_diagonal;  // 1 in place of the policy for the query's own place
   double dropout_p;
   uint64_t seed;
   uint32_t sample;  // of the random numbers
@@ -74,11 +78,15 @@ struct ScoreSums {
 // double [heads]; all are overwritten, but for path_row and path_col, which must be 0 before.
 struct AttentionSums {
   ScoreSums bias, gain, weight;
-  void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight;
+  void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight, *policy;
   double *factor, *sink, *slope;
   double *pre_weight, *pre_bias, *post_weight, *post_bias;
 };
 
+// Whether a weight is 1 or 0, and only v gets a gradient.
+static inline bool is_hard(const AttentionProblem& p) {
+  return p.normalizer == Normalizer::first_key || p.normalizer == Normalizer::first_query;
+}
 // Whether the scores or the weights of all heads mix.
 static inline bool mixes(const AttentionProblem& p) { return p.pre_weight || p.pre_bias || p.post_weight || p.post_bias; }
 

@@ -135,11 +135,11 @@ OptTensor head_sums(bool wanted, const std::vector<double>& each, const OptTenso
 
 using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
                              OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
-                             OptTensor, OptTensor, OptTensor>;
+                             OptTensor, OptTensor, OptTensor, OptTensor>;
 
 // The bits of `need`.
 enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight, kPreWeight,
-              kPreBias, kPostWeight, kPostBias };
+              kPreBias, kPostWeight, kPostBias, kPolicy };
 
 template <typename Acc>
 Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q, int64_t tokens_k, int64_t need) {
@@ -156,7 +156,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   gain.measure(o.gain, wants(kGain, o.gain), p);
   weight.measure(o.weight, wants(kWeight, o.weight), p);
   const Families<Acc> families(c, {&bias, &gain, &weight});
-  TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries;
+  TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries, policy;
   keys.make(wants(kKeyBias, o.key_bias), c.all_keys(), p.heads, 1);
   rel_y.make(wants(kRelY, o.rel_y), c.all_queries(), p.heads, p.rel_height);
   rel_x.make(wants(kRelX, o.rel_x), c.all_queries(), p.heads, p.rel_width);
@@ -165,6 +165,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   q_xy.make(wants(kQxy, o.q_xy), c.all_queries(), p.heads, 2);
   k_xy.make(wants(kKxy, o.k_xy), c.all_keys(), p.heads, 2);
   of_queries.make(wants(kQueryWeight, o.query_weight), c.all_queries(), p.heads, 1);
+  policy.make(wants(kPolicy, o.policy), c.all_keys(), p.heads, 1);
   const size_t places = c.samples.size() * size_t(p.heads);
   std::vector<double> factor(wants(kFactor, o.factor) ? places : 0), sink(wants(kSink, o.sink) ? places : 0);
   std::vector<double> slope(wants(kSlope, o.slope) ? places : 0);
@@ -183,7 +184,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
     const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b), keys.at(first_k, p.heads),
                              rel_y.at(first_q, p.heads), rel_x.at(first_q, p.heads), path_row.at(first_k, p.heads),
                              path_col.at(first_k, p.heads), q_xy.at(first_q, p.heads), k_xy.at(first_k, p.heads),
-                             of_queries.at(first_q, p.heads), of(factor), of(sink), of(slope), of(mixed[0]), of(mixed[1]),
+                             of_queries.at(first_q, p.heads), policy.at(first_k, p.heads), of(factor), of(sink), of(slope), of(mixed[0]), of(mixed[1]),
                              of(mixed[2]), of(mixed[3])};
     c.kernels->backward(sample, head, sums, scratch);
   };
@@ -203,7 +204,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   }
   const auto given = [need](Wanted bit, const Tensor& t) { return need >> bit & 1 ? OptTensor(t) : OptTensor(); };
   const auto mixture = [&](int i) { return head_sums(wants(mixtures[i].bit, mixtures[i].like), mixed[i], mixtures[i].like); };
-  const int tokens[4] = {0, 1, 2, 3}, vectors[4] = {0, 3, 1, -1}, flat[4] = {0, 1, 2, -1}, places_of[4] = {0, 1, -1, 2};
+  const int tokens[4] = {0, 1, 2, 3}, vectors[4] = {0, 3, 1, -1}, flat[4] = {0, 1, 2, -1}, places_of[4] = {0, 1, -1, 2}, keys_of[4] = {0, 1, -1, -1};
   return {given(kQ, dq), given(kK, dk), given(kV, dv), bias.gradient(o.bias),
           keys.gradient(wants(kKeyBias, o.key_bias), o.key_bias, c, tokens_k, vectors),
           head_sums(wants(kFactor, o.factor), factor, o.factor), head_sums(wants(kSink, o.sink), sink, o.sink),
@@ -216,7 +217,8 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
           q_xy.gradient(wants(kQxy, o.q_xy), o.q_xy, c, tokens_q, places_of),
           k_xy.gradient(wants(kKxy, o.k_xy), o.k_xy, c, tokens_k, places_of),
           of_queries.gradient(wants(kQueryWeight, o.query_weight), o.query_weight, c, tokens_q, flat),
-          mixture(0), mixture(1), mixture(2), mixture(3)};
+          mixture(0), mixture(1), mixture(2), mixture(3),
+          policy.gradient(wants(kPolicy, o.policy), o.policy, c, tokens_k, keys_of)};
 }
 
 Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,

@@ -92,11 +92,10 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   read_sequences(o);
   const int32_t lanes = wide ? vitkern::kernels().lanes / 2 : vitkern::kernels().lanes;
   p.padded = (p.keys + lanes - 1) / lanes * lanes;
-  p.normalizer = o.normalizer == "softmax"   ? Normalizer::softmax
-                 : o.normalizer == "sigmoid" ? Normalizer::sigmoid
-                 : o.normalizer == "relu"    ? Normalizer::relu
-                                             : Normalizer::none;
-  check(p.normalizer != Normalizer::none || o.normalizer == "none", kOp, "normalizer must be softmax, sigmoid, relu or none");
+  const char* const names[] = {"softmax", "sigmoid", "relu", "none", "argmax_k", "argmax_q"};  // in the order of Normalizer
+  const auto* const named = std::find(std::begin(names), std::end(names), o.normalizer);
+  check(named != std::end(names), kOp, "normalizer must be softmax, sigmoid, relu, none, argmax_k or argmax_q");
+  p.normalizer = Normalizer(named - std::begin(names));
   factor_ = o.factor ? per_head(*o.factor, p.heads) : std::vector<double>(size_t(p.heads), o.scale);
   p.factor = factor_.data();
   if (o.sink) p.sink = (sink_ = per_head(*o.sink, p.heads)).data();
@@ -183,6 +182,14 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
     p.q_xy = rows(*o.q_xy, tokens_q_);
     p.k_xy = rows(*o.k_xy, tokens_k_);
   }
+  if (o.policy) {
+    const Tensor& t = *o.policy;
+    check(!packed && t.dim() == 2 && (t.size(0) == 1 || t.size(0) == batch) && t.size(1) == tokens_k_, kOp, "the policy must have shape [B or 1, Nk]");
+    p.policy = {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype_of(t, kOp), t.size(0) == 1 ? 0 : t.stride(0),
+                t.stride(1), 1};
+    p.policy_eps = o.policy_eps;
+    p.policy_diagonal = o.policy_diagonal;
+  }
   if (o.query_weight) p.query_weight = token_view(*o.query_weight, batch, tokens_q_, p.heads);
 }
 
@@ -261,6 +268,7 @@ AttentionProblem AttentionCall::sample(int64_t s) const {
   for (HeadsView* v : {&one.k, &one.v, &one.dk, &one.dv, &one.path_row, &one.path_col, &one.dkey_mean}) shift(*v, b, t.first_key);
   shift(one.q_xy, b, t.first_query);
   shift(one.k_xy, b, t.first_key);
+  shift(one.policy, b, t.first_key);
   shift(one.q_ids, b, t.first_query);
   shift(one.k_ids, b, t.first_key);
   for (ScoreView* v : {&one.bias, &one.gain, &one.weight})

@@ -15,7 +15,7 @@ using OptTensor = std::optional<torch::stable::Tensor>;
 // The arguments of the op behind q, k and v.
 struct AttentionOptions {
   OptTensor bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy;
-  OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias;
+  OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias, policy;
   std::string normalizer;
   double scale;
   bool causal;
@@ -26,6 +26,8 @@ struct AttentionOptions {
   int64_t path_width;
   bool path_transposed;
   int64_t max_q, max_k;
+  double policy_eps;
+  bool policy_diagonal;
 };
 
 // The tokens of one sample or sequence among all.

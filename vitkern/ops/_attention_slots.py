@@ -28,27 +28,30 @@ from vitkern.stats import Stats
 TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
     "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
-    "pre_bias", "post_weight", "post_bias",
+    "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
 OPTIONS = (
     "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
+    "policy_eps", "policy_diagonal",
 )  # fmt: skip
 PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal)
+MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 128
-KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean")
+KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean", "index")
 
 
 def unserved(lowered: dict[str, Any]) -> str:
     """Why no kernel serves the call, "" if the op does."""
-    if lowered["normalizer"].startswith("argmax"):
-        return f"no kernel has normalizer={lowered['normalizer']!r}"
-    if any(isinstance(m, Policy) for m in lowered["modulations"]):
-        return "no kernel has modulation.Policy"
+    policies = [m for m in lowered["modulations"] if isinstance(m, Policy)]
+    if len(policies) > 1 or (policies and (lowered["sink"] is not None or "lse" in lowered["stats"])):
+        return "modulation.Policy has a kernel alone, without sink and lse"
     others = len(lowered["modulations"]) > 1 or any(getattr(b, "place", "") == "prob" for b in lowered["biases"])
     if any(isinstance(m, TalkingHeads) for m in lowered["modulations"]) and (
-        others or lowered["topk"] or lowered["q"].shape[2] > MIXED_HEADS
+        others or lowered["topk"] or lowered["normalizer"].startswith("argmax") or lowered["q"].shape[2] > MIXED_HEADS
     ):
-        return f"modulation.TalkingHeads has a kernel by itself, without topk, and for at most {MIXED_HEADS} heads"
+        return (
+            f"modulation.TalkingHeads has a kernel by itself, without topk and argmax, of at most {MIXED_HEADS} heads"
+        )
     stored = [name for name in lowered["stats"] if name not in KERNEL_STATS]
     if stored:
         return f"return_stats {stored[0]!r} stores the whole map of scores, which no kernel does"
@@ -80,6 +83,7 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
     found |= {"sink": lowered["sink"], "seed": lowered["seed"], "normalizer": lowered["normalizer"]}
     found |= {"dropout_p": lowered["dropout_p"], "topk": lowered["topk"] or 0, "rule": "none", "path_width": 0}
     found |= {"path_transposed": False, "causal": False, "offset": 0, "max_q": 0, "max_k": 0}
+    found |= {"policy_eps": 0.0, "policy_diagonal": False}
     extra = lowered["extra_kv"]
     longest = None
     if packed is not None:
@@ -90,7 +94,10 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
     factors: list[Tensor] = []
     for m in lowered["modulations"]:
         if isinstance(m, TalkingHeads):
-            found |= {name: getattr(m, name) for name in TENSORS[-4:]}
+            found |= {name: getattr(m, name) for name in MIXTURES}
+            continue
+        if isinstance(m, Policy):
+            found |= {"policy": m.keep, "policy_eps": float(m.eps), "policy_diagonal": m.keep_diagonal}
             continue
         (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
     rope = lowered["rope"]
@@ -237,8 +244,9 @@ def mean_logits(found: dict[str, Any]) -> Tensor:
 
 
 def definition(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``out [B, Nq, H, Dv]``; ``lse [B, Nq, H]``, 0 but for softmax; ``key_mean [B, Nk, H]``, the weights of each key times
-    query_weight, of length 0 without. The arguments are TENSORS, OPTIONS and the back-end of a GPU."""
+    """``out [B, Nq, H, Dv]``; ``lse [B, Nq, H]``, of argmax_k the chosen key or -1, else 0 but for softmax; ``key_mean
+    [B, Nk, H]``, the weights of each key times query_weight, of length 0 without. The arguments are TENSORS, OPTIONS and the
+    back-end of a GPU."""
     found = dict(zip((*TENSORS, *OPTIONS), args, strict=False))
     if found["cu_q"] is None:
         return _one(found)
@@ -297,12 +305,14 @@ def _path(found: dict[str, Any]) -> PolylinePath:
 
 
 def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    stats = ("lse",) if found["normalizer"] == "softmax" else ()
+    stats = {"softmax": ("lse",), "argmax_k": ("index",)}.get(found["normalizer"], ())
     weight = found["query_weight"]
     out, stat = dense_call(found, stats if weight is None else (*stats, "probs"))
     _, lse, key_mean = _empty(found["q"], found["v"], weight)
     if stat.lse is not None:
         lse = stat.lse.contiguous()
+    elif stat.index is not None:
+        lse = stat.index.to(lse.dtype)
     else:
         lse.zero_()
     if weight is not None:
@@ -333,8 +343,10 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     factors: tuple[Any, ...] = tuple(
         ElementwiseMask(found[name], place) for name, place in places if found[name] is not None
     )
-    if any(found[name] is not None for name in TENSORS[-4:]):
-        factors = (TalkingHeads(*(found[name] for name in TENSORS[-4:])),)
+    if any(found[name] is not None for name in MIXTURES):
+        factors = (TalkingHeads(*(found[name] for name in MIXTURES)),)
+    if found["policy"] is not None:
+        factors = (*factors, Policy(found["policy"], found["policy_eps"], found["policy_diagonal"]))
     scale = found["scale"] if found["factor"] is None else found["factor"]
     return reference(
         q, k, v, tuple(biases), tuple(masks), factors, found["normalizer"], None, None, scale, found["sink"], None,

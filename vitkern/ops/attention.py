@@ -73,8 +73,8 @@ def attention(
             ``[B, H, R, Nk]``, the weights of the queries ``stat_rows``; ``"logits_mean"`` ``[B, Nq, Nk]``, the head mean of
             the scores before modulations; ``"probs"``, ``"logits"`` in full; ``"index"`` of argmax_k.
         query_weight: ``[B, Nq]`` or ``[B, Nq, H]``, of key_mean; with gradient.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run. Policy, the hard
-            choices, the value table of ContextualPosition, ``"probs"`` and ``"logits"`` have no kernel yet.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run. The value table of
+            ContextualPosition, ``"probs"`` and ``"logits"`` have no kernel.
 
     Returns:
         ``out [B, Nq, H, Dv]`` in the dtype of v (None for ``v=None``), with return_stats ``(out, Stats)``. A row that sees no
@@ -116,13 +116,15 @@ def run(
         return reference(*lowered.values())
     found = slots.slots(lowered, packed)
     wanted, result = lowered["stats"], {}
-    if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted:
+    if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted or "index" in wanted:
         out, lse, key_mean = _call.run(OP, tuple(found.values()), backend)
-        result = {"lse": lse, "key_mean": key_mean}
+        result = {"lse": lse, "key_mean": key_mean, "index": lse}
     if "row" in wanted:
         result["row"] = slots.rows_of(found, lowered["stat_rows"])
     if "logits_mean" in wanted:
         result["logits_mean"] = slots.mean_logits(found)
+    if "index" in wanted:
+        result["index"] = result["index"].to(torch.int32)
     stats = Stats(**{name: result[name] for name in wanted})
     return (None if lowered["v"] is None else out), stats
 
@@ -202,8 +204,8 @@ OP = Op(
     NAME,
     tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in slots.TENSORS),
     "str normalizer, float scale, bool causal, SymInt offset, float dropout_p, SymInt topk, str rule, SymInt path_width, "
-    "bool path_transposed, SymInt max_q, SymInt max_k, str gpu",
-    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 24, 25, 26, 27),
+    "bool path_transposed, SymInt max_q, SymInt max_k, float policy_eps, bool policy_diagonal, str gpu",
+    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 24, 25, 26, 27, 28),
     batched=0,  # a bias or a mask may have a batch of its own
     definition=slots.definition,
     fake=slots.fake,

@@ -17,7 +17,7 @@ from vitkern.stats import Stats
 
 NAME = "attention_varlen"
 UNPACKED = (biases.PolylinePath, masks.FromLogits, modulations.Policy)
-STATS = ("lse", "key_mean")
+STATS = ("lse", "key_mean", "index")
 
 
 def attention_varlen(
@@ -56,7 +56,8 @@ def attention_varlen(
             sequences and aligned at the top left. Positions (Causal, a grid, SoftCausal) count inside a sequence. What belongs
             to tokens (KeyBias and RowBias ``[1, H|1, T]``, ids, levels, coordinates, rope, ``rel_h`` and ``rel_w`` per query)
             is packed as q and k are.
-        return_stats: ``"lse"`` ``[Tq, H]``; ``"key_mean"`` ``[Tk, H]``, over the queries of the key's own sequence.
+        return_stats: ``"lse"`` ``[Tq, H]``; ``"key_mean"`` ``[Tk, H]``, over the queries of the key's own sequence; ``"index"``
+            ``[Tq, H]`` of argmax_k.
         query_weight: ``[Tq]`` or ``[Tq, H]``.
         All else as of attention.
 
@@ -64,8 +65,8 @@ def attention_varlen(
         ``out [Tq, H, Dv]``, with return_stats ``(out, Stats)``.
 
     Raises:
-        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, FromLogits, Policy, the hard choices
-            and the other statistics have no form for packed sequences.
+        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, FromLogits, Policy and the other
+            statistics have no form for packed sequences.
     """
     lowered, packed = _lower(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query_weight, bias=bias, mask=mask,

@@ -17,7 +17,7 @@ from vitkern.bias import (
     RowBias,
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
-from vitkern.modulation import ElementwiseMask, GaussianMixture, SoftCausal, TalkingHeads
+from vitkern.modulation import ElementwiseMask, GaussianMixture, Policy, SoftCausal, TalkingHeads
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
 
@@ -43,6 +43,7 @@ FACTORS = {
     "weight": lambda t, grid: ElementwiseMask(t["factors"], "prob"),
     "mixture": lambda t, grid: GaussianMixture(t["sigma"], t["alpha"], grid),
     "soft": lambda t, grid: SoftCausal(t["ratio"]),
+    "policy": lambda t, grid: Policy(t["keep"], 1e-3),
     "heads": lambda t, grid: TalkingHeads(t["pre"], t["pre_bias"], t["post"], t["post_bias"]),
 }
 
@@ -74,8 +75,8 @@ def make(
 ) -> Call:
     """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
     and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
-    both; `modulation`: gain, mixture, weight, soft, heads; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
-    `extra`: further keys; `layout` as of window_attention."""
+    both; `modulation`: a key of FACTORS; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor; `extra`: further
+    keys; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -114,6 +115,8 @@ def make(
     if modulation == "heads":
         tensors |= {"pre": normal(heads, heads), "pre_bias": normal(heads), "post": normal(heads, heads)}
         tensors["post_bias"] = normal(heads)
+    if modulation == "policy":
+        tensors["keep"] = torch.rand(batch, keys, generator=g, dtype=torch.float64).round(decimals=1)
     if modulation == "soft":
         tensors["ratio"] = torch.rand((), generator=g, dtype=torch.float64)
     if weighed:
@@ -162,7 +165,7 @@ def make(
 def draw(rng: random.Random) -> Call:
     """One of three is of positions on a grid, of factors, or of statistics; the others are plain."""
     queries, keys = (rng.choice((1, 2, 7, 33, 64, 65, 100, 197)) for _ in range(2))
-    kind = rng.choice(("plain", "plain", "plain", "typed", "factors", "stats"))
+    kind = rng.choice(("plain", "plain", "plain", "typed", "factors", "stats", "hard"))
     more: dict[str, Any] = {}
     if kind in ("typed", "factors"):
         grid = rng.choice(((1, 1), (2, 5), (7, 9), (13, 6), (14, 14)))
@@ -180,6 +183,10 @@ def draw(rng: random.Random) -> Call:
     options: dict[str, Any] = {"normalizer": rng.choice(NORMALIZERS)}
     if options["normalizer"] == "softmax":
         options |= {"sink": rng.random() < 0.2, "return_stats": rng.choice(((), ("lse",)))}
+    if more.get("modulation") == "policy":
+        options = {"normalizer": "softmax"}
+    if kind == "hard" and d >= 8:
+        options = {"normalizer": rng.choice(("argmax_k", "argmax_q"))}
     if kind == "stats":
         options["return_stats"] = (*options.get("return_stats", ()), "key_mean")
         more["weighed"] = rng.random() < 0.5
@@ -231,6 +238,10 @@ def small() -> list[Call]:
              dropout_seed=2, return_stats=("lse", "key_mean")),
         make(19, 1, 7, 7, heads=3, d=4, modulation="heads", typed="manhattan", grid=(1, 7), normalizer="none", masks="both",
              scale="heads"),
+        make(20, 2, 5, 7, heads=4, kv_heads=2, d=4, modulation="policy", bias=(0, 1, 1, 1), masks="empty",
+             return_stats=("key_mean",), weighed=True),
+        make(21, 2, 6, 9, heads=2, normalizer="argmax_k", masks="empty", return_stats=("index", "key_mean")),
+        make(22, 2, 6, 9, heads=2, normalizer="argmax_q", masks="dense", dropout_p=0.3, dropout_seed=8),
         make(10, 0, 4, 5, heads=2, bias=(0, 1, 1, 1)),
         make(11, 2, 0, 5, bias=(0, 1, 1, 1)),
         make(12, 2, 4, 0, heads=2, sink=True, return_stats=("lse",)),
