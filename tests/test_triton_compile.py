@@ -19,7 +19,6 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vitkern.ops import _attention_slots as slots  # noqa: E402
 from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_tiles,
     _attention_host,
@@ -208,6 +207,8 @@ ATTENTION = {
     "80 in 64 + 16": dict(width=80, bias=(1, 1, 1, 1)),
     "sigmoid, groups": dict(width=32, heads=4, key_heads=2, normalizer="sigmoid", mask=True),
     "every term": dict(width=64, **EVERY_TERM),
+    "SAM": dict(width=80, keys=4096, bias=None, grid=(64, 64)),
+    "ids and factors": dict(width=64, bias=None, factors=True, rule="table", grid=(14, 14), keys=196),
     "wide": dict(width=256, width_v=192, causal=True),
     "wide, every term": dict(width=256, **EVERY_TERM),
 }
@@ -220,23 +221,35 @@ ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for c
 def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
+    grid=None, factors=False, rule="none",
 ):  # fmt: skip
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
     q, k, v = (torch.zeros(2, *s, dtype=dtype) for s in shapes)
-    full = (2, heads, queries, keys)
-    shape = None if bias is None else [n if has else 1 for n, has in zip(full, bias, strict=True)]
-    args = (
-        q, k, v, None if bias is None else torch.zeros(shape, dtype=bias_dtype or dtype),
-        torch.zeros(2, 1, 1, keys) if key_bias else None,
-        torch.zeros(2, 1, queries, keys, dtype=torch.bool) if mask else None,
-        torch.zeros(heads) if parameters else None, torch.zeros(heads) if parameters else None,
-        torch.zeros(1, dtype=torch.int64), *[None] * (len(slots.TENSORS) - 9),
-        normalizer, 0.1, causal, 0, dropout, 0, "none", 0, False, 0, 0,
-    )  # fmt: skip
+    kinds = attention.Call.__annotations__
+    given = {name: kind() if kind in (bool, int, float) else None for name, kind in kinds.items()}
+    given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout}
+    given |= {"rule": rule, "seed": torch.zeros(1, dtype=torch.int64)}
+    if bias is not None:
+        shape = [n if has else 1 for n, has in zip((2, heads, queries, keys), bias, strict=True)]
+        given["bias"] = torch.zeros(shape, dtype=bias_dtype or dtype)
+    if key_bias:
+        given["key_bias"] = torch.zeros(2, 1, 1, keys)
+    if mask:
+        given["mask"] = torch.zeros(2, 1, queries, keys, dtype=torch.bool)
+    if parameters:
+        given |= {name: torch.zeros(heads) for name in ("factor", "sink")}
+    if factors:
+        given |= {name: torch.zeros(1, heads, queries, keys) for name in ("gain", "weight")}
+    if grid is not None:
+        given |= {f"rel_{axis}": torch.zeros(2, queries, heads, n) for axis, n in zip("yx", grid, strict=True)}
+    if rule != "none":
+        given |= {name: torch.zeros(2, n, dtype=torch.int32) for name, n in (("q_ids", queries), ("k_ids", keys))}
+        given["allow"] = torch.zeros(9, 9, dtype=torch.bool)
+    args = attention.Call(**given)
     with caught(f"sm{capability}") as launches:
         out, *saved = attention.fwd(*args)
-        attention.bwd(out, None, None, *saved, *args, 127)
+        attention.bwd(out, None, None, *saved, *args, -1)
     return launches
 
 
@@ -247,7 +260,9 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     launches = attention_launches(capability, dtype, **ATTENTION[name])
     seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
-    assert ("_backward_bias" in seen) == (ATTENTION[name].get("bias", True) is not None)
+    case = ATTENTION[name]
+    assert ("_backward_bias" in seen) == (case.get("bias", True) is not None or "factors" in case)
+    assert ("_backward_relative" in seen) == ("grid" in case)
 
 
 MATCHES = {

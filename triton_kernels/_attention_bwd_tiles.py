@@ -13,6 +13,7 @@ from ._attention_tiles import (
     clean_parts,
     load_parts,
     offsets,
+    product_gradient,
     row_factor,
     row_products,
     scaled_parts,
@@ -22,9 +23,13 @@ from ._attention_tiles import (
 )
 from ._tiles import LOG2E
 
+BIAS = tl.constexpr(0)                                      # TARGET
+GAIN = tl.constexpr(1)
+WEIGHT = tl.constexpr(2)
+
 
 @triton.jit
-def _key_side(
+def key_side(
     k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head, j, keys,
     WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +40,7 @@ def _key_side(
 
 
 @triton.jit
-def _query_side(
+def query_side(
     q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
     NORM: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -61,15 +66,15 @@ def _backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, sizes,
     scale, threshold, keep_scale,
-    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """delta - dlse, dq and the row sums of dS of BLOCK_M queries of one head and sample, and their share of dfactor and
     dsink, [programs / heads, heads].
     Grid: heads (fastest) x query tiles x samples, on axis 0.
     Any strides: q, k, v, dout, dlse, dq and the terms."""
-    batch, queries, keys, heads, offset = sizes
+    queries, keys, heads, offset = sizes[1], sizes[2], sizes[3], sizes[4]
     pid = tl.program_id(0)
     tiles = (queries + BLOCK_M - 1) // BLOCK_M
     head = pid % heads
@@ -80,7 +85,7 @@ def _backward_queries(
     if CAUSAL:
         last = tl.minimum(keys, tl.minimum(row + BLOCK_M, queries) + offset)
     factor = row_factor(terms, term_strides, head, scale)
-    q, dout, lse, low, live, real, flat = _query_side(
+    q, dout, lse, low, live, real, flat = query_side(
         q_ptr, dout_ptr, lse_ptr, None, q_strides, dout_strides, d_strides, image, head, i, sizes,
         NORM, WIDTHS, WIDTHS_V, ALIGN)
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -90,11 +95,11 @@ def _backward_queries(
         norm = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             j = start + tl.arange(0, BLOCK_N)
-            k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
                              WIDTHS, WIDTHS_V, ALIGN)
-            p, _, _, dp = weights(
+            p, slope, kept, dp, given = weights(
                 row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
-                start, queries, keys, offset, threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V,
+                start, sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V,
                 BLOCK_M, BLOCK_N)
             delta += tl.sum(p * dp, 1)
             norm += tl.sum(p, 1)
@@ -123,15 +128,16 @@ def _backward_queries(
         dfactor = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             j = start + tl.arange(0, BLOCK_N)
-            k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
                              WIDTHS, WIDTHS_V, ALIGN)
             a = row_products(q, k, WIDTHS)
-            _, slope, _, dp = weights(
-                a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, queries, keys, offset,
-                threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
+            p, slope, kept, dp, given = weights(
+                a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, sizes,
+                threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
             if NORM != SOFTMAX:
                 drow += tl.sum(ds, 1)
+            ds = product_gradient(ds, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
             if dfactor_ptr is not None:
                 dfactor += tl.sum(tl.where(ds == 0.0, 0.0, ds * a), 1)
             if dq_ptr is not None:
@@ -150,14 +156,14 @@ def _backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dk_ptr, dv_ptr, dcolumn_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, sizes,
     scale, threshold, keep_scale,
-    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head and sample, and the column sums of dS for each of its heads.
     Grid: key heads (fastest) x key tiles x samples, on axis 0. Writes dcolumn [B, H, Nk].
     Any strides: q, k, v, dout, dk, dv and the terms."""
-    batch, queries, keys, heads, offset = sizes
+    queries, keys, heads, offset = sizes[1], sizes[2], sizes[3], sizes[4]
     pid = tl.program_id(0)
     key_heads = heads // GROUP
     tiles = (keys + BLOCK_N - 1) // BLOCK_N
@@ -165,7 +171,7 @@ def _backward_keys(
     start = pid // key_heads % tiles * BLOCK_N
     image = pid // key_heads // tiles
     j = start + tl.arange(0, BLOCK_N)
-    k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, key_head, j, keys, WIDTHS, WIDTHS_V, ALIGN)
+    k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, key_head, j, keys, WIDTHS, WIDTHS_V, ALIGN)
     dk = zero_parts(BLOCK_N, WIDTHS)
     dv = zero_parts(BLOCK_N, WIDTHS_V)
     first = 0
@@ -177,22 +183,24 @@ def _backward_keys(
         dcolumn = tl.zeros([BLOCK_N], tl.float32)
         for row in tl.range(first, queries, BLOCK_M, num_stages=STAGES):
             i = row + tl.arange(0, BLOCK_M)
-            q, dout, lse, low, live, real, flat = _query_side(
+            q, dout, lse, low, live, real, flat = query_side(
                 q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
                 NORM, WIDTHS, WIDTHS_V, ALIGN)
             delta = tl.zeros([BLOCK_M], tl.float32)
             if NORM == SOFTMAX:
                 delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-            _, slope, dropped, dp = weights(
+            p, slope, kept, dp, given = weights(
                 row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
-                start, queries, keys, offset, threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V,
+                start, sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V,
                 BLOCK_M, BLOCK_N)
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
             if dcolumn_ptr is not None:
                 dcolumn += tl.sum(ds, 0)
             if dv_ptr is not None:
-                dv = add_weighted(dv, tl.trans(dropped), dout, WIDTHS_V)
+                dv = add_weighted(dv, tl.trans(kept), dout, WIDTHS_V)
             if dk_ptr is not None:
+                ds = product_gradient(
+                    ds, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
                 dk = add_weighted(dk, tl.trans(ds * factor), q, WIDTHS)
         if dcolumn_ptr is not None:
             at = (image.to(tl.int64) * heads + head) * keys + j
@@ -208,16 +216,16 @@ def _backward_bias(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dbias_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, members, chunks,
     scale, threshold, keep_scale,
-    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the bias gradient of one bias sample and head, summed over a chunk of the samples and heads that share
-    it, in order; members = (bias heads, samples sharing, heads sharing).
+    """One tile of the gradient of one sample and head of a bias, of gain or of weight, summed over a chunk of the samples
+    and heads that share it, in order; members = (bias heads, samples sharing, heads sharing).
     Grid: bias heads (fastest) x query tiles x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples,
     bias heads, Nq, Nk].
     Any strides: q, k, v, dout and the terms."""
-    batch, queries, keys, heads, offset = sizes
+    batch, queries, keys, offset = sizes[0], sizes[1], sizes[2], sizes[4]
     bias_heads, samples, shared = members
     bias_samples = batch // samples
     pid = tl.program_id(0)
@@ -241,19 +249,23 @@ def _backward_bias(
         image = bias_sample + member // shared
         head = bias_head + member % shared
         factor = row_factor(terms, term_strides, head, scale)
-        q, dout, lse, low, live, real, flat = _query_side(
+        q, dout, lse, low, live, real, flat = query_side(
             q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
             NORM, WIDTHS, WIDTHS_V, ALIGN)
-        k, v = _key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
                          WIDTHS, WIDTHS_V, ALIGN)
         delta = tl.zeros([BLOCK_M], tl.float32)
         if NORM == SOFTMAX:
             delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-        _, slope, _, dp = weights(
-            row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
-            start, queries, keys, offset, threshold, keep_scale, NORM, AXES, FAR, CAUSAL, CLIP, WIDTHS_V,
-            BLOCK_M, BLOCK_N)
-        dbias += slope * (dp - delta[:, None])
+        a = row_products(q, k, WIDTHS)
+        p, slope, kept, dp, given = weights(
+            a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, sizes, threshold, keep_scale,
+            NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
+        if TARGET == WEIGHT:
+            dbias += p * given
+        else:
+            ds = slope * (dp - delta[:, None])
+            dbias += tl.where(ds == 0.0, 0.0, ds * (a * factor)) if TARGET == GAIN else ds
     at = ((chunk * bias_samples + bias_sample) * bias_heads + bias_head) * queries
     tl.store(dbias_ptr + ((at + i)[:, None] * keys + j[None, :]), dbias.to(dbias_ptr.dtype.element_ty),
              mask=(i < queries)[:, None] & (j < keys)[None, :])

@@ -11,6 +11,7 @@ from ._host import DTYPES, config, device_reasons, family, power
 MAX_WIDTH = 256                         # D and Dv
 MAX_TOKENS = 2**30                      # of a sample: kernels count them in 32 bits
 MAX_BLOCK = 128                         # queries, keys or columns in a tile
+RULES = ("none", "equal", "table", "upto")                  # RULE
 NORMALIZERS = ("softmax", "sigmoid", "relu", "none")        # their places are NORM in the kernels
 
 
@@ -66,8 +67,7 @@ DIFFERENTIABLE = (
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
-    "gain": "a factor of the scores", "weight": "a factor of the weights", "rel_y": "biases of rows and columns per query",
-    "path_row": "bias.PolylinePath", "slope": "bias.EuclideanDistance", "q_ids": "masks of ids or levels",
+    "path_row": "bias.PolylinePath", "slope": "bias.EuclideanDistance",
     "query_weight": "return_stats 'key_mean'", "cu_q": "packed sequences", "topk": "topk",
     "policy": "modulation.Policy",
     **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
@@ -88,6 +88,9 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
             why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
     if call.normalizer not in NORMALIZERS:
         why.append(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {call.normalizer!r}")
+    for name, x in (("gain", call.gain), ("weight", call.weight)):
+        if x is not None and tuple(x.shape[2:]) != (q.shape[1], k.shape[1]):
+            why.append(f"{name} must have all queries and keys, [.., {q.shape[1]}, {k.shape[1]}], got {list(x.shape)}")
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
     given = {name for name, x in call._asdict().items() if isinstance(x, Tensor) or (name == "topk" and x)}
@@ -126,40 +129,45 @@ def arguments(call: Call, others=()) -> dict:
     q, k, v, bias, key_bias, mask, factor, sink, seed = call[:9]
     batch, queries, heads = q.shape[:3]
     keys = k.shape[1]
-    terms = score_strides(bias), score_strides(key_bias), score_strides(mask)
-    far = any(MAX_BLOCK * (abs(s[2]) + abs(s[3])) >= 2**31 for s in terms)
+    terms = [score_strides(x) for x in (bias, key_bias, mask, call.gain, call.weight)]
+    relative = [(0,) * 4 if x is None else score_strides(x) for x in (call.rel_y, call.rel_x)]  # (batch, query, head, side)
+    ids = [x for x in (call.q_ids, call.k_ids, call.allow) if x is not None]
+    far = any(MAX_BLOCK * (abs(s[2]) + abs(s[3])) >= 2**31 for s in (*terms, *((*s[:2], s[1], s[3]) for s in relative)))
     parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink))
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
         "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
-                  seed if call.dropout_p > 0.0 else None),
+                  seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
+                  call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8)),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
-        "term_strides": (*terms[0], *terms[1], *terms[2], *parameters),
-        "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0),
+        "term_strides": (*terms[0], *terms[1], *terms[2], *parameters, *terms[3], *terms[4], *relative[0], *relative[1],
+                         *(s for x in ids for s in score_strides(x))),
+        "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
+                  1 if call.rel_x is None else call.rel_x.shape[3], *((1, 1) if call.allow is None else call.allow.shape)),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
         "NORM": NORMALIZERS.index(call.normalizer), "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
-        "FAR": far, "CAUSAL": bool(call.causal), "GROUP": heads // k.shape[2],
+        "RULE": RULES.index(call.rule), "FAR": far, "CAUSAL": bool(call.causal), "GROUP": heads // k.shape[2],
         "WIDTHS": widths(q.shape[-1]), "WIDTHS_V": widths(v.shape[-1]), "ALIGN": alignment([q, k, v, *others]),
     }  # fmt: skip
 
 
 def row(kernel: str, shared: dict) -> dict:
-    """The row of a kernel's table for these arguments. Dropout, or a bias beside a mask, holds as many registers as heads
-    of twice the width."""
+    """The row of a kernel's table for these arguments. Dropout, or two score-shaped terms, hold as many registers as heads
+    of twice the width, four terms as heads of four times."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
-    bias, _, mask, _, _, seed = shared["terms"]
+    terms = shared["terms"]
+    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10))  # bias, mask, seed, gain, weight, rel_y, q_ids
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
-    if seed is not None or (bias is not None and mask is not None):
-        width *= 2
+    width *= 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())
 
 
 def tuned(kernel: str, shared: dict) -> dict:
     """How a kernel runs these arguments: blocks, warps, stages, and whether the last block of keys is not full."""
     found = row(kernel, shared)
-    _, queries, keys, _, _ = shared["sizes"]
+    queries, keys = shared["sizes"][1:3]
     block_n = min(found["block_n"], power(keys))
     return {
         "BLOCK_M": min(found["block_m"], power(queries)), "BLOCK_N": block_n, "CLIP": keys % block_n != 0,
@@ -169,5 +177,5 @@ def tuned(kernel: str, shared: dict) -> dict:
 
 UNSPECIALIZED = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dlse_strides", "dq_strides", "dk_strides", "dv_strides",
-    "sizes", "threshold", "members", "chunks", "rows", "columns",
+    "sizes", "threshold", "members", "chunks", "sides",
 )  # fmt: skip

@@ -1,21 +1,28 @@
 """Tiles of attention, shared by the forward and the backward kernels.
 
 A head of D columns is one block of a power of two, or two where that is narrower (72 is 64 + 16): `parts`, a pair. WIDTHS
-is (D, first block, second block or 0). The terms of a score are (bias, key_bias, mask, factor, sink, seed), each a pointer
-or None; their strides stand in one tuple: (batch, head, query, key) of bias, key_bias and mask, then those of factor and
-sink. AXES says whether bias, key_bias and mask vary with the query and with the key. Exponentials are exp2 of scores that
-are whole, biases included, times log2(e).
+is (D, first block, second block or 0). What a score is made of stands in `terms`, each a pointer or None:
+    0 bias, 1 key_bias, 2 mask, 3 factor, 4 sink, 5 seed, 6 gain, 7 weight, 8 rel_y, 9 rel_x, 10 q_ids, 11 k_ids, 12 allow
+and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
+weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
+q_ids from 30 and k_ids from 32; of allow 34 and 35. AXES says whether bias, key_bias, mask, gain and weight vary with the
+query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw of rel_x, rows and columns of allow).
+Exponentials are exp2 of scores that are whole, biases included, times log2(e).
 """
 
 import triton
 import triton.language as tl
 
-from ._tiles import LOG2E, clean, keep_tile, load_rows, store_rows
+from ._tiles import LOG2E, clean, keep_keys, keep_tile, load_rows, store_rows
 
 SOFTMAX = tl.constexpr(0)                                   # NORM
 SIGMOID = tl.constexpr(1)
 RELU = tl.constexpr(2)
 NONE = tl.constexpr(3)
+NO_RULE = tl.constexpr(0)                                   # RULE
+EQUAL = tl.constexpr(1)
+TABLE = tl.constexpr(2)
+UPTO = tl.constexpr(3)
 
 
 @triton.jit
@@ -91,7 +98,7 @@ def add_weighted(acc, x, rows, WIDTHS: tl.constexpr):
 
 @triton.jit
 def score_term(
-    ptr, strides, image, head, row, start, queries, keys, other,
+    ptr, strides, image, head, row, start, sizes, other,
     AT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -99,9 +106,9 @@ def score_term(
     [BLOCK_M, BLOCK_N]. Offsets inside the tile have 32 bits unless FAR: there are many, and each holds registers."""
     base = ptr + (image.to(tl.int64) * strides[AT] + head.to(tl.int64) * strides[AT + 1])
     base += tl.cast(row, tl.int64) * strides[AT + 2] + tl.cast(start, tl.int64) * strides[AT + 3]
-    m = tl.minimum(tl.arange(0, BLOCK_M), queries - 1 - row)
+    m = tl.minimum(tl.arange(0, BLOCK_M), sizes[1] - 1 - row)
     n = tl.arange(0, BLOCK_N)
-    inside = (start + n < keys)[None, :]
+    inside = (start + n < sizes[2])[None, :]
     if FAR:
         m = m.to(tl.int64)
         n = n.to(tl.int64)
@@ -129,32 +136,104 @@ def row_factor(terms, strides, head, scale):
 
 
 @triton.jit
+def relative_term(
+    terms, strides, image, head, row, start, sizes, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """rel_y[i, j // kw] + rel_x[i, j % kw] at queries row.. and keys start..: [BLOCK_M, BLOCK_N]."""
+    m = tl.minimum(tl.arange(0, BLOCK_M), sizes[1] - 1 - row)
+    j = start + tl.arange(0, BLOCK_N)
+    inside = (j < sizes[2])[None, :]
+    y = j // sizes[5]
+    x = j % sizes[5]
+    if FAR:
+        m = m.to(tl.int64)
+    first = tl.cast(row, tl.int64)
+    by_y = terms[8] + (image.to(tl.int64) * strides[22] + first * strides[23] + head.to(tl.int64) * strides[24])
+    by_x = terms[9] + (image.to(tl.int64) * strides[26] + first * strides[27] + head.to(tl.int64) * strides[28])
+    value = tl.load(by_y + (m[:, None] * strides[23] + y[None, :] * strides[25]), mask=inside, other=0.0).to(tl.float32)
+    more = tl.load(by_x + (m[:, None] * strides[27] + x[None, :] * strides[29]), mask=inside, other=0.0).to(tl.float32)
+    return value + more
+
+
+@triton.jit
+def seen_by_ids(
+    terms, strides, image, row, start, sizes, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which keys start.. the ids or levels let the queries row.. see: [BLOCK_M, BLOCK_N]."""
+    i = tl.minimum(row + tl.arange(0, BLOCK_M), sizes[1] - 1).to(tl.int64)
+    j = tl.minimum(start + tl.arange(0, BLOCK_N), sizes[2] - 1).to(tl.int64)
+    a = tl.load(terms[10] + (image.to(tl.int64) * strides[30] + i * strides[31]))[:, None]
+    b = tl.load(terms[11] + (image.to(tl.int64) * strides[32] + j * strides[33]))[None, :]
+    if RULE == UPTO:
+        seen = b <= a
+    else:
+        seen = (a >= 0) & (b >= 0)
+        if RULE == EQUAL:
+            seen = seen & (a == b)
+        else:
+            down = tl.minimum(tl.maximum(a, 0), sizes[6] - 1).to(tl.int64) * strides[34]
+            along = tl.minimum(tl.maximum(b, 0), sizes[7] - 1).to(tl.int64) * strides[35]
+            seen = seen & (tl.load(terms[12] + (down + along)) != 0)
+    return seen
+
+
+@triton.jit
 def scores(
-    a, factor, terms, strides, image, head, row, start, queries, keys, offset,
-    AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
+    a, factor, terms, strides, image, head, row, start, sizes,
+    AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the products a of queries row.. and keys start..; what a row must not see becomes -inf, whatever its product is."""
+    """Scores of the products a of queries row.. and keys start..; what a row must not see becomes -inf, whatever its
+    product is."""
     s = a * factor
+    if terms[6] is not None:
+        s *= gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    if terms[8] is not None:
+        s += relative_term(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)
     if terms[0] is not None:
-        bias = score_term(terms[0], strides, image, head, row, start, queries, keys, float("-inf"),
+        bias = score_term(terms[0], strides, image, head, row, start, sizes, float("-inf"),
                           0, AXES[0][0], AXES[0][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if terms[1] is not None:
-        bias = score_term(terms[1], strides, image, head, row, start, queries, keys, float("-inf"),
+        bias = score_term(terms[1], strides, image, head, row, start, sizes, float("-inf"),
                           4, AXES[1][0], AXES[1][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if terms[2] is not None:
-        seen = score_term(terms[2], strides, image, head, row, start, queries, keys, 0,
+        seen = score_term(terms[2], strides, image, head, row, start, sizes, 0,
                           8, AXES[2][0], AXES[2][1], FAR, CLIP, BLOCK_M, BLOCK_N)
         s = tl.where(seen != 0, s, float("-inf"))
+    if RULE != NO_RULE:
+        s = tl.where(seen_by_ids(terms, strides, image, row, start, sizes, RULE, BLOCK_M, BLOCK_N), s, float("-inf"))
     j = start + tl.arange(0, BLOCK_N)
     if CAUSAL:
         i = row + tl.arange(0, BLOCK_M)
-        s = tl.where(j[None, :] < tl.minimum(i + (offset + 1), keys)[:, None], s, float("-inf"))
+        s = tl.where(j[None, :] < tl.minimum(i + (sizes[4] + 1), sizes[2])[:, None], s, float("-inf"))
     elif CLIP:
-        s = tl.where((j < keys)[None, :], s, float("-inf"))
+        s = tl.where((j < sizes[2])[None, :], s, float("-inf"))
     return s
+
+
+@triton.jit
+def gains(
+    terms, strides, image, head, row, start, sizes,
+    AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What the scores are multiplied by before the biases."""
+    return score_term(terms[6], strides, image, head, row, start, sizes, 1.0,
+                      14, AXES[3][0], AXES[3][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
+
+
+@triton.jit
+def weighed(
+    p, terms, strides, image, head, row, start, sizes,
+    AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """p times the factors of the weights; 0 stays 0."""
+    if terms[7] is not None:
+        w = score_term(terms[7], strides, image, head, row, start, sizes, 1.0,
+                       18, AXES[4][0], AXES[4][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
+        p = tl.where(p == 0.0, 0.0, p * w)
+    return p
 
 
 @triton.jit
@@ -183,23 +262,43 @@ def slopes(s, p, NORM: tl.constexpr):
 
 @triton.jit
 def weights(
-    a, factor, lse, low, live, v, dout, terms, strides, image, head, row, start, queries, keys, offset, threshold, keep_scale,
-    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
-    WIDTHS_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a, factor, lse, low, live, v, dout, terms, strides, image, head, row, start, sizes, threshold, keep_scale,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
+    WIDTHS_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr = True,
 ):  # fmt: skip
-    """P, what dP - delta is multiplied by, P after dropout, and dP, all [i, j] in float32; nothing in rows that are not
-    live. low, in base 2, is what lse lacks."""
-    s = scores(a, factor, terms, strides, image, head, row, start, queries, keys, offset,
-               AXES, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
+    """P, what dP - delta is multiplied by, what v is multiplied by, dP, and dP before the factors of the weights, all [i, j]
+    in float32; nothing in rows that are not live. low, in base 2, is what lse lacks. Keys start at a multiple of four if
+    ALIGNED."""
+    s = scores(a, factor, terms, strides, image, head, row, start, sizes,
+               AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
     p = tl.exp2((s - lse[:, None]) * LOG2E - low[:, None]) if NORM == SOFTMAX else plain_weights(s, NORM)
     p = tl.where(live[:, None], p, 0.0)
     slope = p
     if NORM != SOFTMAX:
         slope = tl.where(live[:, None], slopes(s, p, NORM), 0.0)
-    dp = row_products(dout, v, WIDTHS_V)
-    dropped = p
+    given = row_products(dout, v, WIDTHS_V)
+    kept = weighed(p, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[5] is not None:
-        keep = keep_tile(terms[5], image, head, row + tl.arange(0, BLOCK_M), start, threshold, BLOCK_N)
-        dropped = tl.where(keep, p * keep_scale, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    return p, slope, dropped, dp
+        i = row + tl.arange(0, BLOCK_M)
+        if ALIGNED:
+            keep = keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N)
+        else:
+            keep = keep_keys(terms[5], image, head, i, start + tl.arange(0, BLOCK_N), threshold)
+        kept = tl.where(keep, kept * keep_scale, 0.0)
+        given = tl.where(keep, given * keep_scale, 0.0)
+    dp = weighed(given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    if terms[7] is not None:
+        dp = tl.where(s == float("-inf"), 0.0, dp)                                     # whatever the factor is there
+    return p, slope, kept, dp, given
+
+
+@triton.jit
+def product_gradient(
+    ds, terms, strides, image, head, row, start, sizes,
+    AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the scaled products from dS, that of the scores."""
+    if terms[6] is not None:
+        g = gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+        ds = tl.where(ds == 0.0, 0.0, ds * g)
+    return ds

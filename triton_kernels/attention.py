@@ -24,6 +24,7 @@ from ._attention_tiles import (
     scaled_parts,
     scores,
     store_parts,
+    weighed,
     zero_parts,
 )
 from ._tiles import LN2, LOG2E, clean, keep_tile
@@ -44,12 +45,13 @@ def _load_channels(ptr, rows, real, d_stride, first, WIDTH: tl.constexpr):
 def _exact_channels(
     channel, q_ptr, k_ptr, v_ptr, out_ptr, flat, base, final, last, q_strides, k_strides, v_strides, d_strides, factor,
     terms, term_strides, image, head, row, sizes, threshold,
-    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The output in CHANNELS channels where values may be NaN or infinite: NaN in the rows that see one. Everything is read
     a few columns at a time, so that the registers of the kernel are those of its other path."""
-    batch, queries, keys, heads, offset = sizes
+    queries, keys = sizes[1], sizes[2]
     i = row + tl.arange(0, BLOCK_M)
     q_rows = offsets(image, head, i, q_strides, 1)
     acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
@@ -63,9 +65,10 @@ def _exact_channels(
             k = _load_channels(k_ptr, k_rows, j < keys, d_strides[1], first, WIDTHS[0])
             a = tl.dot(q, tl.trans(k), a, input_precision="ieee")
         a += a * 0.0
-        s = scores(a, factor, terms, term_strides, image, head, row, start, queries, keys, offset,
-                   AXES, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
+        s = scores(a, factor, terms, term_strides, image, head, row, start, sizes,
+                   AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
         p = tl.exp2(s * LOG2E - base[:, None]) if NORM == SOFTMAX else plain_weights(s, NORM)
+        p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
         v = _load_channels(v_ptr, offsets(image, head // GROUP, j, v_strides, 1), j < keys, d_strides[2], channel, WIDTHS_V[0])
@@ -82,14 +85,14 @@ def _exact_channels(
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, terms, q_strides, k_strides, v_strides, d_strides, term_strides, sizes,
     scale, threshold, keep_scale,
-    NORM: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BATCH_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
+    BATCH_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_M queries of one head and sample.
     Grid: query tiles (fastest) x heads x samples on axis 0; samples fastest if BATCH_FIRST, for a bias that they share.
     Any strides: q, k, v and the terms. out and lse are contiguous."""
-    batch, queries, keys, heads, offset = sizes
+    batch, queries, keys, heads, offset = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
     pid = tl.program_id(0)
     tiles = (queries + BLOCK_M - 1) // BLOCK_M
     if BATCH_FIRST:
@@ -123,8 +126,8 @@ def _forward(
         k = load_parts(k_ptr, offsets(image, head // GROUP, j, k_strides, ALIGN), j < keys, d_strides[1], WIDTHS)
         a = row_products(q, k, WIDTHS)
         a += a * 0.0                                                                   # an infinity becomes NaN
-        s = scores(a, factor, terms, term_strides, image, head, row, start, queries, keys, offset,
-                   AXES, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
+        s = scores(a, factor, terms, term_strides, image, head, row, start, sizes,
+                   AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
         v = load_parts(v_ptr, offsets(image, head // GROUP, j, v_strides, ALIGN), j < keys, d_strides[2], WIDTHS_V)
         if NORM == SOFTMAX:
             higher = tl.maximum(top, tl.max(s, 1))
@@ -136,6 +139,7 @@ def _forward(
             top = higher
         else:
             p = plain_weights(s, NORM)
+        p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
         acc = add_weighted(acc, p, v, WIDTHS_V)
@@ -158,7 +162,7 @@ def _forward(
             _exact_channels(
                 channel, q_ptr, k_ptr, v_ptr, out_ptr, flat, base, final, last, q_strides, k_strides, v_strides, d_strides,
                 factor, terms, term_strides, image, head, row, sizes, threshold,
-                NORM, AXES, FAR, CAUSAL, GROUP, WIDTHS, WIDTHS_V, CLIP, BLOCK_M, BLOCK_N)
+                NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTHS, WIDTHS_V, CLIP, BLOCK_M, BLOCK_N)
 
 
 def supported(*args) -> list[str]:

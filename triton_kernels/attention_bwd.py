@@ -10,8 +10,10 @@ they are seen.
 import torch
 from torch import Tensor
 
+from ._attention_bwd_relative import _backward_relative
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
 from ._attention_host import DIFFERENTIABLE, Call, arguments, row, row_strides, tuned
+from ._host import power
 from ._reduce import add_parts
 
 
@@ -64,7 +66,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     dbias = None
     if wanted[3]:
         if tall and wide:
-            dbias = _dense_gradient(shared, bias)
+            dbias = _dense_gradient(shared, bias, 0)
         elif wide:
             dbias = _folded(dcolumn[:, :, None], bias)
         else:
@@ -72,7 +74,8 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     return (
         dq, dk, dv, dbias, _folded(dcolumn[:, :, None], key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
-        *[None] * (len(DIFFERENTIABLE) - 7),
+        *(_dense_gradient(shared, inputs[n], n - 6) if wanted[n] else None for n in (7, 8)),
+        *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *[None] * (len(DIFFERENTIABLE) - 11),
     )  # fmt: skip
 
 
@@ -81,14 +84,33 @@ def _folded(sums: Tensor, like: Tensor) -> Tensor:
     return sums.sum_to_size(like.shape).to(like.dtype)
 
 
-def _dense_gradient(shared: dict, bias: Tensor) -> Tensor:
-    """The gradient of a bias with queries and keys: chunks of what shares it where tiles alone are too few programs."""
-    batch, queries, keys, heads, _ = shared["sizes"]
+def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
+    """The gradient of a bias, gain or weight with queries and keys: in chunks of what shares it where its tiles are too few
+    programs."""
+    batch, queries, keys, heads = shared["sizes"][:4]
     blocks = tuned("backward_bias", shared)
     members = (bias.shape[1], batch // bias.shape[0], heads // bias.shape[1])
     fans = bias.shape[0] * bias.shape[1] * -(-queries // blocks["BLOCK_M"]) * -(-keys // blocks["BLOCK_N"])
     chunks = max(1, min(members[1] * members[2], row("backward_bias", shared)["programs"] // fans))
     dtype = bias.dtype if chunks == 1 else torch.float32
     parts = torch.empty((chunks, *bias.shape), dtype=dtype, device=bias.device)
-    _backward_bias[(fans * chunks,)](**shared, **blocks, dbias_ptr=parts, members=members, chunks=chunks)
+    _backward_bias[(fans * chunks,)](**shared, **blocks, dbias_ptr=parts, members=members, chunks=chunks, TARGET=target)
     return parts[0] if chunks == 1 else add_parts(parts, bias.dtype)
+
+
+def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of rel_y and rel_x."""
+    if not any(wanted):
+        return None, None
+    batch, queries, _, heads = shared["sizes"][:4]
+    sides = tuple(x.shape[3] for x in inputs)
+    blocks = tuned("backward_bias", shared)
+    blocks["BLOCK_N"] = min(row("backward_bias", shared)["block_n"], power(sides[1]))
+    del blocks["CLIP"]
+    parts = -(-sides[1] // blocks["BLOCK_N"])
+    shapes = (parts, batch, queries, heads, sides[0]), (batch, queries, heads, sides[1])
+    dy, dx = (torch.empty(s, dtype=torch.float32, device=x.device) if w else None
+              for s, x, w in zip(shapes, inputs, wanted, strict=True))
+    tiles = -(-queries // blocks["BLOCK_M"])
+    _backward_relative[(heads * tiles * batch * parts,)](**shared, **blocks, dy_ptr=dy, dx_ptr=dx, sides=sides)
+    return _folded(dy.sum(0), inputs[0]) if wanted[0] else None, _folded(dx, inputs[1]) if wanted[1] else None

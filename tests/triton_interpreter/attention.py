@@ -22,7 +22,7 @@ ENTRY = testing.entries()["attention"]
 OFFSET = len(slots.TENSORS) + slots.OPTIONS.index("offset")
 HALF, FULL = torch.float16, torch.float32  # the interpreter cannot multiply bfloat16
 NAMES = [slots.TENSORS[p] for p in OP.differentiable]
-SMALL = [c for c in registry.small() if c.seed < 13 and c.seed != 6]  # the others have what UNSERVED names
+SMALL = [c for c in registry.small() if c.seed in (*range(1, 13), 15, 17)]  # the others have what UNSERVED names
 EVERYTHING = (1 << len(NAMES)) - 1
 
 
@@ -62,8 +62,10 @@ def arguments(
     kv_heads, dv = kv_heads or heads, dv or d
     shapes = (queries, heads, d), (keys, kv_heads, d), (keys, kv_heads, dv)
     q, k, v = (torch.randn(batch, *s).to(dtype) for s in shapes)
-    terms = [q, k, v, bias, key_bias, mask, factor, sink, seed, *[None] * (len(slots.TENSORS) - 9)]
-    return [*terms, normalizer, scale, causal, offset, dropout_p, 0, "none", 0, False, 0, 0]
+    plain = {name: kind() if kind in (bool, int, float) else None for name, kind in Call.__annotations__.items()}
+    given = {"q": q, "k": k, "v": v, "bias": bias, "key_bias": key_bias, "mask": mask, "factor": factor, "sink": sink}
+    given |= {"seed": seed, "normalizer": normalizer, "scale": scale, "causal": causal, "offset": offset}
+    return list(Call(**plain | given | {"dropout_p": dropout_p, "rule": "none"}))
 
 
 def wide(args):
@@ -118,6 +120,14 @@ CASES = {
     "rows": dict(bias=(0, 1, 1, 0), masks="dense", sink=True),
     "sigmoid": dict(normalizer="sigmoid", bias=(0, 1, 1, 1), masks="causal", scale="heads"),
     "relu": dict(normalizer="relu", bias=(1, 1, 1, 0), masks="dense", key_bias=True),
+    "gain": dict(modulation="gain", masks="table", bias=(0, 1, 0, 1), scale="heads"),
+    "weight": dict(modulation="weight", masks="empty", dropout_p=0.3, dropout_seed=7, sink=True),
+    "gain, sigmoid": dict(modulation="mixture", queries=18, keys=18, grid=(3, 6), normalizer="sigmoid", masks="levels"),
+    "rows and columns": dict(typed="decomposed", queries=19, keys=35, grid=(5, 7), masks="segments", kv_heads=1),
+    "long rows": dict(
+        typed="decomposed", queries=3, keys=74, grid=(2, 37), dropout_p=0.3, dropout_seed=3, masks="causal"
+    ),
+    "rates": dict(typed="manhattan", queries=21, keys=21, grid=(7, 3), modulation="gain", normalizer="relu"),
     "none": dict(normalizer="none", bias=(1, 1, 1, 1), masks="empty", dropout_p=0.2, dropout_seed=1),
 }
 
@@ -188,7 +198,7 @@ def test_biases_that_hide_and_large_logits():
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none"])
-@pytest.mark.parametrize("hides", ["mask", "bias", "causal"])
+@pytest.mark.parametrize("hides", ["mask", "bias", "causal", "ids"])
 def test_nothing_hidden_leaks(hides, normalizer, tuned):
     """NaN and infinity in keys and values: rows that do not see them, and all gradients but their own, are as without."""
     tuned(16, 16)
@@ -201,6 +211,13 @@ def test_nothing_hidden_leaks(hides, normalizer, tuned):
         args[5] = seen
     elif hides == "bias":
         args[3] = args[3].masked_fill(~seen, -math.inf)
+    elif hides == "ids":
+        q_ids, k_ids = (torch.arange(20)[None] % 2 for _ in range(2))
+        q_ids[:, 5], k_ids[:, [3, 17]] = -1, -1
+        seen = ((q_ids[:, :, None] == k_ids[:, None]) & (q_ids >= 0)[..., None])[:, None]
+        call = Call(*args)._replace(q_ids=q_ids.int(), k_ids=k_ids.int(), rule="equal")
+        gain, weight = (scores((1, 1, 20, 20)).masked_fill(~seen, math.nan) for _ in range(2))
+        args = [*call._replace(gain=gain, weight=weight)]
     else:
         args[OFFSET - 1 : OFFSET + 1] = True, -2
         seen = torch.ones(20, 20, dtype=torch.bool).tril(-2)[None, None]
@@ -266,6 +283,9 @@ def test_reasons():
     assert kernels.supported(*arguments()) == []
     why = " ".join(kernels.supported(*arguments(d=300, dtype=torch.float64, normalizer="argmax_k")))
     assert "300" in why and "float64" in why and "argmax_k" in why
+    call = Call(*arguments())._replace(gain=torch.zeros(1, 2, 5, 1), weight=torch.zeros(1, 1, 1, 7))
+    gain, weight = kernels.supported(*call)
+    assert "gain" in gain and "[1, 2, 5, 1]" in gain and "weight" in weight
     for name, what in UNSERVED.items():
         call = Call(*arguments())._replace(**{name: 3 if name == "topk" else torch.zeros(1)})
         assert kernels.supported(*call) == [f"no Triton kernel has {what}"]

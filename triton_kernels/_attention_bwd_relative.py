@@ -1,0 +1,56 @@
+"""The gradients of rel_y and rel_x, what a query adds to the rows and to the columns of the grid of keys."""
+
+import triton
+import triton.language as tl
+
+from ._attention_bwd_tiles import key_side, query_side
+from ._attention_host import UNSPECIALIZED
+from ._attention_tiles import SOFTMAX, row_factor, row_products, weights
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_relative(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dy_ptr, dx_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, sides, scale, threshold, keep_scale,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums of dS over the columns and over the rows of the grid of keys, sides (kh, kw), for BLOCK_M queries of one head and sample
+    and BLOCK_N columns of the grid, row by row.
+    Grid: heads (fastest) x query tiles x samples x column tiles, on axis 0. Writes dy [column tiles, B, Nq, H, kh] and dx
+    [B, Nq, H, kw].
+    Any strides: q, k, v, dout and the terms."""
+    batch, queries, keys, heads = sizes[0], sizes[1], sizes[2], sizes[3]
+    kh, kw = sides
+    pid = tl.program_id(0)
+    tiles = (queries + BLOCK_M - 1) // BLOCK_M
+    head = pid % heads
+    row = pid // heads % tiles * BLOCK_M
+    image = pid // heads // tiles % batch
+    part = pid // heads // tiles // batch
+    i = row + tl.arange(0, BLOCK_M)
+    x = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    factor = row_factor(terms, term_strides, head, scale)
+    q, dout, lse, low, live, real, flat = query_side(
+        q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+        NORM, WIDTHS, WIDTHS_V, ALIGN)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if NORM == SOFTMAX:
+        delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+    dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for y in tl.range(0, kh, num_stages=STAGES):
+        start = y * kw + part * BLOCK_N
+        j = start + tl.arange(0, BLOCK_N)
+        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+                        WIDTHS, WIDTHS_V, ALIGN)
+        p, slope, kept, dp, given = weights(
+            row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start,
+            sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, True, WIDTHS_V, BLOCK_M, BLOCK_N, False)
+        ds = tl.where((x < kw)[None, :], slope * (dp - delta[:, None]), 0.0)           # [BLOCK_M, BLOCK_N]
+        dx += ds
+        if dy_ptr is not None:
+            at = ((part.to(tl.int64) * batch + image) * queries + i) * heads + head
+            tl.store(dy_ptr + (at * kh + y), tl.sum(ds, 1), mask=real)
+    if dx_ptr is not None:
+        tl.store(dx_ptr + (flat[:, None] * kw + x[None, :]), dx, mask=real[:, None] & (x < kw)[None, :])
