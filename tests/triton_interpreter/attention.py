@@ -116,7 +116,7 @@ CASES = {
     "causal, rows that see nothing": dict(masks="causal", bias=(0, 1, 1, 1), sink=True, return_stats=("lse",)),
     "causal, more keys": dict(queries=18, keys=50, masks="causal", bias=(0, 0, 1, 1), kv_heads=1),
     "dropout": dict(queries=18, keys=70, dropout_p=0.4, dropout_seed=2**40 + 3, bias=(1, 0, 1, 1), heads=1),
-    "groups": dict(heads=4, kv_heads=2, bias=(0, 1, 0, 1), key_bias=True, scale="heads"),
+    "groups": dict(queries=18, heads=4, kv_heads=2, bias=(0, 1, 0, 1), key_bias=True, scale="heads"),
     "rows": dict(bias=(0, 1, 1, 0), masks="dense", sink=True),
     "sigmoid": dict(normalizer="sigmoid", bias=(0, 1, 1, 1), masks="causal", scale="heads"),
     "relu": dict(normalizer="relu", bias=(1, 1, 1, 0), masks="dense", key_bias=True),
@@ -251,17 +251,28 @@ def test_causal_tiles_beyond_the_diagonal_are_not_visited(tuned, monkeypatch):
 
 
 def test_only_the_gradients_that_are_needed_are_made():
-    args = arguments(
-        bias=scores((1, 2, 5, 7)), key_bias=scores((2, 1, 1, 7)), factor=torch.rand(2), sink=torch.randn(2)
-    )  # fmt: skip
+    given = {
+        "bias": scores((1, 2, 5, 7)),
+        "key_bias": scores((1, 1, 1, 7)),
+        "factor": torch.rand(2),
+        "sink": torch.randn(2),
+    }
+    args = Call(*arguments(1, **given))._replace(
+        gain=scores((1, 1, 5, 7)),
+        weight=scores((1, 2, 5, 7)),
+        rel_y=torch.randn(1, 5, 2, 2),
+        rel_x=torch.randn(1, 5, 1, 4),
+    )
     out, *saved = kernels.fwd(*args)
     dout, dlse = torch.randn(out.shape), torch.randn(saved[0].shape)
-    for given in ((dout, dlse), (dout, None), (None, dlse), (None, None)):
+    some = (1, 4, 0b0001001, 0)
+    every = (*some, *(1 << bit for bit in range(len(NAMES))))
+    for given, needs in (((dout, dlse), every), ((dout, None), some), ((None, dlse), some), ((None, None), every)):
         with testing.poisoned():
             everything = kernels.bwd(*given, None, *saved, *args, EVERYTHING)
             assert all(x is None or x.isfinite().all() for x in everything)
             assert given != (None, None) or not any(x is not None and x.any() for x in everything)
-            for need in (1, 2, 4, 8, 16, 32, 64, 0b0001001, 0):
+            for need in needs:
                 found = kernels.bwd(*given, None, *saved, *args, need)
                 for bit, (name, x, y) in enumerate(zip(NAMES, found, everything, strict=True)):
                     wanted = need >> bit & 1 and y is not None
