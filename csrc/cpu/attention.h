@@ -52,6 +52,7 @@ struct AttentionProblem {
   int32_t queries, keys, heads, kv_heads, depth, width;  // depth of q and k, width of v
   int32_t rel_height, rel_width, path_height, path_width;
   int32_t padded;   // keys, rounded up to the vector length
+  int32_t pitch;    // of rows of keys that are transposed, the same for all samples
   int32_t block;    // rows of scores worked on together
   int32_t topk;     // 0: all keys
   Normalizer normalizer;
@@ -91,7 +92,7 @@ static inline bool is_hard(const AttentionProblem& p) {
 static inline bool mixes(const AttentionProblem& p) { return p.pre_weight || p.pre_bias || p.post_weight || p.post_bias; }
 
 // Work on one kv head (on all heads where they mix, then kv_head is 0), forward on queries [first, last) of it; `scratch` is aligned to 64 bytes, holds
-// scratch_bytes(p, backward), and is zero before its first use with p. key_sums: Acc [heads][keys] or null, the weights that
+// scratch_bytes(p, backward), also of a p with more keys. key_sums: Acc [heads][keys] or null, the weights that
 // each key receives from these queries, times query_weight.
 struct AttentionKernels {
   int64_t (*scratch_bytes)(const AttentionProblem& p, bool backward);

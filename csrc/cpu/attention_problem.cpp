@@ -92,6 +92,8 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   read_sequences(o);
   const int32_t lanes = wide ? vitkern::kernels().lanes / 2 : vitkern::kernels().lanes;
   p.padded = (p.keys + lanes - 1) / lanes * lanes;
+  // rows of a length that the sets of the cache divide would all fall into the same sets
+  p.pitch = p.padded + (p.padded % 256 == 0 ? kKeyTile : 0);
   const char* const names[] = {"softmax", "sigmoid", "relu", "none", "argmax_k", "argmax_q"};  // in the order of Normalizer
   const auto* const named = std::find(std::begin(names), std::end(names), o.normalizer);
   check(named != std::end(names), kOp, "normalizer must be softmax, sigmoid, relu, none, argmax_k or argmax_q");
@@ -135,8 +137,15 @@ void AttentionCall::read_sequences(const AttentionOptions& o) {
   }
   check(fits, kOp,
         "cu_seqlens_q and cu_seqlens_k must ascend from 0 to the tokens of q and k, in steps of at most max_seqlen_q and max_seqlen_k");
+  check(o.max_q < (int64_t(1) << 30) && o.max_k < (int64_t(1) << 30), kOp, "max_seqlen_q and max_seqlen_k must be below 2^30");
   p.queries = int32_t(o.max_q);
   p.keys = int32_t(o.max_k);
+  if (o.bias || o.gain || o.weight || o.mask) return;  // whose shapes are of the greatest lengths
+  p.queries = p.keys = 0;
+  for (const Tokens& t : samples) {
+    p.queries = std::max(p.queries, int32_t(t.queries));
+    p.keys = std::max(p.keys, int32_t(t.keys));
+  }
 }
 
 void AttentionCall::read_scores(const AttentionOptions& o) {

@@ -41,7 +41,7 @@ bool compare(const Acc* line, const Between<Acc>& across, Acc limit, bool inclus
   const int64_t width = int64_t(across.share.size());
   int some = 0;
   for (int64_t x = 0; x < width; ++x) {
-    const Acc a = line[first[x]], at = a + share[x] * (line[second[x]] - a);
+    const Acc at = line[first[x]] * (1 - share[x]) + line[second[x]] * share[x];
     const int on = inclusive ? !(at < limit) : at > limit;
     to[x] = uint8_t(on);
     some |= on;

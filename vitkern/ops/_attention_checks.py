@@ -13,6 +13,7 @@ from vitkern.rope import LAYOUTS, Rope
 from vitkern.value import DepthwiseValue
 
 NAME = "attention"
+LARGEST = 2**31 - 1
 NORMALIZERS = ("softmax", "sigmoid", "relu", "none", "argmax_q", "argmax_k")
 STATS = ("lse", "key_mean", "row", "logits_mean", "probs", "logits", "index")
 BIASES = (
@@ -96,12 +97,21 @@ def fields(name: str, modifier: Any, device: torch.device) -> None:
             _checks.on_device(NAME, f"{name} {kind}.{field}", value, "q", device)
 
 
-def grid(name: str, kind: str, sides: Any, tokens: int, of: str) -> None:
-    if not isinstance(sides, (list, tuple)) or len(sides) < 1 or math.prod(sides) != tokens:
+def per_query(name: str, t: Tensor, q: Tensor, side: int) -> None:
+    fits = t.dim() == 4 and t.shape[0] in (1, q.shape[0]) and t.shape[1] == q.shape[1] and t.shape[2] in (1, q.shape[2])
+    if not fits or t.shape[3] != side:
+        want = ["B or 1", q.shape[1], "H or 1", side]
+        raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
+
+
+def grid(name: str, kind: str, sides: Any, tokens: int, of: str, axes: int | None = None) -> None:
+    wrong = not isinstance(sides, (list, tuple)) or len(sides) < 1 or (axes is not None and len(sides) != axes)
+    if wrong or math.prod(sides) != tokens:
         raise ValueError(f"{NAME}: {name} {kind}.grid must hold the {tokens} tokens of {of}, got {sides!r}")
 
 
-def check_bias(b: Any, q: Tensor, k: Tensor, extra: int) -> None:
+def check_bias(b: Any, q: Tensor, k: Tensor, extra: int, keys: int) -> None:
+    """`keys`: of the longest sequence, if q and k are packed."""
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if isinstance(b, Tensor):
         _checks.parameter(NAME, "bias", b, q.device)
@@ -112,17 +122,28 @@ def check_bias(b: Any, q: Tensor, k: Tensor, extra: int) -> None:
     if isinstance(b, bias.RelativePosition):
         _relative(b, q, k)
     if isinstance(b, bias.ManhattanDecay):
-        grid("bias", kind, b.grid, q.shape[1], "q")
-        grid("bias", kind, b.grid, k.shape[1], "k")
+        grid("bias", kind, b.grid, q.shape[1], "q", 2)
+        grid("bias", kind, b.grid, k.shape[1], "k", 2)
+        _checks.shape(NAME, f"bias {kind}.rate", b.rate, (q.shape[2],), "[H]")
         if b.place not in ("logit", "prob"):
             raise ValueError(f"{NAME}: bias {kind}.place must be 'logit' or 'prob', got {b.place!r}")
     if isinstance(b, bias.DecomposedRelativePosition):
-        grid("bias", kind, b.k_grid, k.shape[1], "k")
-        if b.q_grid is not None:
+        grid("bias", kind, b.k_grid, keys, "k", 2)
+        if b.q_grid is None:
+            for name, side in zip(("rel_h", "rel_w"), b.k_grid, strict=True):
+                per_query(f"bias {kind}.{name}", getattr(b, name), q, side)
+        else:
             grid("bias", kind, b.q_grid, q.shape[1], "q")
             for name, a, c in zip(("rel_h", "rel_w"), b.q_grid, b.k_grid, strict=True):
                 want = (2 * max(a, c) - 1, q.shape[3])
                 _checks.shape(NAME, f"bias {kind}.{name}", getattr(b, name), want, "[2 max(query, key) - 1, D]")
+    if isinstance(b, bias.EuclideanDistance):
+        _checks.shape(NAME, f"bias {kind}.slope", b.slope, (q.shape[2],), "[H]")
+        for name, of in (("q_xy", q), ("k_xy", k)):
+            t = getattr(b, name)
+            if t.dim() != 3 or t.shape[0] not in (1, q.shape[0]) or t.shape[1:] != (of.shape[1], 2):
+                want = ["B or 1", of.shape[1], 2]
+                raise ValueError(f"{NAME}: bias {kind}.{name} must have shape {want}, got {list(t.shape)}")
     if isinstance(b, bias.PolylinePath):
         grid("bias", kind, b.row.shape[1:3], q.shape[1], "q")
         grid("bias", kind, b.row.shape[1:3], k.shape[1], "k")
@@ -130,7 +151,9 @@ def check_bias(b: Any, q: Tensor, k: Tensor, extra: int) -> None:
     vectors = {bias.KeyBias: (k, "Nk"), bias.RowBias: (q, "Nq")}
     if type(b) in vectors:
         of, text = vectors[type(b)]
-        if b.vector.dim() != 3 or b.vector.shape[2] not in (of.shape[1], of.shape[1] + extra):
+        more = extra if isinstance(b, bias.KeyBias) else 0
+        fits = b.vector.dim() == 3 and b.vector.shape[0] in (1, q.shape[0]) and b.vector.shape[1] in (1, q.shape[2])
+        if not fits or b.vector.shape[2] not in (of.shape[1], of.shape[1] + more):
             raise ValueError(
                 f"{NAME}: bias {kind}.vector must have shape [B or 1, H or 1, {text} = {of.shape[1]}], "
                 f"got {list(b.vector.shape)}"
@@ -175,6 +198,8 @@ def check_mask(m: Any, q: Tensor, k: Tensor) -> None:
         return
     kind = type(m).__name__
     fields("mask", m, q.device)
+    if isinstance(m, mask.Causal) and not -LARGEST <= _checks.integer(NAME, "mask Causal.offset", m.offset) <= LARGEST:
+        raise ValueError(f"{NAME}: mask Causal.offset must lie in [-2^31, 2^31), got {m.offset}")
     pairs = {mask.Segments: ("q_ids", "k_ids"), mask.BlockCausal: ("q_levels", "k_levels")}.get(type(m), ())
     for name, of in zip(pairs, (q, k), strict=False):
         ids = getattr(m, name)
@@ -183,6 +208,10 @@ def check_mask(m: Any, q: Tensor, k: Tensor) -> None:
             raise ValueError(
                 f"{NAME}: mask {kind}.{name} must have shape [B or 1, {of.shape[1]}], got {list(ids.shape)}"
             )
+        if ids.dtype == torch.int64 and backends.may_read(ids) and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < -LARGEST or high > LARGEST:
+                raise ValueError(f"{NAME}: mask {kind}.{name} must be numbers of 32 bits, got {low} to {high}")
     if isinstance(m, mask.Segments) and m.allow is not None:
         if m.allow.dtype != torch.bool or m.allow.dim() != 2:
             raise ValueError(
@@ -242,10 +271,22 @@ def check_modulation(m: Any, q: Tensor, k: Tensor, normalizer: str) -> None:
     if isinstance(m, modulation.Policy):
         if normalizer != "softmax":
             raise ValueError(f"{NAME}: modulation Policy must go with normalizer='softmax', got {normalizer!r}")
-        if m.keep.dim() != 2 or m.keep.shape[1] != k.shape[1]:
+        _checks.floating(NAME, f"modulation {kind}.keep", m.keep)
+        if m.keep.dim() != 2 or m.keep.shape[0] not in (1, q.shape[0]) or m.keep.shape[1] != k.shape[1]:
             raise ValueError(
                 f"{NAME}: modulation Policy.keep must have shape [B or 1, Nk = {k.shape[1]}], got {list(m.keep.shape)}"
             )
+
+
+def check_policy(modulations: Any, sink: Any, extra_kv: Any, stats: Any) -> None:
+    """A policy stands in place of the softmax: what belongs to that has no meaning beside it."""
+    count = sum(isinstance(m, modulation.Policy) for m in modulations)
+    if count > 1:
+        raise ValueError(f"{NAME}: modulation must hold at most one Policy, got {count}")
+    if count and (sink is not None or extra_kv is not None or "lse" in stats):
+        raise ValueError(
+            f"{NAME}: modulation Policy goes neither with sink nor with extra_kv nor with return_stats 'lse'"
+        )
 
 
 def check_rope(rope: Any, q: Tensor, k: Tensor) -> None:
@@ -269,6 +310,8 @@ def check_rope(rope: Any, q: Tensor, k: Tensor) -> None:
                 f"got {[first, last]}"
             )
         heads = rope.cos.shape[2]
+        if rope.cos.shape[0] not in (1, of.shape[0]):
+            raise ValueError(f"{NAME}: rope.cos must have the batch of q ({of.shape[0]}) or 1, got {rope.cos.shape[0]}")
         if heads not in (1, of.shape[2]):
             raise ValueError(f"{NAME}: rope.cos must have 1 head or those it turns ({of.shape[2]}), got {heads}")
 
@@ -369,7 +412,9 @@ def check_rest(
         if not isinstance(extra_kv, tuple) or len(extra_kv) != 2:
             raise ValueError(f"{NAME}: extra_kv must be a pair (k, v), got {type(extra_kv).__name__}")
         for name, t, like in (("extra_kv k", extra_kv[0], k), ("extra_kv v", extra_kv[1], v)):
-            if like is None and t is None:
+            if like is None or t is None:
+                if like is not t:
+                    raise ValueError(f"{NAME}: extra_kv must have values exactly where v is given")
                 continue
             _checks.parameter(NAME, name, t, q.device)
             if t.dim() != 4 or t.shape[0] not in (1, q.shape[0]) or t.shape[2:] != like.shape[2:]:

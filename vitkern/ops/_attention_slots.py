@@ -43,8 +43,6 @@ KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean", "index")
 def unserved(lowered: dict[str, Any]) -> str:
     """Why no kernel serves the call, "" if the op does."""
     policies = [m for m in lowered["modulations"] if isinstance(m, Policy)]
-    if len(policies) > 1 or (policies and (lowered["sink"] is not None or "lse" in lowered["stats"])):
-        return "modulation.Policy has a kernel alone, without sink and lse"
     others = len(lowered["modulations"]) > 1 or any(getattr(b, "place", "") == "prob" for b in lowered["biases"])
     if any(isinstance(m, TalkingHeads) for m in lowered["modulations"]) and (
         others or lowered["topk"] or lowered["normalizer"].startswith("argmax") or lowered["q"].shape[2] > MIXED_HEADS
@@ -52,6 +50,8 @@ def unserved(lowered: dict[str, Any]) -> str:
         return (
             f"modulation.TalkingHeads has a kernel by itself, without topk and argmax, of at most {MIXED_HEADS} heads"
         )
+    if "row" in lowered["stats"] and (policies or lowered["normalizer"] == "argmax_q"):
+        return "return_stats 'row' of a policy or of argmax_q takes the weights of all queries"
     stored = [name for name in lowered["stats"] if name not in KERNEL_STATS]
     if stored:
         return f"return_stats {stored[0]!r} stores the whole map of scores, which no kernel does"
@@ -116,7 +116,7 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
         seen = [wider(t, own, more, True) for t in seen]
     if lowered["cosine"] is not None:
         cosine = lowered["cosine"]
-        q, k = (normalize(t.to(acc), cosine.eps).to(t.dtype) for t in (q, k))
+        q, k = (_unit(t, acc, cosine.eps) for t in (q, k))
         found["factor"] = cosine.logit_scale.reshape(-1).to(acc).clamp(max=cosine.max).exp()
     elif isinstance(scale, Tensor):
         found["factor"] = scale.to(acc).expand(q.shape[2])
@@ -126,6 +126,13 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
     if "key_mean" in lowered["stats"]:
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
     return found
+
+
+def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
+    """Unit vectors; a row that is not finite stays as it is, and gets no gradient here."""
+    whole = x.isfinite().all(-1, keepdim=True)
+    unit = normalize(x.to(acc).masked_fill(~whole, 0.0), eps).to(x.dtype)
+    return torch.where(whole, unit, x.detach())
 
 
 def _place_biases(
@@ -152,8 +159,17 @@ def _place_biases(
         elif isinstance(b, EuclideanDistance) and found["slope"] is None and not extended:
             found |= {"slope": b.slope, "q_xy": b.q_xy, "k_xy": b.k_xy}
         else:
+            _refuse_second(b, longest)
             dense.append(b.dense(*seen_by(b, q, k, longest)))
     return dense, of_keys, of_weights
+
+
+def _refuse_second(modifier: Any, longest: Any) -> None:
+    """Of packed sequences there is no dense form of what belongs to tokens."""
+    if longest is not None and isinstance(modifier, PER_TOKEN):
+        raise NotImplementedError(
+            f"attention_varlen: {type(modifier).__name__} and another modifier of its kind have no form for packed sequences"
+        )
 
 
 def _place_masks(found: dict[str, Any], masks: Any, q: Tensor, k: Tensor, extended: bool, longest: Any) -> list[Tensor]:
@@ -171,6 +187,7 @@ def _place_masks(found: dict[str, Any], masks: Any, q: Tensor, k: Tensor, extend
         elif isinstance(m, FromLogits):
             seen.append(m.among(mask_from_logits(m), q, k))
         else:
+            _refuse_second(m, longest)
             seen.append(m if isinstance(m, Tensor) else m.dense(*seen_by(m, q, k, longest)))
     return seen
 
@@ -188,6 +205,9 @@ def joined(parts: list[Tensor], join: Any) -> Tensor | None:
     """All parts in one tensor of four axes, None for no part."""
     if not parts:
         return None
+    if len(parts) > 1 and parts[0].is_floating_point():
+        wide = torch.promote_types(functools.reduce(torch.promote_types, [t.dtype for t in parts]), torch.float32)
+        parts = [t.to(wide) for t in parts]
     whole = functools.reduce(join, parts)
     return whole[(None,) * (4 - whole.dim())]
 
@@ -235,9 +255,11 @@ def mean_logits(found: dict[str, Any]) -> Tensor:
     """The head mean of the scaled products, [B, Nq, Nk]: one product of the concatenated heads."""
     q, k, factor = found["q"], found["k"], found["factor"]
     acc = torch.promote_types(q.dtype, torch.float32)
-    a, b = (t.to(acc).masked_fill(~t.isfinite().all(-1, keepdim=True), math.nan) for t in (q, k))
+    a, b = (t.to(acc).masked_fill(~t.isfinite().all(-1, keepdim=True), 0.0) for t in (q, k))
     a = a * (found["scale"] if factor is None else factor.to(acc)[:, None]) / q.shape[2]
-    return a.flatten(2) @ b.repeat_interleave(q.shape[2] // k.shape[2], 2).flatten(2).mT
+    mean = a.flatten(2) @ b.repeat_interleave(q.shape[2] // k.shape[2], 2).flatten(2).mT
+    whole = [t.isfinite().flatten(2).all(-1) for t in (q, k)]  # [B, N]: a head that is NaN makes the mean so
+    return mean.masked_fill(~(whole[0][:, :, None] & whole[1][:, None]), math.nan)
 
 
 # the definition -------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def seed(op: str, name: str, value: Any, device: torch.device) -> Tensor:
 
 def dropout(op: str, p: Any, value: Any, device: torch.device) -> Tensor | None:
     """The seed int64 [1] of dropout with probability p; None where p is 0."""
-    if not p:
+    if not number(op, "dropout_p", p):
         return None
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p!r}")

@@ -109,6 +109,8 @@ def run(
             for name, t in lowered.items()
             if name in "qkv"
         }
+        if lowered["extra_kv"] is not None:
+            cast["extra_kv"] = tuple(t if t is None else t.to(dtype) for t in lowered["extra_kv"])
         with torch.autocast(device, enabled=False):
             return run(lowered | cast, backend, why, packed)
     if why:
@@ -160,11 +162,12 @@ def lower(
     masks = checks.modifiers("mask", mask, checks.MASKS)
     modulations = checks.modifiers("modulation", modulation, checks.MODULATIONS)
     for b in biases:
-        checks.check_bias(b, *slots.seen_by(b, q, k, longest), extra)
+        checks.check_bias(b, *slots.seen_by(b, q, k, longest), extra, (longest or (q, k))[1].shape[1])
     for m in masks:
         checks.check_mask(m, *slots.seen_by(m, q, k, longest))
     for m in modulations:
         checks.check_modulation(m, *slots.seen_by(m, q, k, longest), normalizer)
+    checks.check_policy(modulations, sink, extra_kv, stats)
     if key_index is not None:
         checks.check_key_index(key_index, q, k, normalizer, stats, topk)
         named = slots.named_keys(key_index, q, k)

@@ -16,7 +16,8 @@ from vitkern.rope import Rope
 from vitkern.stats import Stats
 
 NAME = "attention_varlen"
-UNPACKED = (biases.PolylinePath, masks.FromLogits, modulations.Policy)
+UNPACKED = (biases.PolylinePath, biases.ContextualPosition, masks.FromLogits, modulations.Policy)
+LONGEST = 2**30
 STATS = ("lse", "key_mean", "index")
 
 
@@ -65,8 +66,8 @@ def attention_varlen(
         ``out [Tq, H, Dv]``, with return_stats ``(out, Stats)``.
 
     Raises:
-        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, FromLogits, Policy and the other
-            statistics have no form for packed sequences.
+        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, ContextualPosition, FromLogits,
+            Policy, two modifiers of one kind that belong to tokens, and the other statistics have no form for packed sequences.
     """
     lowered, packed = _lower(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query_weight, bias=bias, mask=mask,
@@ -103,8 +104,8 @@ def _lower(
     lengths = []
     for name, n, cu, t in (("q", max_q, cu_q, q), ("k", max_k, cu_k, k)):
         lengths.append(_checks.integer(NAME, f"max_seqlen_{name}", n))
-        if lengths[-1] < 0:
-            raise ValueError(f"{NAME}: max_seqlen_{name} must not be negative, got {n}")
+        if not 0 <= lengths[-1] < LONGEST:
+            raise ValueError(f"{NAME}: max_seqlen_{name} must lie in [0, 2^30), got {n}")
         _checks.offsets(NAME, f"cu_seqlens_{name}", cu, len(t), lengths[-1], f"max_seqlen_{name}")
     longest = tuple(
         t.new_empty((1, 1, *t.shape[1:])).expand(1, n, *t.shape[1:]) for t, n in zip((q, k), lengths, strict=True)

@@ -25,6 +25,7 @@ def merge_lse(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
     Raises:
         ValueError, TypeError: there is no part, their numbers differ, or a shape does not fit.
     """
+    outs, lses = list(outs), list(lses)
     if len(outs) != len(lses) or not outs:
         raise ValueError(
             f"{NAME}: outs and lses must hold as many tensors, at least one, got {len(outs)} and {len(lses)}"
@@ -46,7 +47,7 @@ def merge_lse(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
     nobody = total == 0
     total = total.masked_fill(nobody, 1.0)
     shares = (shares / total)[..., None]
-    out = sum(torch.where(share == 0, 0.0, share * o.to(acc)) for share, o in zip(shares, outs, strict=True))
+    out = sum(share * o.to(acc).masked_fill(share == 0, 0.0) for share, o in zip(shares, outs, strict=True))
     lse = (top + total.log()).masked_fill(nobody, -torch.inf)
     assert isinstance(out, Tensor)
     return out.to(outs[0].dtype), lse.to(lses[0].dtype)

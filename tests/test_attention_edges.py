@@ -1,0 +1,180 @@
+"""attention where rare options meet: hidden NaN, very many keys, scratch that serves sequence after sequence, rows of a policy."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attention import qkv
+from test_attention_varlen import one_by_one, packed
+
+import vitkern
+from vitkern import CosineScore, bias, mask, modulation
+from vitkern.mask import FromLogits
+from vitkern.ops.mask_from_logits import mask_from_logits
+
+D = torch.float64
+
+
+def drawn(*shape, seed=0, dtype=D):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D).to(dtype)
+
+
+def test_more_keys_than_the_square_root_of_two_to_the_31_times_64():
+    q, k, v = (drawn(1, n, 1, 4, seed=n, dtype=torch.float32) for n in (2, 400_000, 400_001))
+    v = v[:, :-1]
+    want = F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    eager = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    vitkern.testing.assert_close_to_oracle("many keys", vitkern.attention(q, k, v), want, eager)
+
+
+@pytest.mark.parametrize("lengths", [(257, 256, 3, 255), (5, 1, 4, 2)])
+def test_a_sequence_never_sees_what_the_one_before_left(lengths):
+    """A length that needs wider rows than the longest; padding of each in the arrays of another."""
+    arguments = packed([(n, n) for n in lengths], heads=2, kv_heads=2, d=6, grad=True)
+    arguments[2].data[7 % lengths[0], 0, 0] = (
+        math.inf
+    )  # the marks of what is not finite stand at the end of the scratch
+    weight = drawn(sum(lengths)).abs().requires_grad_()
+    heads = modulation.TalkingHeads(drawn(2, 2).requires_grad_(), None, drawn(2, 2, seed=1).requires_grad_(), None)
+    mine = (*arguments[:3], weight, heads.pre_weight, heads.post_weight)
+    options = {"modulation": heads, "return_stats": ("key_mean",)}
+    out, stats = vitkern.attention_varlen(*arguments, query_weight=weight, **options)
+    found = torch.autograd.grad(out.nan_to_num(0.0).sin().sum() + stats.key_mean.sin().sum(), mine, allow_unused=True)
+    assert all(g.isfinite().all() for g in found)
+    alone = one_by_one(arguments, modulation=heads)
+    torch.testing.assert_close(out, alone, equal_nan=True)
+    hard = vitkern.attention_varlen(
+        *arguments, normalizer="argmax_k", modulation=modulation.ElementwiseMask(drawn(1, max(lengths), 1), "prob")
+    )
+    assert hard.nan_to_num(0.0).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cosine": CosineScore(torch.zeros(4, dtype=D))}, {"return_stats": "logits_mean"}]
+)
+def test_a_hidden_key_that_is_nan_gives_no_gradient_a_nan(options):
+    q, k, v = qkv(5, 9, grad=True)
+    k.data[:, 4] = torch.nan
+    v.data[:, 4] = torch.nan
+    seen = torch.arange(9) != 4
+    out = vitkern.attention(q, k, v, mask=seen, **options)
+    loss = out.sum() if isinstance(out, torch.Tensor) else out[0].sum() + out[1].logits_mean.nan_to_num(0.0).sum()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (q, k, v)))
+
+
+def test_heads_that_mix_keep_a_hidden_nan_to_themselves():
+    """Masks that differ by head: the clean pairs that one head hides still enter the others."""
+    q, k, v = qkv(4, 6, heads=2, kv_heads=2)
+    k[:, 5] = torch.nan
+    seen = torch.ones(1, 2, 1, 6, dtype=torch.bool)
+    seen[..., 5], seen[:, 0, :, 1] = False, False
+    heads = modulation.TalkingHeads(drawn(2, 2))
+    clean = torch.where(k.isnan(), 0.0, k)
+    got, want = (vitkern.attention(q, x, v, mask=seen, modulation=heads) for x in (k, clean))
+    torch.testing.assert_close(got, want)
+    q[:, :, 0] = torch.nan
+    alone = vitkern.attention(q, clean, v, modulation=modulation.TalkingHeads(pre_bias=drawn(2)))
+    assert alone[:, :, 0].isnan().all() and alone[:, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_a_key_that_a_policy_drops_still_learns(eps):
+    q, k, v = qkv(6, 6, heads=2, kv_heads=2)
+    keep = torch.tensor([[1.0, 0, 1, 0, 0, 1]], dtype=D).requires_grad_()
+    policy = modulation.Policy(keep, eps)
+    found = [
+        torch.autograd.grad(vitkern.attention(q, k, v, modulation=policy, backend=name).sin().sum(), keep)[0]
+        for name in ("cpu", "reference")
+    ]
+    torch.testing.assert_close(*found)
+    assert found[0][0, 1] != 0
+
+
+def test_rows_of_what_depends_on_all_queries():
+    q, k, v = qkv(7, 7, heads=2, kv_heads=2)
+    for options in ({"normalizer": "argmax_q"}, {"modulation": modulation.Policy(drawn(1, 7).abs())}):
+        _, stats = vitkern.attention(q, k, v, return_stats=("row", "probs"), stat_rows=(5, 1), **options)
+        assert torch.equal(stats.row, stats.probs[:, :, [5, 1]])
+        row = vitkern.attention(q, k, v, return_stats="row", stat_rows=(5, 1), **options)[1].row
+        torch.testing.assert_close(row, stats.row)
+
+
+def test_a_hard_choice_has_no_gradient_however_large_the_scale():
+    q, k, v = (
+        t.detach().requires_grad_() for t in (drawn(1, 2048, 1, 8), drawn(1, 16, 1, 8), drawn(1, 16, 1, 8, seed=1))
+    )
+    dq, dk, dv = torch.autograd.grad(vitkern.attention(q, k, v, normalizer="argmax_q", scale=100.0).sum(), (q, k, v))
+    assert not dq.any() and not dk.any() and dv.eq(1).all()
+
+
+def test_biases_of_few_bits_are_added_in_float32():
+    q, k, v = (t.half() for t in qkv(4, 5))
+    low = torch.full((5,), torch.finfo(torch.float16).min, dtype=torch.float16)
+    assert vitkern.attention(q, k, v, bias=[low, low]).abs().sum() > 0
+
+
+def test_a_part_that_is_nan_and_empty_gives_no_gradient_a_nan():
+    lses = [torch.full((1, 1), -math.inf, requires_grad=True), torch.zeros(1, 1, requires_grad=True)]
+    outs = [torch.full((1, 1, 2), torch.nan, requires_grad=True), torch.ones(1, 1, 2, requires_grad=True)]
+    out, lse = vitkern.merge_lse(iter(outs), iter(lses))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum() + lse.sum(), (*outs, *lses)))
+
+
+def test_logits_of_minus_infinity_are_off():
+    logits = torch.ones(1, 1, 4, 4)
+    logits[..., 1:3] = -math.inf
+    m = FromLogits(logits, (8, 8))
+    with vitkern.use_backend("reference"):
+        want = mask_from_logits(m)
+    assert torch.equal(mask_from_logits(m), want)
+
+
+def test_further_keys_are_cast_by_autocast():
+    q, k, v = (t.float() for t in qkv())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vitkern.attention(q, k, v, extra_kv=(k[:1, :2], v[:1, :2])).dtype == torch.bfloat16
+
+
+def test_decomposed_positions_of_packed_maps():
+    arguments = packed(((6, 6), (6, 6)), heads=2, kv_heads=2)
+    rel_h, rel_w = drawn(1, 12, 2, 2), drawn(1, 12, 1, 3)
+    got = vitkern.attention_varlen(*arguments, bias=bias.DecomposedRelativePosition(rel_h, rel_w, None, (2, 3)))
+    each = lambda s, rows, columns: {  # noqa: E731
+        "bias": bias.DecomposedRelativePosition(rel_h[:, rows], rel_w[:, rows], None, (2, 3))
+    }
+    torch.testing.assert_close(got, one_by_one(arguments, each))
+
+
+KEEP, ONES = torch.ones(1, 9), torch.ones(1, 9, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"modulation": [modulation.Policy(KEEP)] * 2}, "modulation must hold at most one Policy, got 2"),
+        ({"modulation": modulation.Policy(KEEP), "sink": torch.zeros(4)}, "Policy goes neither with sink"),
+        (
+            {"modulation": modulation.Policy(KEEP.expand(3, 9))},
+            r"Policy.keep must have shape \[B or 1, Nk = 9\], got \[3, 9\]",
+        ),
+        ({"modulation": modulation.Policy(KEEP.bool())}, "Policy.keep must be float32"),
+        (
+            {"bias": bias.DecomposedRelativePosition(torch.zeros(2, 7, 4, 3), torch.zeros(2, 7, 4, 5), None, (3, 3))},
+            r"rel_w must have shape \['B or 1', 7, 'H or 1', 3\], got \[2, 7, 4, 5\]",
+        ),
+        ({"bias": bias.RowBias(torch.zeros(3, 1, 7))}, r"RowBias.vector must have shape .* got \[3, 1, 7\]"),
+        (
+            {"bias": bias.EuclideanDistance(torch.ones(1), KEEP, KEEP)},
+            r"slope must have shape \[H\] = \[4\], got \[1\]",
+        ),
+        ({"mask": mask.Causal(0.5)}, "Causal.offset must be an int, got 0.5"),
+        ({"mask": mask.Causal(2**40)}, r"Causal.offset must lie in \[-2\^31, 2\^31\), got 1099511627776"),
+        ({"mask": mask.BlockCausal(ONES[:, :7] << 33, ONES)}, "q_levels must be numbers of 32 bits"),
+        ({"dropout_p": "x"}, "dropout_p must be a float, got 'x'"),
+        ({"extra_kv": (torch.zeros(1, 1, 2, 8), None)}, "extra_kv must have values exactly where v is given"),
+    ],
+)
+def test_bad_input_gets_a_sentence(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        vitkern.attention(*qkv(7, 9), **options)
