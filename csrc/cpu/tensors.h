@@ -110,7 +110,7 @@ void set_scalar(void* data, int64_t at, Dtype t, Acc x) {
   with_element(t, [&](auto element) { static_cast<decltype(element)*>(data)[at] = narrowed<decltype(element)>(x); });
 }
 
-// Scratch of one thread, aligned to a cache line and zero: attention kernels rely on zeros in the padding of their rows.
+// Scratch of one thread, aligned to a cache line and zero: window attention relies on zeros in the padding of its rows.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes, bool zero = true) : data_(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64)) {

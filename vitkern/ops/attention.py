@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern import backends
 from vitkern.cosine import CosineScore
 from vitkern.modulation import ElementwiseMask
 from vitkern.ops import _attention_checks as checks
@@ -100,7 +101,7 @@ def attention(
 def run(
     lowered: dict[str, Any], backend: str | None, why: str, packed: slots.Packed | None = None
 ) -> tuple[Tensor | None, Stats]:
-    """The call by the op, or by the reference where no kernel serves it, as `why` says."""
+    """The call by the op; by the reference where that is named or, as `why` says, no kernel serves it."""
     device = lowered["q"].device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -115,6 +116,7 @@ def run(
             return run(lowered | cast, backend, why, packed)
     if why:
         _call.torch_only(NAME, why, backend)
+    if why or (packed is None and backends.forced(backend) == "reference"):
         return reference(*lowered.values())
     found = slots.slots(lowered, packed)
     wanted, result = lowered["stats"], {}
