@@ -76,8 +76,8 @@ def pybind_flags() -> tuple[str, ...]:
 
 
 def load(library: Path, module: str) -> ModuleType:
-    """The pybind11 module of that name in the library."""
-    spec = importlib.util.spec_from_file_location(module, library)
+    """The pybind11 module of that name in the library. pybind11 keeps one module per full name, whatever the file."""
+    spec = importlib.util.spec_from_file_location(f"{library.stem}.{module}", library)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded

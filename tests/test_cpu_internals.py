@@ -32,6 +32,10 @@ def ulps(got, want, dtype):
     return numpy.max(numpy.abs(got.astype("longdouble") - want) / numpy.spacing(numpy.abs(want).astype(dtype)))
 
 
+def test_every_unit_is_compiled_with_its_own_lanes(unit, request):
+    assert unit.lanes == request.node.callspec.params["unit"]
+
+
 def test_exp_is_within_two_ulp_and_exact_at_its_ends(unit):
     for name, dtype, low, high in (("exp_f32", "float32", -87, 88), ("exp_f64", "float64", -708, 709)):
         f = getattr(unit, name)
