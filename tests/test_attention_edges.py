@@ -139,7 +139,35 @@ def test_decomposed_positions_of_packed_maps():
     torch.testing.assert_close(got, one_by_one(arguments, each))
 
 
+def test_one_number_is_a_bias_a_mask_or_a_factor_also_beside_further_keys():
+    q, k, v = qkv()
+    more = (k[:1, :2], v[:1, :2])
+    one = torch.tensor(0.5, dtype=D)
+    factor = modulation.ElementwiseMask(one)
+    got = vitkern.attention(q, k, v, bias=one, mask=one > 0, modulation=factor, extra_kv=more)
+    shape = (1, 1, q.shape[1], k.shape[1])
+    factor = modulation.ElementwiseMask(one.expand(shape))
+    want = vitkern.attention(q, k, v, bias=one.expand(shape), modulation=factor, extra_kv=more)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_value_table_has_nothing_for_further_keys():
+    q, k, v = qkv(heads=2, kv_heads=2)
+    index = torch.zeros(q.shape[1], k.shape[1], dtype=torch.int64)
+    more = (k[:1, :2], v[:1, :2])
+    table = drawn(1, 2, v.shape[3])
+    got = vitkern.attention(q, k, v, bias=bias.ContextualPosition(None, None, table, index), extra_kv=more)
+    out, stats = vitkern.attention(q, k, v, extra_kv=more, return_stats="probs")
+    torch.testing.assert_close(got, out + stats.probs[..., : k.shape[1]].sum(-1).mT[..., None] * table[0])
+
+
 KEEP, ONES = torch.ones(1, 9), torch.ones(1, 9, dtype=torch.int64)
+PAIRS = torch.zeros(7, 9, dtype=torch.int64)
+
+
+def contextual(q_table=None, k_table=None, v_table=None, index=PAIRS):
+    table = torch.ones(5, 1, 8) if q_table is k_table is v_table is None else q_table
+    return bias.ContextualPosition(table, k_table, v_table, index)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +192,32 @@ KEEP, ONES = torch.ones(1, 9), torch.ones(1, 9, dtype=torch.int64)
         ({"mask": mask.Causal(0.5)}, "Causal.offset must be an int, got 0.5"),
         ({"mask": mask.Causal(2**40)}, r"Causal.offset must lie in \[-2\^31, 2\^31\), got 1099511627776"),
         ({"mask": mask.BlockCausal(ONES[:, :7] << 33, ONES)}, "q_levels must be numbers of 32 bits"),
+        (
+            {"modulation": modulation.SoftCausal(KEEP)},
+            r"SoftCausal.ratio must be a float or one element, got shape \[1, 9\]",
+        ),
+        ({"modulation": modulation.SoftCausal("x")}, "SoftCausal.ratio must be a float or a tensor, got 'x'"),
+        ({"modulation": modulation.ElementwiseMask(ONES)}, "ElementwiseMask.weight must be float32"),
+        ({"modulation": modulation.ElementwiseMask(None)}, "ElementwiseMask.weight must be a tensor, got NoneType"),
+        ({"mask": mask.FromLogits(torch.ones(2, 7, 2, 2), 9)}, "FromLogits.size must be two ints, got 9"),
+        (
+            {"mask": mask.FromLogits(torch.ones(2, 7, 2, 2), (3, 3), "x")},
+            "FromLogits.threshold must be a float, got 'x'",
+        ),
+        ({"bias": bias.PolylinePath(KEEP, KEEP)}, r"row must have shape \[B or 1, Hs, Ws, H or 1\], got \[1, 9\]"),
+        ({"return_stats": 3}, "return_stats must be names of lse, key_mean"),
+        ({"bias": contextual(index=PAIRS[:5])}, r"index must have shape \[7, 9\] or \['B or 1', 7, 9\], got \[5, 9\]"),
+        ({"bias": contextual(index=PAIRS.float())}, "ContextualPosition.index must hold integers"),
+        ({"bias": contextual(index=PAIRS + 5)}, r"index must lie in \[0, 5\), the rows of the tables, got 5 to 5"),
+        ({"bias": contextual(index=PAIRS - 1)}, r"index must lie in \[0, 5\), the rows of the tables, got -1 to -1"),
+        (
+            {"bias": contextual(k_table=torch.ones(5, 3, 8))},
+            r"k_table must have shape \['n', 'H or 1', 8\], got \[5, 3, 8\]",
+        ),
+        (
+            {"bias": contextual(v_table=torch.ones(5, 1, 7))},
+            r"v_table must have shape \['n', 'H or 1', 6\], got \[5, 1, 7\]",
+        ),
         ({"dropout_p": "x"}, "dropout_p must be a float, got 'x'"),
         ({"extra_kv": (torch.zeros(1, 1, 2, 8), None)}, "extra_kv must have values exactly where v is given"),
     ],

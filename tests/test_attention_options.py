@@ -97,6 +97,11 @@ def test_the_values_of_the_neighbours_are_added(shared, prefix):
             ValueError,
             r"lepe.weight must have shape \[12 or 6, 1, kh, kw\] with odd kh and kw, got \[6, 1, 2, 2\]",
         ),
+        (
+            {"lepe": DepthwiseValue(torch.zeros(6, 1, 3, 3), torch.zeros(5), (1, 5))},
+            ValueError,
+            r"lepe.bias must have shape \[channels of lepe.weight\] = \[6\], got \[5\]",
+        ),
     ],
 )
 def test_bad_input_gets_a_sentence(options, error, message):

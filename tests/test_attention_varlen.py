@@ -7,6 +7,7 @@ import vitkern
 from vitkern import bias, mask, modulation
 
 D = torch.float64
+FURTHER = torch.ones(1, 3, 2, 8, dtype=D)
 LENGTHS = ((0, 3), (1, 1), (5, 5), (64, 64), (63, 0), (20, 33))
 
 
@@ -98,6 +99,68 @@ def test_statistics_are_of_the_own_sequence():
         torch.testing.assert_close(stats.key_mean[columns], own.key_mean[0])
 
 
+def test_chosen_rows_of_every_sequence():
+    arguments = packed(grad=True)
+    (q, k, v, cu_q, cu_k, _, most), rows = arguments, (0, 4)
+    seen = torch.rand(4, 64, 64, generator=torch.Generator().manual_seed(4)) < 0.8
+    options = {"mask": [seen, mask.Causal(2)], "return_stats": ("row",), "stat_rows": rows}
+    _, stats = vitkern.attention_varlen(*arguments, **options)
+    assert stats.row.shape == (len(LENGTHS), len(rows), 4, most)
+    want = torch.zeros_like(stats.row)
+    for s, (n, m) in enumerate(LENGTHS):
+        for place, row in enumerate(rows):
+            if row < n and m:
+                one = (
+                    t[None, part]
+                    for t, part in (
+                        (q, slice(cu_q[s], cu_q[s + 1])),
+                        *((t, slice(cu_k[s], cu_k[s + 1])) for t in (k, v)),
+                    )
+                )
+                own = {"mask": [seen[:, :n, :m], mask.Causal(2)], "return_stats": ("row",), "stat_rows": (row,)}
+                want[s, place, :, :m] = vitkern.attention(*one, **own)[1].row[0, :, 0]
+    torch.testing.assert_close(stats.row, want)
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k)) for t in (stats.row, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_every_sequence_sees_the_further_keys(wide):
+    arguments = packed(grad=True)
+    q, k, _, cu_q, cu_k, most_q, most_k = arguments
+    generator = torch.Generator().manual_seed(5)
+    more = [torch.randn(1, 2, 2, 8, generator=generator, dtype=D, requires_grad=True) for _ in range(2)]
+    shared = torch.randn(4, most_q, most_k + 2 * wide, generator=generator, dtype=D)
+    seen = torch.rand(most_q, most_k, generator=generator) < 0.8
+    vector = torch.randn(1, 4, len(k), generator=generator, dtype=D)
+    columns = [*range(most_k, most_k + 2 * wide)]
+
+    def alone(s, rows, own):
+        n, m = rows.stop - rows.start, own.stop - own.start
+        biases = [shared[:, :n, [*range(m), *columns]], bias.KeyBias(vector[..., own])]
+        return {"bias": biases, "mask": [seen[:n, :m], mask.Causal(1)]}
+
+    options = {"extra_kv": tuple(more), "modulation": modulation.SoftCausal(0.4)}
+    got, stats = vitkern.attention_varlen(
+        *arguments,
+        bias=[shared, bias.KeyBias(vector)],
+        mask=[seen, mask.Causal(1)],
+        return_stats=("key_mean",),
+        **options,
+    )
+    want = one_by_one(arguments, alone, **options)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(t.sin().sum(), (*arguments[:3], *more)) for t in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert stats.key_mean.shape == (len(k) + 2 * len(LENGTHS), 4)
+    for s in range(len(LENGTHS)):
+        rows, own = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        one = (t[None, part] for t, part in zip(arguments[:3], (rows, own, own), strict=True))
+        part = vitkern.attention(*one, **alone(s, rows, own), **options, return_stats=("key_mean",))[1].key_mean[0]
+        places = [*range(own.start, own.stop), len(k) + 2 * s, len(k) + 2 * s + 1]
+        torch.testing.assert_close(stats.key_mean[places], part)
+
+
 def test_a_longer_maximum_changes_nothing():
     *arguments, most_q, most_k = packed(dtype=torch.float32)
     exact = vitkern.attention_varlen(*arguments, most_q, most_k)
@@ -124,6 +187,13 @@ def test_no_sequence_at_all():
         (lambda a: {"bias": torch.zeros(4, 153, 106)}, r"bias must broadcast to \[B, H, Nq, Nk\] = \[1, 4, 64, 64\]"),
         (lambda a: {"mask": torch.zeros(64, 64)}, "mask must be bool"),
         (lambda a: {"modulation": modulation.Policy(torch.ones(1, 106))}, "Policy has no form for packed sequences"),
+        (lambda a: {"return_stats": "row", "stat_rows": (64,)}, r"stat_rows must be queries of \[0, 64\), got 64"),
+        (lambda a: {"return_stats": "row", "stat_rows": (-1,)}, r"stat_rows must be queries of \[0, 64\), got -1"),
+        (lambda a: {"extra_kv": (FURTHER, FURTHER), "topk": 2}, "extra_kv goes neither with topk nor with argmax"),
+        (
+            lambda a: {"extra_kv": (FURTHER, FURTHER), "bias": bias.RowBias(torch.ones(1, 1, 153))},
+            "RowBias has no form for packed sequences beside another modifier of its kind, or beside extra_kv",
+        ),
         (lambda a: {"return_stats": ("probs",)}, "return_stats of packed sequences may be lse, key_mean"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ NORMALIZERS = ("softmax", "sigmoid", "relu", "none")        # their places are N
 
 
 class Call(NamedTuple):
-    """The arguments of the op, whose meaning is that of vitkern/ops/_attention_slots.py, in its order."""
+    """The arguments of the op, whose meaning is that of vitkern/ops/_attention_definition.py, in its order."""
 
     q: Tensor
     k: Tensor

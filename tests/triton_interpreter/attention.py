@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_path import tokens_on_gpu
 
 from vitkern import testing
-from vitkern.ops import _attention_slots as slots
+from vitkern.ops import _attention_definition as definition
 from vitkern.ops.attention import OP
 from vitkern.testing import attention as registry
 from vitkern.triton_kernels import _host
@@ -19,9 +19,9 @@ from vitkern.triton_kernels import attention as kernels
 from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, UNSERVED, Call, widths
 
 ENTRY = testing.entries()["attention"]
-OFFSET = len(slots.TENSORS) + slots.OPTIONS.index("offset")
+OFFSET = len(definition.TENSORS) + definition.OPTIONS.index("offset")
 HALF, FULL = torch.float16, torch.float32  # the interpreter cannot multiply bfloat16
-NAMES = [slots.TENSORS[p] for p in OP.differentiable]
+NAMES = [definition.TENSORS[p] for p in OP.differentiable]
 SMALL = [c for c in registry.small() if c.seed in (*range(1, 13), 15, 17)]  # the others have what UNSERVED names
 EVERYTHING = (1 << len(NAMES)) - 1
 
@@ -99,7 +99,7 @@ def test_small_calls_of_the_registry(call):
 
 
 def test_the_arguments_are_those_of_the_op():
-    assert Call._fields == (*slots.TENSORS, *slots.OPTIONS)
+    assert Call._fields == (*definition.TENSORS, *definition.OPTIONS)
     assert list(DIFFERENTIABLE) == NAMES
 
 

@@ -1,4 +1,4 @@
-"""attention: how typed modifiers become the arguments of the op, and the op's definition."""
+"""attention: how typed modifiers become the arguments of the op."""
 
 import functools
 import math
@@ -18,24 +18,13 @@ from vitkern.bias import (
     RowBias,
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
-from vitkern.modulation import ElementwiseMask, Policy, TalkingHeads
+from vitkern.modulation import Policy, TalkingHeads
+from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, dense_call, padded, path_of
 from vitkern.ops.mask_from_logits import mask_from_logits
-from vitkern.reference.attention import attention as reference
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
-from vitkern.stats import Stats
 
-TENSORS = (
-    "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
-    "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
-    "pre_bias", "post_weight", "post_bias", "policy",
-)  # fmt: skip
-OPTIONS = (
-    "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
-    "policy_eps", "policy_diagonal",
-)  # fmt: skip
 PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal)
-MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 128
 KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean", "index")
 
@@ -106,14 +95,23 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
     if v is None:
         v = k[..., :1]  # what the statistics do not see
     if extra is not None:
-        own, more = k.shape[1], extra[0].shape[1]
         values = k.new_zeros(extra[0].shape)[..., : v.shape[3]] if extra[1] is None else extra[1]
+        more, own = extra[0].shape[1], k.shape[1] if longest is None else longest[1].shape[1]
+        dense = [wider(t, own, more, 0.0) for t in dense]
+        factors, of_weights = ([wider(t, own, more, 1.0) for t in each] for each in (factors, of_weights))
+        seen = [wider(t, own, more, True) for t in seen]
         k, v = (
             torch.cat((t, e.expand(len(q), -1, -1, -1)), 1) for t, e in zip((k, v), (extra[0], values), strict=True)
         )
-        dense, of_keys = ([wider(t, own, more, 0.0) for t in each] for each in (dense, of_keys))
-        factors, of_weights = ([wider(t, own, more, 1.0) for t in each] for each in (factors, of_weights))
-        seen = [wider(t, own, more, True) for t in seen]
+        of_keys = [wider(t, k.shape[1] - more, more, 0.0) for t in of_keys]
+        if longest is not None:  # in front of the own keys, where the columns of all sequences meet
+            places = keys_of_all(found["cu_k"], own=k.shape[1] - more, more=more)
+            k, v, of_keys = k[:, places], v[:, places], [t[..., places] for t in of_keys]
+            dense, seen, factors, of_weights = (
+                [t.roll(more, -1) for t in x] for x in (dense, seen, factors, of_weights)
+            )
+            found["cu_k"] = found["cu_k"] + more * torch.arange(len(found["cu_k"]), device=k.device, dtype=torch.int32)
+            found["max_k"] += more
     if lowered["cosine"] is not None:
         cosine = lowered["cosine"]
         q, k = (_unit(t, acc, cosine.eps) for t in (q, k))
@@ -126,6 +124,16 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
     if "key_mean" in lowered["stats"]:
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
     return found
+
+
+def keys_of_all(cu: Tensor, own: int, more: int) -> Tensor:
+    """Where each key of the packed sequences lies, `more` further ones before the own ones of each: below `own` its own place,
+    from there on one of the further keys."""
+    count = len(cu) - 1
+    i = torch.arange(own + count * more, device=cu.device)
+    s = torch.bucketize(i, (cu + more * torch.arange(count + 1, device=cu.device))[1:], right=True)
+    inside = i - cu[s] - s * more  # from 0 in its sequence
+    return torch.where(inside < more, own + inside, i - (s + 1) * more)
 
 
 def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
@@ -150,7 +158,7 @@ def _place_biases(
             of_weights.append(b.dense(*seen_by(b, q, k, longest)).exp())
         elif isinstance(b, relative) and found["rel_y"] is None and not extended:
             found["rel_y"], found["rel_x"] = b.per_query(q)
-        elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None:
+        elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None and not extended:
             found["rel_y"] = b.vector.transpose(1, 2)[..., None]  # [1, Tq, H|1, 1]
             found["rel_x"] = b.vector.new_zeros(()).expand(1, q.shape[1], 1, found["max_k"])
         elif isinstance(b, PolylinePath) and found["path_row"] is None and not extended:
@@ -168,7 +176,8 @@ def _refuse_second(modifier: Any, longest: Any) -> None:
     """Of packed sequences there is no dense form of what belongs to tokens."""
     if longest is not None and isinstance(modifier, PER_TOKEN):
         raise NotImplementedError(
-            f"attention_varlen: {type(modifier).__name__} and another modifier of its kind have no form for packed sequences"
+            f"attention_varlen: {type(modifier).__name__} has no form for packed sequences beside another modifier of its kind, "
+            "or beside extra_kv"
         )
 
 
@@ -229,7 +238,9 @@ def shares(weight: Tensor | None, q: Tensor, cu: Tensor | None) -> Tensor:
 
 
 def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
-    """The weights of some queries, [B, H, R, Nk]."""
+    """The weights of some queries, [B, H, R, Nk]; of packed sequences [1, S, R, H, max_k], from a padded batch."""
+    if found["cu_q"] is not None:
+        return rows_of(padded(found)[0], rows).transpose(1, 2)[None]
     count, keys = found["q"].shape[1], found["k"].shape[1]
     chosen = [i % count for i in rows]
     some = dict(found)
@@ -243,7 +254,7 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
         past = torch.arange(keys, device=i.device) <= i + found["offset"]  # [R, Nk]
         some |= {"causal": False, "mask": past[None, None] if some["mask"] is None else some["mask"] & past}
     if found["path_row"] is not None:
-        path = _path(found).of_queries(chosen)
+        path = path_of(found).of_queries(chosen)
         some |= {"path_row": None, "bias": path if some["bias"] is None else some["bias"] + path}
     some |= {"weight": None, "dropout_p": 0.0, "query_weight": None}
     probs = dense_call(some, ("probs",))[1].probs
@@ -260,117 +271,3 @@ def mean_logits(found: dict[str, Any]) -> Tensor:
     mean = a.flatten(2) @ b.repeat_interleave(q.shape[2] // k.shape[2], 2).flatten(2).mT
     whole = [t.isfinite().flatten(2).all(-1) for t in (q, k)]  # [B, N]: a head that is NaN makes the mean so
     return mean.masked_fill(~(whole[0][:, :, None] & whole[1][:, None]), math.nan)
-
-
-# the definition -------------------------------------------------------------------------------------------------------
-
-
-def definition(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``out [B, Nq, H, Dv]``; ``lse [B, Nq, H]``, of argmax_k the chosen key or -1, else 0 but for softmax; ``key_mean
-    [B, Nk, H]``, the weights of each key times query_weight, of length 0 without. The arguments are TENSORS, OPTIONS and the
-    back-end of a GPU."""
-    found = dict(zip((*TENSORS, *OPTIONS), args, strict=False))
-    if found["cu_q"] is None:
-        return _one(found)
-    padded, places = _padded(found)
-    out, lse, key_mean = _one(padded)
-    key_mean = key_mean.flatten(0, 1)
-    if found["query_weight"] is not None:
-        key_mean = key_mean[places["k"]]
-    return out.flatten(0, 1)[places["q"]][None], lse.flatten(0, 1)[places["q"]][None], key_mean[None]
-
-
-def _empty(q: Tensor, v: Tensor, query_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    acc = torch.promote_types(q.dtype, torch.float32)
-    keys = v.shape[1] if query_weight is not None else 0
-    return (
-        v.new_empty((*q.shape[:3], v.shape[3])),
-        q.new_empty(q.shape[:3], dtype=acc),
-        q.new_empty((len(q), keys, q.shape[2]), dtype=acc),
-    )
-
-
-def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q, v, rest[TENSORS.index("query_weight") - 3])
-
-
-def _padded(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of packed sequences as a batch of padded ones, and where the tokens of q and k lie in it."""
-    one, places, real = dict(found), {}, {}
-    of = {"q": ("q", "rel_y", "rel_x", "q_xy", "q_ids", "query_weight"), "k": ("k", "v", "k_xy", "k_ids", "key_bias")}
-    for side, names in of.items():
-        cu, tokens, longest = found[f"cu_{side}"].long(), found[side].shape[1], found[f"max_{side}"]
-        first, length = cu[:-1, None], cu.diff()[:, None]  # [S, 1]
-        i = torch.arange(longest, device=cu.device)
-        real[side] = i < length  # [S, max]
-        index = torch.where(real[side], first + i, tokens)  # of the blank behind the last token
-        token = torch.arange(tokens, device=cu.device)
-        s = torch.bucketize(token, cu[1:], right=True)
-        places[side] = s * longest + token - cu[s]
-        for name in names:
-            t = found[name]
-            if t is not None:
-                axis = 3 if name == "key_bias" else 1
-                blank = t.new_zeros((*t.shape[:axis], 1, *t.shape[axis + 1 :]))
-                t = torch.cat((t, blank), axis).squeeze(0)
-                one[name] = t.movedim(axis - 1, 0)[index]  # [S, max, ...]
-                if name == "key_bias":
-                    one[name] = one[name].permute(0, 2, 3, 1)
-    inside = real["q"][:, None, :, None] & real["k"][:, None, None, :]
-    one["mask"] = inside if found["mask"] is None else found["mask"] & inside
-    return one | {"cu_q": None, "cu_k": None}, places
-
-
-def _path(found: dict[str, Any]) -> PolylinePath:
-    row, col = (found[name].unflatten(1, (-1, found["path_width"])) for name in ("path_row", "path_col"))
-    return PolylinePath(row, col, found["path_transposed"])
-
-
-def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    stats = {"softmax": ("lse",), "argmax_k": ("index",)}.get(found["normalizer"], ())
-    weight = found["query_weight"]
-    out, stat = dense_call(found, stats if weight is None else (*stats, "probs"))
-    _, lse, key_mean = _empty(found["q"], found["v"], weight)
-    if stat.lse is not None:
-        lse = stat.lse.contiguous()
-    elif stat.index is not None:
-        lse = stat.index.to(lse.dtype)
-    else:
-        lse.zero_()
-    if weight is not None:
-        key_mean = torch.einsum("bih,bhij->bjh", weight.to(lse.dtype), stat.probs)
-    assert out is not None
-    return out, lse, key_mean.contiguous()
-
-
-def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | None, Stats]:
-    """The reference on slots, those of the typed modifiers in their dense form."""
-    q, k, v = (found[name] for name in "qkv")
-    biases = [found[name] for name in ("bias", "key_bias") if found[name] is not None]
-    if found["rel_y"] is not None:
-        rows, columns = found["rel_y"], found["rel_x"]
-        biases.append(DecomposedRelativePosition(rows, columns, None, (0, 0)).dense(q, k)[..., : k.shape[1]])
-    if found["path_row"] is not None:
-        biases.append(_path(found))
-    if found["slope"] is not None:
-        biases.append(EuclideanDistance(found["slope"], found["q_xy"], found["k_xy"]))
-    masks: list[Any] = [found["mask"]] if found["mask"] is not None else []
-    if found["causal"]:
-        masks.append(Causal(found["offset"]))
-    if found["rule"] == "upto":
-        masks.append(BlockCausal(found["q_ids"], found["k_ids"]))
-    elif found["rule"] != "none":
-        masks.append(Segments(found["q_ids"], found["k_ids"], found["allow"]))
-    places = (("gain", "logit"), ("weight", "prob"))
-    factors: tuple[Any, ...] = tuple(
-        ElementwiseMask(found[name], place) for name, place in places if found[name] is not None
-    )
-    if any(found[name] is not None for name in MIXTURES):
-        factors = (TalkingHeads(*(found[name] for name in MIXTURES)),)
-    if found["policy"] is not None:
-        factors = (*factors, Policy(found["policy"], found["policy_eps"], found["policy_diagonal"]))
-    scale = found["scale"] if found["factor"] is None else found["factor"]
-    return reference(
-        q, k, v, tuple(biases), tuple(masks), factors, found["normalizer"], None, None, scale, found["sink"], None,
-        found["seed"], found["dropout_p"], found["topk"] or None, stats,
-    )  # fmt: skip

@@ -9,6 +9,8 @@ from vitkern import backends
 from vitkern.cosine import CosineScore
 from vitkern.modulation import ElementwiseMask
 from vitkern.ops import _attention_checks as checks
+from vitkern.ops import _attention_definition as definition
+from vitkern.ops import _attention_modifier_checks as modifier_checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks
 from vitkern.ops._gpu import Gpu
@@ -158,18 +160,18 @@ def lower(
     """The arguments of the reference, by name. `longest`: of packed sequences, a q and a k of the greatest lengths, which are
     what a modifier that is not packed must fit."""
     checks.tensors(q, k, v)
-    stats = (return_stats,) if isinstance(return_stats, str) else tuple(return_stats)
+    stats = checks.names_of_stats(return_stats)
     extra = checks.check_rest(q, k, v, normalizer, sink, extra_kv, topk, stats, stat_rows, query_weight)
-    biases = checks.modifiers("bias", bias, checks.BIASES)
-    masks = checks.modifiers("mask", mask, checks.MASKS)
-    modulations = checks.modifiers("modulation", modulation, checks.MODULATIONS)
+    biases = modifier_checks.modifiers("bias", bias, modifier_checks.BIASES)
+    masks = modifier_checks.modifiers("mask", mask, modifier_checks.MASKS)
+    modulations = modifier_checks.modifiers("modulation", modulation, modifier_checks.MODULATIONS)
     for b in biases:
-        checks.check_bias(b, *slots.seen_by(b, q, k, longest), extra, (longest or (q, k))[1].shape[1])
+        modifier_checks.check_bias(b, *slots.seen_by(b, q, k, longest), v, extra, (longest or (q, k))[1].shape[1])
     for m in masks:
-        checks.check_mask(m, *slots.seen_by(m, q, k, longest))
+        modifier_checks.check_mask(m, *slots.seen_by(m, q, k, longest))
     for m in modulations:
-        checks.check_modulation(m, *slots.seen_by(m, q, k, longest), normalizer)
-    checks.check_policy(modulations, sink, extra_kv, stats)
+        modifier_checks.check_modulation(m, *slots.seen_by(m, q, k, longest), normalizer)
+    modifier_checks.check_policy(modulations, sink, extra_kv, stats)
     if key_index is not None:
         checks.check_key_index(key_index, q, k, normalizer, stats, topk)
         named = slots.named_keys(key_index, q, k)
@@ -207,13 +209,13 @@ def _triton() -> Any:
 
 OP = Op(
     NAME,
-    tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in slots.TENSORS),
+    tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in definition.TENSORS),
     "str normalizer, float scale, bool causal, SymInt offset, float dropout_p, SymInt topk, str rule, SymInt path_width, "
     "bool path_transposed, SymInt max_q, SymInt max_k, float policy_eps, bool policy_diagonal, str gpu",
     differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 24, 25, 26, 27, 28),
     batched=0,  # a bias or a mask may have a batch of its own
-    definition=slots.definition,
-    fake=slots.fake,
+    definition=definition.definition,
+    fake=definition.fake,
     gpu=Gpu(_triton),
     outputs=("out", "lse", "key_mean"),
     autocast=False,

@@ -18,7 +18,7 @@ from vitkern.stats import Stats
 NAME = "attention_varlen"
 UNPACKED = (biases.PolylinePath, biases.ContextualPosition, masks.FromLogits, modulations.Policy)
 LONGEST = 2**30
-STATS = ("lse", "key_mean", "index")
+STATS = ("lse", "key_mean", "row", "index")
 
 
 def attention_varlen(
@@ -38,10 +38,12 @@ def attention_varlen(
     rope: Rope | None = None,
     scale: float | Tensor | None = None,
     sink: Tensor | None = None,
+    extra_kv: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     topk: int | None = None,
     return_stats: tuple[str, ...] = (),
+    stat_rows: tuple[int, ...] | None = None,
     query_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
@@ -57,8 +59,10 @@ def attention_varlen(
             sequences and aligned at the top left. Positions (Causal, a grid, SoftCausal) count inside a sequence. What belongs
             to tokens (KeyBias and RowBias ``[1, H|1, T]``, ids, levels, coordinates, rope, ``rel_h`` and ``rel_w`` per query)
             is packed as q and k are.
-        return_stats: ``"lse"`` ``[Tq, H]``; ``"key_mean"`` ``[Tk, H]``, over the queries of the key's own sequence; ``"index"``
-            ``[Tq, H]`` of argmax_k.
+        extra_kv: ``(k, v) [1, E, Hk, D|Dv]``: further keys of every sequence; with neither topk nor argmax nor ids and levels.
+        return_stats: ``"lse"`` ``[Tq, H]``; ``"key_mean"`` ``[Tk, H]``, over the queries of the key's own sequence (behind
+            them the further keys, sequence by sequence); ``"row"`` ``[S, R, H, max_seqlen_k + E]``, the weights of the queries
+            ``stat_rows`` of every sequence, 0 where it has none, made from a padded batch; ``"index"`` ``[Tq, H]`` of argmax_k.
         query_weight: ``[Tq]`` or ``[Tq, H]``.
         All else as of attention.
 
@@ -71,11 +75,16 @@ def attention_varlen(
     """
     lowered, packed = _lower(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query_weight, bias=bias, mask=mask,
-        modulation=modulation, normalizer=normalizer, cosine=cosine, rope=rope, scale=scale, sink=sink, dropout_p=dropout_p,
-        dropout_seed=dropout_seed, topk=topk, return_stats=return_stats,
+        modulation=modulation, normalizer=normalizer, cosine=cosine, rope=rope, scale=scale, sink=sink, extra_kv=extra_kv,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, topk=topk, return_stats=return_stats, stat_rows=stat_rows,
     )  # fmt: skip
     out, found = run(lowered, backend, "", packed)
     assert out is not None
+    if (
+        extra_kv is not None and found.key_mean is not None
+    ):  # the further keys stand in front of those of their sequence
+        places = slots.keys_of_all(cu_seqlens_k, len(k), extra_kv[0].shape[1])
+        found = found._replace(key_mean=found.key_mean[:, places.clamp(max=len(k)).argsort(stable=True)])
     return (out[0], Stats(*(t if t is None else t[0] for t in found))) if return_stats else out[0]
 
 
@@ -112,6 +121,9 @@ def _lower(
     )
     weight = query_weight[None] if isinstance(query_weight, Tensor) else query_weight
     _refuse_unpacked(options)
+    for row in options.get("stat_rows") or ():
+        if not 0 <= _checks.integer(NAME, "stat_rows", row, what="ints") < lengths[0]:
+            raise ValueError(f"{NAME}: stat_rows must be queries of [0, {lengths[0]}), got {row}")
     lowered = lower(q[None], k[None], v[None], **options, query_weight=weight, longest=longest)
     why = slots.unserved(lowered)
     if why:
@@ -130,6 +142,9 @@ def _refuse_unpacked(options: dict[str, Any]) -> None:
                 raise NotImplementedError(
                     f"{NAME}: DecomposedRelativePosition must be given per query (q_grid=None) for packed sequences"
                 )
+    hard = options.get("normalizer", "").startswith("argmax") or options.get("topk") is not None
+    if options.get("extra_kv") is not None and hard:
+        raise NotImplementedError(f"{NAME}: extra_kv goes neither with topk nor with argmax")
     stats = options.get("return_stats", ())
     if any(name not in STATS for name in ((stats,) if isinstance(stats, str) else stats)):
         raise NotImplementedError(f"{NAME}: return_stats of packed sequences may be {', '.join(STATS)}, got {stats!r}")

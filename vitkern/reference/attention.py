@@ -97,7 +97,7 @@ def attention(
     o = o.masked_fill(seen.to(acc) @ (~finite).to(acc) > 0, math.nan)
     for b in biases:
         if isinstance(b, ContextualPosition) and b.v_table is not None:
-            o = o + b.value(p)
+            o = o + b.value(p[..., : b.index.shape[-1]])
     return o.transpose(1, 2).to(v.dtype), found
 
 
@@ -117,7 +117,7 @@ def _factors(q: Tensor, k: Tensor, biases: Any, modulations: Any, acc: torch.dty
 
 def wider(t: Any, keys: int, more: int, value: float) -> Any:
     """A score-shaped tensor with `more` columns of `value` behind the `keys` that it has or broadcasts to."""
-    if not isinstance(t, Tensor) or t.shape[-1] == keys + more:
+    if not isinstance(t, Tensor) or t.shape[-1:] == (keys + more,):
         return t
     return torch.nn.functional.pad(t.expand(*t.shape[:-1], keys), (0, more), value=value)
 
