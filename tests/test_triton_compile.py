@@ -209,47 +209,61 @@ ATTENTION = {
     "every term": dict(width=64, **EVERY_TERM),
     "SAM": dict(width=80, keys=4096, bias=None, grid=(64, 64)),
     "ids and factors": dict(width=64, bias=None, factors=True, rule="table", grid=(14, 14), keys=196),
+    "packed": dict(width=80, bias=None, key_bias=True, packed=True),
+    "distances and means": dict(width=64, bias=None, distances=True, means=True),
+    "packed, every term": dict(
+        width=64, packed=True, distances=True, means=True, rule="table", grid=(14, 14), **EVERY_TERM
+    ),
     "wide": dict(width=256, width_v=192, causal=True),
     "wide, every term": dict(width=256, **EVERY_TERM),
 }
 ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for capability in (80, 90)] + [
     ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
-    ("every term", 80, torch.float32), ("wide, every term", 90, torch.float32),
+    ("every term", 80, torch.float32), ("packed, every term", 90, torch.float32), ("wide, every term", 90, torch.float32),
 ]  # fmt: skip
 
 
 def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
-    grid=None, factors=False, rule="none",
+    grid=None, factors=False, rule="none", packed=False, distances=False, means=False,
 ):  # fmt: skip
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
-    q, k, v = (torch.zeros(2, *s, dtype=dtype) for s in shapes)
+    batch = 1 if packed else 2
+    q, k, v = (torch.zeros(batch, *s, dtype=dtype) for s in shapes)
     kinds = attention.Call.__annotations__
     given = {name: kind() if kind in (bool, int, float) else None for name, kind in kinds.items()}
     given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout}
     given |= {"rule": rule, "seed": torch.zeros(1, dtype=torch.int64)}
     if bias is not None:
-        shape = [n if has else 1 for n, has in zip((2, heads, queries, keys), bias, strict=True)]
+        shape = [n if has else 1 for n, has in zip((batch, heads, queries, keys), bias, strict=True)]
         given["bias"] = torch.zeros(shape, dtype=bias_dtype or dtype)
     if key_bias:
-        given["key_bias"] = torch.zeros(2, 1, 1, keys)
+        given["key_bias"] = torch.zeros(batch, 1, 1, keys)
     if mask:
-        given["mask"] = torch.zeros(2, 1, queries, keys, dtype=torch.bool)
+        given["mask"] = torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
     if parameters:
         given |= {name: torch.zeros(heads) for name in ("factor", "sink")}
     if factors:
         given |= {name: torch.zeros(1, heads, queries, keys) for name in ("gain", "weight")}
     if grid is not None:
-        given |= {f"rel_{axis}": torch.zeros(2, queries, heads, n) for axis, n in zip("yx", grid, strict=True)}
+        given |= {f"rel_{axis}": torch.zeros(batch, queries, heads, n) for axis, n in zip("yx", grid, strict=True)}
     if rule != "none":
-        given |= {name: torch.zeros(2, n, dtype=torch.int32) for name, n in (("q_ids", queries), ("k_ids", keys))}
+        given |= {name: torch.zeros(batch, n, dtype=torch.int32) for name, n in (("q_ids", queries), ("k_ids", keys))}
         given["allow"] = torch.zeros(9, 9, dtype=torch.bool)
+    if distances:
+        spots = {name: torch.zeros(1, n, 2) for name, n in (("q_xy", queries), ("k_xy", keys))}
+        given |= {"slope": torch.zeros(heads), **spots}
+    if means:
+        given["query_weight"] = torch.zeros(batch, queries, heads)
+    if packed:
+        given |= {name: torch.zeros(9, dtype=torch.int32) for name in ("cu_q", "cu_k")}
+        given |= {"max_q": queries, "max_k": keys}
     args = attention.Call(**given)
     with caught(f"sm{capability}") as launches:
         out, *saved = attention.fwd(*args)
-        attention.bwd(out, None, None, *saved, *args, -1)
+        attention.bwd(out, None, saved[1] if means else None, *saved, *args, -1)
     return launches
 
 
@@ -262,7 +276,7 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
     case = ATTENTION[name]
     assert ("_backward_bias" in seen) == (case.get("bias", True) is not None or "factors" in case)
-    assert ("_backward_relative" in seen) == ("grid" in case)
+    assert ("_backward_relative" in seen) == ("grid" in case) and ("_key_means" in seen) == ("means" in case)
 
 
 MATCHES = {

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ._attention_bwd_tiles import key_side, query_side
 from ._attention_host import UNSPECIALIZED
-from ._attention_tiles import SOFTMAX, row_factor, row_products, weights
+from ._attention_tiles import SOFTMAX, of_sample, row_factor, row_products, weights
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -21,7 +21,7 @@ def _backward_relative(
     Grid: heads (fastest) x query tiles x samples x column tiles, on axis 0. Writes dy [column tiles, B, Nq, H, kh] and dx
     [B, Nq, H, kw].
     Any strides: q, k, v, dout and the terms."""
-    batch, queries, keys, heads = sizes[0], sizes[1], sizes[2], sizes[3]
+    batch, queries, heads, total = sizes[0], sizes[1], sizes[3], sizes[8]
     kh, kw = sides
     pid = tl.program_id(0)
     tiles = (queries + BLOCK_M - 1) // BLOCK_M
@@ -29,11 +29,12 @@ def _backward_relative(
     row = pid // heads % tiles * BLOCK_M
     image = pid // heads // tiles % batch
     part = pid // heads // tiles // batch
+    sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
     x = part * BLOCK_N + tl.arange(0, BLOCK_N)
     factor = row_factor(terms, term_strides, head, scale)
     q, dout, lse, low, live, real, flat = query_side(
-        q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+        q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
         NORM, WIDTHS, WIDTHS_V, ALIGN)
     delta = tl.zeros([BLOCK_M], tl.float32)
     if NORM == SOFTMAX:
@@ -42,7 +43,7 @@ def _backward_relative(
     for y in tl.range(0, kh, num_stages=STAGES):
         start = y * kw + part * BLOCK_N
         j = start + tl.arange(0, BLOCK_N)
-        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                         WIDTHS, WIDTHS_V, ALIGN)
         p, slope, kept, dp, given = weights(
             row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start,
@@ -50,7 +51,7 @@ def _backward_relative(
         ds = tl.where((x < kw)[None, :], slope * (dp - delta[:, None]), 0.0)           # [BLOCK_M, BLOCK_N]
         dx += ds
         if dy_ptr is not None:
-            at = ((part.to(tl.int64) * batch + image) * queries + i) * heads + head
+            at = part.to(tl.int64) * total * heads + flat
             tl.store(dy_ptr + (at * kh + y), tl.sum(ds, 1), mask=real)
     if dx_ptr is not None:
         tl.store(dx_ptr + (flat[:, None] * kw + x[None, :]), dx, mask=real[:, None] & (x < kw)[None, :])

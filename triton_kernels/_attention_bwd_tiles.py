@@ -11,12 +11,18 @@ from ._attention_tiles import (
     SOFTMAX,
     add_weighted,
     clean_parts,
+    distances,
+    last_key,
     load_parts,
+    mean_gradient,
+    of_sample,
     offsets,
+    places,
     product_gradient,
     row_factor,
     row_products,
     scaled_parts,
+    slope_of,
     store_parts,
     weights,
     zero_parts,
@@ -30,26 +36,27 @@ WEIGHT = tl.constexpr(2)
 
 @triton.jit
 def key_side(
-    k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head, j, keys,
+    k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head, j, sizes,
     WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """k, and v with 0 where it is not finite."""
-    k = load_parts(k_ptr, offsets(image, head, j, k_strides, ALIGN), j < keys, d_strides[1], WIDTHS)
-    v = load_parts(v_ptr, offsets(image, head, j, v_strides, ALIGN), j < keys, d_strides[2], WIDTHS_V)
+    real, token = j < sizes[2], j + sizes[9]
+    k = load_parts(k_ptr, offsets(image, head, token, k_strides, ALIGN), real, d_strides[1], WIDTHS)
+    v = load_parts(v_ptr, offsets(image, head, token, v_strides, ALIGN), real, d_strides[2], WIDTHS_V)
     return k, clean_parts(v, WIDTHS_V)
 
 
 @triton.jit
 def query_side(
-    q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+    q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
     NORM: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """q, dout, lse, low, whether a row has a gradient, and its place in [B, Nq, H]."""
     queries, heads = sizes[1], sizes[3]
-    real = i < queries
-    flat = (image.to(tl.int64) * queries + i) * heads + head
-    q = load_parts(q_ptr, offsets(image, head, i, q_strides, ALIGN), real, d_strides[0], WIDTHS)
-    dout = load_parts(dout_ptr, offsets(image, head, i, dout_strides, ALIGN), real, d_strides[3], WIDTHS_V)
+    real, token = i < queries, i + sizes[8]
+    flat = places(terms, image, i, queries, sizes[8]) * heads + head
+    q = load_parts(q_ptr, offsets(image, head, token, q_strides, ALIGN), real, d_strides[0], WIDTHS)
+    dout = load_parts(dout_ptr, offsets(image, head, token, dout_strides, ALIGN), real, d_strides[3], WIDTHS_V)
     lse = tl.zeros_like(i).to(tl.float32)
     low = lse
     live = real
@@ -64,29 +71,29 @@ def query_side(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
+    dweight_ptr, dslope_ptr, dxy_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, sizes,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """delta - dlse, dq and the row sums of dS of BLOCK_M queries of one head and sample, and their share of dfactor and
-    dsink, [programs / heads, heads].
+    """delta - dlse, dq, the row sums of dS and the gradients of query_weight [B, Nq, H] and of q_xy [B, Nq, H, 2], of
+    BLOCK_M queries of one head and sample, and their share of dfactor, dsink and dslope, [programs / heads, heads].
     Grid: heads (fastest) x query tiles x samples, on axis 0.
     Any strides: q, k, v, dout, dlse, dq and the terms."""
-    queries, keys, heads, offset = sizes[1], sizes[2], sizes[3], sizes[4]
+    heads, offset = sizes[3], sizes[4]
     pid = tl.program_id(0)
-    tiles = (queries + BLOCK_M - 1) // BLOCK_M
+    tiles = (sizes[1] + BLOCK_M - 1) // BLOCK_M
     head = pid % heads
     row = pid // heads % tiles * BLOCK_M
     image = pid // heads // tiles
+    sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(keys, tl.minimum(row + BLOCK_M, queries) + offset)
+    last = last_key(terms, sizes, row, sizes[2], offset, CAUSAL, BLOCK_M)
     factor = row_factor(terms, term_strides, head, scale)
     q, dout, lse, low, live, real, flat = query_side(
-        q_ptr, dout_ptr, lse_ptr, None, q_strides, dout_strides, d_strides, image, head, i, sizes,
+        q_ptr, dout_ptr, lse_ptr, None, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
         NORM, WIDTHS, WIDTHS_V, ALIGN)
     delta = tl.zeros([BLOCK_M], tl.float32)
     drow = tl.zeros([BLOCK_M], tl.float32)
@@ -95,7 +102,7 @@ def _backward_queries(
         norm = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             j = start + tl.arange(0, BLOCK_N)
-            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                              WIDTHS, WIDTHS_V, ALIGN)
             p, slope, kept, dp, given = weights(
                 row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
@@ -116,19 +123,24 @@ def _backward_queries(
             tl.store(low_ptr + flat, low, mask=real)
         dlse = tl.zeros([BLOCK_M], tl.float32)
         if dlse_ptr is not None:
-            dlse = tl.load(dlse_ptr + offsets(image, head, i, dlse_strides, 1), mask=live, other=0.0).to(tl.float32)
+            dlse = tl.load(dlse_ptr + offsets(image, head, i + sizes[8], dlse_strides, 1), mask=live, other=0.0).to(tl.float32)
         drow = delta * share + dlse * (1.0 - share)         # the sum of dS, whose terms cancel
         delta -= dlse
         tl.store(delta_ptr + flat, delta, mask=real)
         if dsink_ptr is not None:
             tl.store(dsink_ptr + pid, -tl.sum(share * delta, 0))
 
-    if dq_ptr is not None or dfactor_ptr is not None or (drow_ptr is not None and NORM != SOFTMAX):
+    EDGES: tl.constexpr = dweight_ptr is not None or dslope_ptr is not None or dxy_ptr is not None
+    if dq_ptr is not None or dfactor_ptr is not None or EDGES or (drow_ptr is not None and NORM != SOFTMAX):
+        dweight = tl.zeros([BLOCK_M], tl.float32)
+        dslope = tl.zeros([BLOCK_M], tl.float32)
+        dy = tl.zeros([BLOCK_M], tl.float32)
+        dx = tl.zeros([BLOCK_M], tl.float32)
         dq = zero_parts(BLOCK_M, WIDTHS)
         dfactor = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
             j = start + tl.arange(0, BLOCK_N)
-            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                              WIDTHS, WIDTHS_V, ALIGN)
             a = row_products(q, k, WIDTHS)
             p, slope, kept, dp, given = weights(
@@ -137,6 +149,14 @@ def _backward_queries(
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
             if NORM != SOFTMAX:
                 drow += tl.sum(ds, 1)
+            if dweight_ptr is not None:
+                dweight += tl.sum(p * mean_gradient(terms, term_strides, image, head, start, sizes, BLOCK_N)[None, :], 1)
+            if dslope_ptr is not None or dxy_ptr is not None:
+                y, x, length = distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+                dslope -= tl.sum(ds * length, 1)
+                pull = ds / tl.where(length == 0.0, 1.0, length)                       # the steps are 0 there
+                dy -= tl.sum(pull * y, 1)
+                dx -= tl.sum(pull * x, 1)
             ds = product_gradient(ds, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
             if dfactor_ptr is not None:
                 dfactor += tl.sum(tl.where(ds == 0.0, 0.0, ds * a), 1)
@@ -144,9 +164,17 @@ def _backward_queries(
                 dq = add_weighted(dq, ds, clean_parts(k, WIDTHS), WIDTHS)
         if dfactor_ptr is not None:
             tl.store(dfactor_ptr + pid, tl.sum(dfactor, 0))
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + flat, dweight, mask=real)
+        if dslope_ptr is not None:
+            tl.store(dslope_ptr + pid, tl.sum(dslope, 0))
+        if dxy_ptr is not None:
+            slope_h = slope_of(terms, term_strides, head)
+            tl.store(dxy_ptr + flat * 2, dy * slope_h, mask=real)
+            tl.store(dxy_ptr + (flat * 2 + 1), dx * slope_h, mask=real)
         if dq_ptr is not None:
             dq = scaled_parts(dq, tl.zeros([BLOCK_M], tl.float32) + factor, WIDTHS)
-            store_parts(dq_ptr, offsets(image, head, i, dq_strides, ALIGN), real, 1, dq, WIDTHS)
+            store_parts(dq_ptr, offsets(image, head, i + sizes[8], dq_strides, ALIGN), real, 1, dq, WIDTHS)
     if drow_ptr is not None:
         tl.store(drow_ptr + flat, drow, mask=real)
 
@@ -154,24 +182,28 @@ def _backward_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dk_ptr, dv_ptr, dcolumn_ptr,
+    dxy_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, sizes,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one key head and sample, and the column sums of dS for each of its heads.
-    Grid: key heads (fastest) x key tiles x samples, on axis 0. Writes dcolumn [B, H, Nk].
+    """dk and dv of BLOCK_N keys of one key head and sample, and for each of its heads the column sums of dS and the gradient
+    of k_xy.
+    Grid: key heads (fastest) x key tiles x samples, on axis 0. Writes dcolumn [B, Nk, H] and dxy [B, Nk, H, 2].
     Any strides: q, k, v, dout, dk, dv and the terms."""
-    queries, keys, heads, offset = sizes[1], sizes[2], sizes[3], sizes[4]
+    heads, offset = sizes[3], sizes[4]
     pid = tl.program_id(0)
     key_heads = heads // GROUP
-    tiles = (keys + BLOCK_N - 1) // BLOCK_N
+    tiles = (sizes[2] + BLOCK_N - 1) // BLOCK_N
     key_head = pid % key_heads
     start = pid // key_heads % tiles * BLOCK_N
     image = pid // key_heads // tiles
+    sizes = of_sample(terms, sizes, image)
+    queries, keys = sizes[1], sizes[2]
     j = start + tl.arange(0, BLOCK_N)
-    k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, key_head, j, keys, WIDTHS, WIDTHS_V, ALIGN)
+    k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, key_head, j, sizes, WIDTHS, WIDTHS_V, ALIGN)
     dk = zero_parts(BLOCK_N, WIDTHS)
     dv = zero_parts(BLOCK_N, WIDTHS_V)
     first = 0
@@ -181,10 +213,12 @@ def _backward_keys(
         head = key_head * GROUP + g
         factor = row_factor(terms, term_strides, head, scale)
         dcolumn = tl.zeros([BLOCK_N], tl.float32)
+        dy = tl.zeros([BLOCK_N], tl.float32)
+        dx = tl.zeros([BLOCK_N], tl.float32)
         for row in tl.range(first, queries, BLOCK_M, num_stages=STAGES):
             i = row + tl.arange(0, BLOCK_M)
             q, dout, lse, low, live, real, flat = query_side(
-                q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+                q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
                 NORM, WIDTHS, WIDTHS_V, ALIGN)
             delta = tl.zeros([BLOCK_M], tl.float32)
             if NORM == SOFTMAX:
@@ -196,19 +230,28 @@ def _backward_keys(
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
             if dcolumn_ptr is not None:
                 dcolumn += tl.sum(ds, 0)
+            if dxy_ptr is not None:
+                y, x, length = distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+                pull = ds / tl.where(length == 0.0, 1.0, length)
+                dy += tl.sum(pull * y, 0)
+                dx += tl.sum(pull * x, 0)
             if dv_ptr is not None:
                 dv = add_weighted(dv, tl.trans(kept), dout, WIDTHS_V)
             if dk_ptr is not None:
                 ds = product_gradient(
                     ds, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
                 dk = add_weighted(dk, tl.trans(ds * factor), q, WIDTHS)
+        at = places(terms, image, j, keys, sizes[9]) * heads + head
         if dcolumn_ptr is not None:
-            at = (image.to(tl.int64) * heads + head) * keys + j
             tl.store(dcolumn_ptr + at, dcolumn, mask=j < keys)
+        if dxy_ptr is not None:
+            slope_h = slope_of(terms, term_strides, head)
+            tl.store(dxy_ptr + at * 2, dy * slope_h, mask=j < keys)
+            tl.store(dxy_ptr + (at * 2 + 1), dx * slope_h, mask=j < keys)
     if dv_ptr is not None:
-        store_parts(dv_ptr, offsets(image, key_head, j, dv_strides, ALIGN), j < keys, 1, dv, WIDTHS_V)
+        store_parts(dv_ptr, offsets(image, key_head, j + sizes[9], dv_strides, ALIGN), j < keys, 1, dv, WIDTHS_V)
     if dk_ptr is not None:
-        store_parts(dk_ptr, offsets(image, key_head, j, dk_strides, ALIGN), j < keys, 1, dk, WIDTHS)
+        store_parts(dk_ptr, offsets(image, key_head, j + sizes[9], dk_strides, ALIGN), j < keys, 1, dk, WIDTHS)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -248,18 +291,19 @@ def _backward_bias(
     for member in tl.range(first, last, num_stages=STAGES):
         image = bias_sample + member // shared
         head = bias_head + member % shared
+        own = of_sample(terms, sizes, image)
         factor = row_factor(terms, term_strides, head, scale)
         q, dout, lse, low, live, real, flat = query_side(
-            q_ptr, dout_ptr, lse_ptr, low_ptr, q_strides, dout_strides, d_strides, image, head, i, sizes,
+            q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, own,
             NORM, WIDTHS, WIDTHS_V, ALIGN)
-        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, keys,
+        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, own,
                          WIDTHS, WIDTHS_V, ALIGN)
         delta = tl.zeros([BLOCK_M], tl.float32)
         if NORM == SOFTMAX:
             delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
         a = row_products(q, k, WIDTHS)
         p, slope, kept, dp, given = weights(
-            a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, sizes, threshold, keep_scale,
+            a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, own, threshold, keep_scale,
             NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
         if TARGET == WEIGHT:
             dbias += p * given

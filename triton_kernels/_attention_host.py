@@ -67,9 +67,7 @@ DIFFERENTIABLE = (
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
-    "path_row": "bias.PolylinePath", "slope": "bias.EuclideanDistance",
-    "query_weight": "return_stats 'key_mean'", "cu_q": "packed sequences", "topk": "topk",
-    "policy": "modulation.Policy",
+    "path_row": "bias.PolylinePath", "topk": "topk", "policy": "modulation.Policy",
     **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
 }  # fmt: skip
 
@@ -89,8 +87,9 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     if call.normalizer not in NORMALIZERS:
         why.append(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {call.normalizer!r}")
     for name, x in (("gain", call.gain), ("weight", call.weight)):
-        if x is not None and tuple(x.shape[2:]) != (q.shape[1], k.shape[1]):
-            why.append(f"{name} must have all queries and keys, [.., {q.shape[1]}, {k.shape[1]}], got {list(x.shape)}")
+        both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
+        if x is not None and tuple(x.shape[2:]) != both:
+            why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
     given = {name for name, x in call._asdict().items() if isinstance(x, Tensor) or (name == "topk" and x)}
@@ -124,27 +123,33 @@ def alignment(maps: list[Tensor]) -> int:
     return math.gcd(8, *(s for x in maps for s in row_strides(x))) if unit else 1
 
 
-def arguments(call: Call, others=()) -> dict:
+def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     """The arguments that all kernels share, by name; `others` are further maps whose strides count for ALIGN."""
     q, k, v, bias, key_bias, mask, factor, sink, seed = call[:9]
     batch, queries, heads = q.shape[:3]
     keys = k.shape[1]
+    total = batch * queries, batch * keys
+    if call.cu_q is not None:
+        batch, queries, keys = len(call.cu_q) - 1, call.max_q, call.max_k
     terms = [score_strides(x) for x in (bias, key_bias, mask, call.gain, call.weight)]
     relative = [(0,) * 4 if x is None else score_strides(x) for x in (call.rel_y, call.rel_x)]  # (batch, query, head, side)
-    ids = [x for x in (call.q_ids, call.k_ids, call.allow) if x is not None]
+    ids = [(0, 0) if x is None else score_strides(x) for x in (call.q_ids, call.k_ids, call.allow)]
+    tokens = [row_strides(x) for x in (call.query_weight, dkey_mean)]
+    spots = [(0, 0, 0) if x is None else (*row_strides(x)[:2], x.stride(2)) for x in (call.q_xy, call.k_xy)]
     far = any(MAX_BLOCK * (abs(s[2]) + abs(s[3])) >= 2**31 for s in (*terms, *((*s[:2], s[1], s[3]) for s in relative)))
-    parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink))
+    parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink, call.slope))
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
         "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
                   seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
-                  call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8)),
+                  call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
+                  call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
-        "term_strides": (*terms[0], *terms[1], *terms[2], *parameters, *terms[3], *terms[4], *relative[0], *relative[1],
-                         *(s for x in ids for s in score_strides(x))),
+        "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
+                         *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1]),
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
-                  1 if call.rel_x is None else call.rel_x.shape[3], *((1, 1) if call.allow is None else call.allow.shape)),
+                  1 if call.rel_x is None else call.rel_x.shape[3], *((1, 1) if call.allow is None else call.allow.shape), *total),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
         "NORM": NORMALIZERS.index(call.normalizer), "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
@@ -155,12 +160,13 @@ def arguments(call: Call, others=()) -> dict:
 
 def row(kernel: str, shared: dict) -> dict:
     """The row of a kernel's table for these arguments. Dropout, or two score-shaped terms, hold as many registers as heads
-    of twice the width, four terms as heads of four times."""
+    of twice the width, four terms as heads of four times; bounds hold registers of the kernel that walks twice."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
-    terms = shared["terms"]
-    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10))  # bias, mask, seed, gain, weight, rel_y, q_ids
+    terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean, slope
+    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16, 17))
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
-    width *= 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
+    packed = terms[13] is not None and kernel == "backward_queries"
+    width *= 4 if many > 3 else 2 if many > 1 or terms[5] is not None or packed else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())
 
 
@@ -170,9 +176,15 @@ def tuned(kernel: str, shared: dict) -> dict:
     queries, keys = shared["sizes"][1:3]
     block_n = min(found["block_n"], power(keys))
     return {
-        "BLOCK_M": min(found["block_m"], power(queries)), "BLOCK_N": block_n, "CLIP": keys % block_n != 0,
+        "BLOCK_M": min(found["block_m"], power(queries)), "BLOCK_N": block_n,
+        "CLIP": keys % block_n != 0 or shared["terms"][13] is not None,
         "STAGES": found["stages"], "num_warps": found["warps"], "num_stages": found["stages"], "enable_fp_fusion": True,
     }  # fmt: skip
+
+
+def programs(shared: dict, tiles: int) -> int:
+    """One per head, sample or packed sequence, and tile of the greatest."""
+    return shared["sizes"][0] * shared["sizes"][3] * tiles
 
 
 UNSPECIALIZED = (

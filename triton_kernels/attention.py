@@ -12,12 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_host import UNSPECIALIZED, Call, arguments, reasons, tuned
+from ._attention_host import UNSPECIALIZED, Call, arguments, programs, reasons, tuned
+from ._attention_key_means import _key_means
 from ._attention_tiles import (
     SOFTMAX,
     add_weighted,
+    last_key,
     load_parts,
+    of_sample,
     offsets,
+    places,
     plain_weights,
     row_factor,
     row_products,
@@ -53,12 +57,12 @@ def _exact_channels(
     a few columns at a time, so that the registers of the kernel are those of its other path."""
     queries, keys = sizes[1], sizes[2]
     i = row + tl.arange(0, BLOCK_M)
-    q_rows = offsets(image, head, i, q_strides, 1)
+    q_rows = offsets(image, head, i + sizes[8], q_strides, 1)
     acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
     bad = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
     for start in tl.range(0, last, BLOCK_N, num_stages=1):
         j = start + tl.arange(0, BLOCK_N)
-        k_rows = offsets(image, head // GROUP, j, k_strides, 1)
+        k_rows = offsets(image, head // GROUP, j + sizes[9], k_strides, 1)
         a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for first in tl.range(0, WIDTHS[0], CHANNELS, num_stages=1):
             q = _load_channels(q_ptr, q_rows, i < queries, d_strides[0], first, WIDTHS[0])
@@ -71,7 +75,8 @@ def _exact_channels(
         p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
-        v = _load_channels(v_ptr, offsets(image, head // GROUP, j, v_strides, 1), j < keys, d_strides[2], channel, WIDTHS_V[0])
+        v_rows = offsets(image, head // GROUP, j + sizes[9], v_strides, 1)
+        v = _load_channels(v_ptr, v_rows, j < keys, d_strides[2], channel, WIDTHS_V[0])
         acc = tl.dot(p.to(v.dtype), clean(v).to(v.dtype), acc, input_precision="ieee")
         seen = tl.where(s == float("-inf"), 0.0, 1.0).to(tl.float16)
         bad = tl.dot(seen, tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0.0, 1.0).to(tl.float16), bad)
@@ -83,7 +88,7 @@ def _exact_channels(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, terms, q_strides, k_strides, v_strides, d_strides, term_strides, sizes,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, low_ptr, terms, q_strides, k_strides, v_strides, d_strides, term_strides, sizes,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
@@ -91,8 +96,8 @@ def _forward(
 ):  # fmt: skip
     """out and lse of BLOCK_M queries of one head and sample.
     Grid: query tiles (fastest) x heads x samples on axis 0; samples fastest if BATCH_FIRST, for a bias that they share.
-    Any strides: q, k, v and the terms. out and lse are contiguous."""
-    batch, queries, keys, heads, offset = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
+    Any strides: q, k, v and the terms. out, lse and low, what lse lacks (in base 2), are contiguous."""
+    batch, queries, heads, offset = sizes[0], sizes[1], sizes[3], sizes[4]
     pid = tl.program_id(0)
     tiles = (queries + BLOCK_M - 1) // BLOCK_M
     if BATCH_FIRST:
@@ -106,13 +111,13 @@ def _forward(
     if CAUSAL:
         tile = tiles - 1 - tile                                                        # the longest first
     row = tile * BLOCK_M
+    sizes = of_sample(terms, sizes, image)
+    queries, keys = sizes[1], sizes[2]
     i = row + tl.arange(0, BLOCK_M)
     real = i < queries
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(keys, tl.minimum(row + BLOCK_M, queries) + offset)
+    last = last_key(terms, sizes, row, keys, offset, CAUSAL, BLOCK_M)
     factor = row_factor(terms, term_strides, head, scale)
-    q = load_parts(q_ptr, offsets(image, head, i, q_strides, ALIGN), real, d_strides[0], WIDTHS)
+    q = load_parts(q_ptr, offsets(image, head, i + sizes[8], q_strides, ALIGN), real, d_strides[0], WIDTHS)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
@@ -123,12 +128,14 @@ def _forward(
     acc = zero_parts(BLOCK_M, WIDTHS_V)
     for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_N)
-        k = load_parts(k_ptr, offsets(image, head // GROUP, j, k_strides, ALIGN), j < keys, d_strides[1], WIDTHS)
+        at = offsets(image, head // GROUP, j + sizes[9], k_strides, ALIGN)
+        k = load_parts(k_ptr, at, j < keys, d_strides[1], WIDTHS)
         a = row_products(q, k, WIDTHS)
         a += a * 0.0                                                                   # an infinity becomes NaN
         s = scores(a, factor, terms, term_strides, image, head, row, start, sizes,
                    AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
-        v = load_parts(v_ptr, offsets(image, head // GROUP, j, v_strides, ALIGN), j < keys, d_strides[2], WIDTHS_V)
+        at = offsets(image, head // GROUP, j + sizes[9], v_strides, ALIGN)
+        v = load_parts(v_ptr, at, j < keys, d_strides[2], WIDTHS_V)
         if NORM == SOFTMAX:
             higher = tl.maximum(top, tl.max(s, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
@@ -144,13 +151,17 @@ def _forward(
             p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
         acc = add_weighted(acc, p, v, WIDTHS_V)
 
-    flat = (image.to(tl.int64) * queries + i) * heads + head                           # [BLOCK_M]
+    flat = places(terms, image, i, queries, sizes[8]) * heads + head                   # [BLOCK_M]
     final = tl.zeros([BLOCK_M], tl.float32) + keep_scale
     base = tl.where(top == float("-inf"), 0.0, top * LOG2E)
     if NORM == SOFTMAX:
         full = tl.where(norm == 0.0, 1.0, norm)
         final = keep_scale / full
-        tl.store(lse_ptr + flat, tl.where(norm == 0.0, float("-inf"), top + tl.log2(full) * LN2), mask=real)
+        lse = top + tl.log2(full) * LN2
+        tl.store(lse_ptr + flat, tl.where(norm == 0.0, float("-inf"), lse), mask=real)
+        if low_ptr is not None:
+            low = (top - lse) * LOG2E + tl.log2(full)
+            tl.store(low_ptr + flat, tl.where(tl.abs(lse) < float("inf"), low, 0.0), mask=real)
     broken = tl.sum(tl.where(tl.abs(acc[0]) < float("inf"), 0, 1))
     if WIDTHS_V[2] > 0:
         broken += tl.sum(tl.where(tl.abs(acc[1]) < float("inf"), 0, 1))
@@ -171,19 +182,26 @@ def supported(*args) -> list[str]:
 
 
 def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, Nq, H, Dv] in v's dtype; lse [B, Nq, H] in float32, 0 but for softmax; key_mean, of no keys."""
+    """out [B, Nq, H, Dv] in v's dtype; lse [B, Nq, H] in float32, 0 but for softmax; key_mean [B, Nk, H], of no keys without
+    query_weight."""
     call = Call(*args)
     q, k, v, bias = call[:4]
     batch, queries, heads, _ = q.shape
+    softmax, counts = call.normalizer == "softmax", call.query_weight is not None
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=v.dtype, device=q.device)
-    new = torch.empty if call.normalizer == "softmax" else torch.zeros
-    lse = new((batch, queries, heads), dtype=torch.float32, device=q.device)
-    key_mean = torch.empty((batch, 0, heads), dtype=torch.float32, device=q.device)
+    lse = (torch.empty if softmax else torch.zeros)((batch, queries, heads), dtype=torch.float32, device=q.device)
+    low = torch.empty_like(lse) if softmax and counts and q.dtype == torch.float32 else None
+    key_mean = torch.zeros((batch, k.shape[1] if counts else 0, heads), dtype=torch.float32, device=q.device)
+    shared = arguments(call)
     if out.numel():
-        shared = arguments(call)
         blocks = tuned("forward", shared)
-        _forward[(batch * heads * -(-queries // blocks["BLOCK_M"]),)](
-            **shared, **blocks, out_ptr=out, lse_ptr=lse,
+        _forward[(programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"])),)](
+            **shared, **blocks, out_ptr=out, lse_ptr=lse, low_ptr=low,
             BATCH_FIRST=bias is not None and shared["term_strides"][0] == 0 and shared["AXES"][0] == (True, True),
         )
+        if key_mean.numel():
+            blocks = tuned("backward_keys", shared)
+            del shared["v_ptr"], shared["v_strides"], shared["WIDTHS_V"], shared["keep_scale"], shared["threshold"]
+            _key_means[(programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"])),)](
+                **shared, **blocks, lse_ptr=lse, low_ptr=low, mean_ptr=key_mean)
     return out, lse, key_mean

@@ -1,4 +1,4 @@
-"""Backward of attention on a GPU: gradients of q, k, v, bias, key_bias, factor and sink.
+"""Backward of attention on a GPU.
 
 Up to three kernels: queries (delta, dq, row sums of dS), keys (dk, dv, column sums) and, where a bias has an axis of queries
 and one of keys, one tile of its gradient at a time, which walks the samples and heads that share the bias. Every sum has
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._attention_bwd_relative import _backward_relative
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
-from ._attention_host import DIFFERENTIABLE, Call, arguments, row, row_strides, tuned
+from ._attention_host import DIFFERENTIABLE, Call, arguments, programs, row, row_strides, tuned
 from ._host import power
 from ._reduce import add_parts
 
@@ -27,7 +27,9 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         dlse = None
     inputs = [getattr(call, name) for name in DIFFERENTIABLE]
     wanted = [x is not None and bool(need >> bit & 1) for bit, x in enumerate(inputs)]
-    if (dout is None and dlse is None) or min(q.numel(), k.numel(), v.numel()) == 0:
+    if call.query_weight is None:
+        dkey_mean = None
+    if (dout is None and dlse is None and dkey_mean is None) or min(q.numel(), k.numel(), v.numel()) == 0:
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
         if wanted[6] and dlse is not None:                  # a sink is all that rows without keys see
             grads[6] = dlse.sum((0, 1)).to(sink.dtype)
@@ -35,7 +37,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None
                   for x, w in zip((q, k, v), wanted, strict=False))
-    shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)])
+    shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)], dkey_mean)
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": lse.contiguous() if softmax else None}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
     batch, queries, heads, _ = q.shape
@@ -48,34 +50,44 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     delta = new(softmax, batch, queries, heads)
     low = new(softmax and q.dtype == torch.float32, batch, queries, heads)
     drow = new(wanted[3] and not wide, batch, queries, heads)
-    dcolumn = new((wanted[3] and wide and not tall) or wanted[4], batch, heads, keys)
+    dcolumn = new((wanted[3] and wide and not tall) or wanted[4], batch, keys, heads)
+    dweight = new(wanted[16] and dkey_mean is not None, batch, queries, heads)
+    spots = [new(w, batch, n, heads, 2) for w, n in zip(wanted[14:16], (queries, keys), strict=True)]
     blocks = tuned("backward_queries", shared)
-    tiles = batch * -(-queries // blocks["BLOCK_M"])
-    dfactor, dsink = new(wanted[5], tiles, heads), new(wanted[6], tiles, heads)
-    if softmax or any(x is not None for x in (dq, drow, dfactor)):
-        _backward_queries[(tiles * heads,)](
+    count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
+    dfactor, dsink, dslope = (new(wanted[n], count // heads, heads) for n in (5, 6, 13))
+    if softmax or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, spots[0])):
+        _backward_queries[(count,)](
             **shared, **blocks, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta, low_ptr=low,
-            dq_ptr=dq, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink)
+            dq_ptr=dq, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
+            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=spots[0])
     shared |= {"delta_ptr": delta, "low_ptr": low}
-    if any(x is not None for x in (dk, dv, dcolumn)):
+    if any(x is not None for x in (dk, dv, dcolumn, spots[1])):
         blocks = tuned("backward_keys", shared)
-        _backward_keys[(batch * k.shape[2] * -(-keys // blocks["BLOCK_N"]),)](
+        count = programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"]))
+        _backward_keys[(count // shared["GROUP"],)](
             **shared, **blocks, dk_ptr=dk, dk_strides=row_strides(dk), dv_ptr=dv, dv_strides=row_strides(dv),
-            dcolumn_ptr=dcolumn)
+            dcolumn_ptr=dcolumn, dxy_ptr=spots[1])
 
     dbias = None
+    of_keys = None if dcolumn is None else dcolumn.transpose(1, 2)[:, :, None]
     if wanted[3]:
         if tall and wide:
             dbias = _dense_gradient(shared, bias, 0)
         elif wide:
-            dbias = _folded(dcolumn[:, :, None], bias)
+            dbias = _folded(of_keys, bias)
         else:
             dbias = _folded(drow.transpose(1, 2)[..., None], bias)
+    if wanted[16] and dweight is None:
+        dweight = torch.zeros_like(call.query_weight)
     return (
-        dq, dk, dv, dbias, _folded(dcolumn[:, :, None], key_bias) if wanted[4] else None,
+        dq, dk, dv, dbias, _folded(of_keys, key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
         *(_dense_gradient(shared, inputs[n], n - 6) if wanted[n] else None for n in (7, 8)),
-        *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *[None] * (len(DIFFERENTIABLE) - 11),
+        *_relative_gradients(shared, inputs[9:11], wanted[9:11]), None, None,
+        add_parts(dslope, call.slope.dtype) if wanted[13] else None,
+        *(None if x is None else _folded(x.sum(2), at) for x, at in zip(spots, (call.q_xy, call.k_xy), strict=True)),
+        dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * (len(DIFFERENTIABLE) - 17),
     )  # fmt: skip
 
 
@@ -102,15 +114,16 @@ def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> tuple
     """The gradients of rel_y and rel_x."""
     if not any(wanted):
         return None, None
-    batch, queries, _, heads = shared["sizes"][:4]
+    queries, heads = shared["sizes"][1], shared["sizes"][3]
+    rows = shared["q_ptr"].shape[:2]
     sides = tuple(x.shape[3] for x in inputs)
     blocks = tuned("backward_bias", shared)
     blocks["BLOCK_N"] = min(row("backward_bias", shared)["block_n"], power(sides[1]))
     del blocks["CLIP"]
     parts = -(-sides[1] // blocks["BLOCK_N"])
-    shapes = (parts, batch, queries, heads, sides[0]), (batch, queries, heads, sides[1])
+    shapes = (parts, *rows, heads, sides[0]), (*rows, heads, sides[1])
     dy, dx = (torch.empty(s, dtype=torch.float32, device=x.device) if w else None
               for s, x, w in zip(shapes, inputs, wanted, strict=True))
     tiles = -(-queries // blocks["BLOCK_M"])
-    _backward_relative[(heads * tiles * batch * parts,)](**shared, **blocks, dy_ptr=dy, dx_ptr=dx, sides=sides)
+    _backward_relative[(programs(shared, tiles) * parts,)](**shared, **blocks, dy_ptr=dy, dx_ptr=dx, sides=sides)
     return _folded(dy.sum(0), inputs[0]) if wanted[0] else None, _folded(dx, inputs[1]) if wanted[1] else None

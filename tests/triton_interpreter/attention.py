@@ -78,13 +78,14 @@ def check_op(args, dlse=True):
         out, lse, key_mean = kernels.fwd(*args)
         dout = torch.randn(out.shape).to(out.dtype)
         dlse = torch.randn(lse.shape).where(lse.isfinite(), 0.0) if dlse and "softmax" in args else None
-        got = kernels.bwd(dout, dlse, None, lse, key_mean, *args, EVERYTHING)
+        dmean = torch.randn(key_mean.shape) if key_mean.numel() else None
+        got = kernels.bwd(dout, dlse, dmean, lse, key_mean, *args, EVERYTHING)
     eager, oracle = OP.definition(*args), OP.definition(*wide(args))
     for name, x, y, z in zip(OP.outputs, (out, lse, key_mean), oracle, eager, strict=True):
         testing.assert_close_to_oracle(name, x, y, z)
-    rest = [None if x is None else x.double() for x in (dout, dlse)]
-    eager = OP.reference_backward(dout, dlse, *[None] * 3, *args, "", EVERYTHING)
-    oracle = OP.reference_backward(*rest, *[None] * 3, *wide(args), "", EVERYTHING)
+    rest = [None if x is None else x.double() for x in (dout, dlse, dmean)]
+    eager = OP.reference_backward(dout, dlse, dmean, *[None] * 2, *args, "", EVERYTHING)
+    oracle = OP.reference_backward(*rest, *[None] * 2, *wide(args), "", EVERYTHING)
     for name, x, y, z in zip(NAMES, got, oracle, eager, strict=True):
         assert (x is None) == (z is None), name
         if x is not None:
@@ -128,6 +129,15 @@ CASES = {
         typed="decomposed", queries=3, keys=74, grid=(2, 37), dropout_p=0.3, dropout_seed=3, masks="causal"
     ),
     "rates": dict(typed="manhattan", queries=21, keys=21, grid=(7, 3), modulation="gain", normalizer="relu"),
+    "distances": dict(
+        typed="euclidean", masks="levels", bias=(0, 0, 1, 1), sink=True, return_stats=("key_mean",), weighed=True
+    ),
+    "means": dict(
+        masks="causal", kv_heads=1, dropout_p=0.3, dropout_seed=5, modulation="weight", return_stats=("lse", "key_mean")
+    ),
+    "means, sigmoid": dict(
+        masks="empty", normalizer="sigmoid", typed="euclidean", return_stats=("key_mean",), weighed=True, scale="heads"
+    ),
     "none": dict(normalizer="none", bias=(1, 1, 1, 1), masks="empty", dropout_p=0.2, dropout_seed=1),
 }
 
@@ -136,7 +146,35 @@ CASES = {
 def test_several_tiles(name, tuned):
     tuned(16, 32)
     case = {"batch": 2 if name == "groups" else 1, "queries": 37, "keys": 33} | CASES[name]
-    check(registry.make(30, **case), FULL if name in ("dropout", "sigmoid") else HALF)
+    check(registry.make(30, **case), FULL if name in ("dropout", "sigmoid", "distances", "means, sigmoid") else HALF)
+
+
+PACKED = [
+    *registry.small_packed(),
+    registry.packed(
+        7, ((3, 40), (0, 2), (35, 1), (4, 0), (0, 0), (20, 37)), causal=True, ids=True, return_stats=("lse",)
+    ),
+    registry.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
+]
+
+
+@pytest.mark.parametrize("call", PACKED, ids=str)
+def test_packed_sequences(call, tuned):
+    tuned(16, 32)
+    with tokens_on_gpu("triton"):
+        testing.assert_matches(testing.entries()["attention_varlen"], call, (HALF, FULL)[call.seed % 2], "triton")
+
+
+def test_packed_rows_columns_factors_and_distances(tuned):
+    """Slots that belong to tokens, or to the longest sequence, beside bounds that repeat."""
+    tuned(16, 16)
+    bounds = [torch.tensor(x, dtype=torch.int32) for x in ((0, 5, 5, 24), (0, 18, 20, 26))]
+    args = Call(*arguments(1, 24, 26, 2))._replace(
+        cu_q=bounds[0], cu_k=bounds[1], max_q=21, max_k=18, rel_y=torch.randn(1, 24, 2, 3), rel_x=torch.randn(1, 24, 1, 6),
+        gain=torch.randn(1, 2, 21, 18), weight=torch.randn(1, 1, 21, 18), slope=torch.rand(2), q_xy=torch.randn(1, 24, 2),
+        k_xy=torch.randn(1, 26, 2), query_weight=torch.rand(1, 24, 2), bias=torch.randn(1, 1, 21, 18),
+    )  # fmt: skip
+    check_op([*args])
 
 
 @pytest.mark.parametrize(
