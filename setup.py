@@ -29,6 +29,7 @@ CPU_SOURCES = [
     "csrc/cpu/attention.cpp",
     "csrc/cpu/attention_bwd.cpp",
     "csrc/cpu/attention_problem.cpp",
+    "csrc/cpu/linear_attention.cpp",
     "csrc/cpu/mask_from_logits.cpp",
     "csrc/cpu/bipartite_match.cpp",
     "csrc/cpu/merge_plan.cpp",

@@ -1,6 +1,6 @@
 """vitkern: fused attention kernels for vision transformers."""
 
-from vitkern import bias, mask, merging, modulation, nn
+from vitkern import bias, feature_map, mask, merging, modulation, nn
 from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
@@ -9,6 +9,7 @@ from vitkern.ops.attention_varlen import attention_varlen
 from vitkern.ops.bipartite_match import bipartite_match
 from vitkern.ops.cluster_tokens import cluster_tokens
 from vitkern.ops.drop_tokens import drop_tokens
+from vitkern.ops.linear_attention import linear_attention
 from vitkern.ops.merge_lse import merge_lse
 from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
@@ -40,7 +41,9 @@ __all__ = [
     "cluster_tokens",
     "drop_tokens",
     "explain",
+    "feature_map",
     "info",
+    "linear_attention",
     "mask",
     "merge_lse",
     "merge_plan",

@@ -4,6 +4,7 @@
 #include "bipartite_match.h"
 #include "cluster_kmeans.h"
 #include "cluster_tokens.h"
+#include "linear_attention.h"
 #include "merge_tokens.h"
 #include "soft_merge.h"
 #include "reconstruct_tokens.h"
@@ -16,6 +17,7 @@ struct Kernels {
   int32_t lanes;  // floats of a vector; doubles have half as many
   WindowKernels window_f32, window_f64;
   AttentionKernels attention_f32, attention_f64;
+  LinearKernels linear_f32, linear_f64;
   MatchKernels match_f32, match_f64;
   MergeKernels merge_f32, merge_f64;
   SoftMergeKernels soft_f32, soft_f64;

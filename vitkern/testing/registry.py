@@ -110,6 +110,7 @@ def entries() -> dict[str, Entry]:
         cluster_kmeans,
         cluster_tokens,
         drop_tokens,
+        linear_attention,
         merge_plan,
         merge_tokens,
         reconstruct_tokens,
@@ -121,7 +122,7 @@ def entries() -> dict[str, Entry]:
     )
 
     merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens, select_tokens, restore_tokens, drop_tokens)
-    modules = (window_attention, attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
+    modules = (window_attention, attention, linear_attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 

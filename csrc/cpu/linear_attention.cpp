@@ -1,0 +1,383 @@
+// linear_attention on the CPU: sums of the keys in parts of each sequence, the parts added in order, then the queries.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "tensors.h"
+
+namespace vitkern {
+
+namespace {
+
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+constexpr const char* kOp = "linear_attention";
+
+#define VITKERN_LINEAR_ARGUMENTS                                                                                                     \
+  Tensor q, Tensor k, Tensor v, OptTensor key_mask, OptTensor key_weight, OptTensor cos_q, OptTensor sin_q, OptTensor cos_k,          \
+      OptTensor sin_k, OptTensor cu_q, OptTensor cu_k, std::string feature_map, double rate, std::string normalizer, double eps,     \
+      double scale, double offset, bool half, bool detach, std::string /*gpu*/
+#define VITKERN_LINEAR_OPTIONS                                                                                                      \
+  {q,           k,    v,          key_mask, key_weight, cos_q,  sin_q, cos_k, sin_k, cu_q, cu_k,                                      \
+   feature_map, rate, normalizer, eps,      scale,      offset, half,  detach}
+
+struct LinearArguments {
+  const Tensor &q, &k, &v;
+  const OptTensor &key_mask, &key_weight, &cos_q, &sin_q, &cos_k, &sin_k, &cu_q, &cu_k;
+  const std::string& feature_map;
+  double rate;
+  const std::string& normalizer;
+  double eps, scale, offset;
+  bool half, detach;
+};
+
+// axes: 7 of [B, Wy, wy, Wx, wx, H, D], fewer of what lacks D, or H and D.
+LinearMap as_map(const Tensor& t, int64_t axes, Dtype dtype, int64_t element) {
+  check(t.dim() == axes, kOp, "maps must be cut in windows, [B, Wy, wy, Wx, wx, ...]");
+  const auto at = [&](int64_t axis) { return axis < axes ? t.stride(axis) : 1; };
+  return {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype, element, at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+}
+LinearMap as_map(const Tensor& t, int64_t axes = 7) { return as_map(t, axes, dtype_of(t, kOp), size_of(dtype_of(t, kOp))); }
+
+const std::vector<std::string> kFeatures = {"relu", "elu1", "identity", "leaky_relu", "exp", "softmax", "silu_norm"};
+const std::vector<std::string> kDivisors = {"sum", "mean", "none", "max", "abs_max", "subtract"};
+template <typename Enum>
+Enum named(const std::vector<std::string>& names, const std::string& name, const char* sentence) {
+  const auto at = std::find(names.begin(), names.end(), name);
+  check(at != names.end(), kOp, sentence);
+  return Enum(at - names.begin());
+}
+
+// One call: the problem, its sequences, and the parts that each is cut in.
+struct LinearCall {
+  LinearProblem p{};
+  const LinearKernels* kernels;
+  bool wide;
+  std::vector<LinearSequence> sequences;
+  std::vector<int64_t> q_parts, k_parts;  // the first part of each sequence, and how many there are in all
+
+  LinearCall(const LinearArguments& a) {
+    p.q = as_map(a.q), p.k = as_map(a.k), p.v = as_map(a.v);
+    wide = p.q.dtype == Dtype::f64 || p.v.dtype == Dtype::f64;
+    kernels = wide ? &vitkern::kernels().linear_f64 : &vitkern::kernels().linear_f32;
+    for (int64_t axis : {0, 1, 3}) check(a.q.size(axis) == a.k.size(axis), kOp, "k must have the windows of q");
+    for (int64_t axis = 0; axis < 6; ++axis) check(a.k.size(axis) == a.v.size(axis), kOp, "v must have the tokens and heads of k");
+    check(a.q.size(6) == a.k.size(6) && a.k.size(5) >= 1 && a.q.size(5) % a.k.size(5) == 0, kOp,
+          "k must have the head size of q, and its heads must divide those of q");
+    p.batch = a.q.size(0);
+    p.heads = int32_t(a.q.size(5)), p.kv_heads = int32_t(a.k.size(5));
+    p.depth = int32_t(a.q.size(6)), p.width = int32_t(a.v.size(6));
+    p.depth_pad = kernels->padded(p.depth), p.width_pad = kernels->padded(p.width);
+    p.state_size = (int64_t(p.depth) * p.width_pad + p.depth_pad + p.width_pad + 1 + 15) / 16 * 16;
+    p.q_side = int32_t(a.q.size(4)), p.k_side = int32_t(a.k.size(4));
+    p.q_tokens = int32_t(a.q.size(2)) * p.q_side, p.k_tokens = int32_t(a.k.size(2)) * p.k_side;
+    p.feature = named<Feature>(kFeatures, a.feature_map, "feature_map is unknown");
+    p.divisor = named<Divisor>(kDivisors, a.normalizer, "normalizer is unknown");
+    p.rate = a.rate, p.eps = a.eps, p.scale = a.scale, p.offset = a.offset, p.half = a.half, p.detach = a.detach;
+    if (a.key_mask) {
+      check(a.key_mask->scalar_type() == torch::headeronly::ScalarType::Bool, kOp, "key_mask must be bool");
+      for (int64_t axis = 0; axis < 5; ++axis) check(a.key_mask->size(axis) == a.k.size(axis), kOp, "key_mask must have the tokens of k");
+      p.mask = as_map(*a.key_mask, 5, Dtype::f32, 1);
+    }
+    if (a.key_weight) {
+      for (int64_t axis = 0; axis < 6; ++axis) check(a.key_weight->size(axis) == a.k.size(axis), kOp, "key_weight must have the shape of k");
+      p.weight = as_map(*a.key_weight, 6);
+    }
+    bounds(a);
+    tables(a);
+    cut();
+  }
+
+  void bounds(const LinearArguments& a) {
+    p.rows = int32_t(a.q.size(1)), p.columns = int32_t(a.q.size(3));
+    if (a.cu_q && a.cu_k) {
+      for (const OptTensor* cu : {&a.cu_q, &a.cu_k})
+        check((*cu)->scalar_type() == torch::headeronly::ScalarType::Int && (*cu)->is_contiguous() && (*cu)->dim() == 1 &&
+                  (*cu)->numel() == a.cu_q->numel() && (*cu)->numel() >= 1,
+              kOp, "cu_seqlens must be contiguous int32 [sequences + 1]");
+      check(a.q.size(2) == 1 && a.k.size(2) == 1 && p.rows == 1 && p.columns == 1, kOp, "packed sequences lie in one window");
+      p.cu_q = static_cast<const int32_t*>(a.cu_q->const_data_ptr());
+      p.cu_k = static_cast<const int32_t*>(a.cu_k->const_data_ptr());
+      p.columns = int32_t(a.cu_q->numel() - 1);
+      for (const auto& [cu, total] : {std::pair{p.cu_q, p.q_tokens}, std::pair{p.cu_k, p.k_tokens}}) {
+        bool rising = cu[0] == 0 && cu[p.columns] == total;
+        for (int32_t i = 0; i < p.columns; ++i) rising &= cu[i] <= cu[i + 1];
+        check(rising, kOp, "cu_seqlens must ascend from 0 to the number of tokens");
+      }
+    }
+    p.sequences = p.batch * p.rows * p.columns;
+    for (int64_t i = 0; i < p.sequences; ++i) {
+      const int64_t column = i % p.columns, row = i / p.columns % p.rows, batch = i / p.columns / p.rows;
+      if (p.cu_q)
+        sequences.push_back({i, batch, 0, 0, p.cu_q[column], p.cu_q[column + 1] - p.cu_q[column], p.cu_k[column],
+                             p.cu_k[column + 1] - p.cu_k[column]});
+      else
+        sequences.push_back({i, batch, row, column, 0, p.q_tokens, 0, p.k_tokens});
+    }
+  }
+
+  void tables(const LinearArguments& a) {
+    if (!a.cos_q) return;
+    check(bool(a.sin_q) && bool(a.cos_k) && bool(a.sin_k), kOp, "the four tables of rope come together");
+    p.pairs = int32_t(a.cos_q->size(3));
+    check(2 * p.pairs <= p.depth, kOp, "rope turns at most all channels");
+    const auto table = [&](const Tensor& t, int64_t tokens, int64_t heads) {
+      check(t.dim() == 4 && dtype_of(t, kOp) == (wide ? Dtype::f64 : Dtype::f32) && t.size(3) == p.pairs &&
+                (p.pairs <= 1 || t.stride(3) == 1) && t.size(1) == tokens && (t.size(2) == 1 || t.size(2) == heads) &&
+                (t.size(0) == 1 || (t.size(0) == p.sequences && !p.cu_q)),
+            kOp, "tables of rope must have shape [S|1, N, H|1, pairs]");
+      return LinearTable{t.const_data_ptr(), t.size(0) == 1 ? 0 : t.stride(0), t.stride(1), t.size(2) == 1 ? 0 : t.stride(2)};
+    };
+    p.cos_q = table(*a.cos_q, p.q_tokens, p.heads), p.sin_q = table(*a.sin_q, p.q_tokens, p.heads);
+    p.cos_k = table(*a.cos_k, p.k_tokens, p.kv_heads), p.sin_k = table(*a.sin_k, p.k_tokens, p.kv_heads);
+  }
+
+  // Parts of at least 256 tokens, and of so many that adding their states costs little; at most 64.
+  void cut() {
+    const int64_t least = std::max<int64_t>(256, (4 * int64_t(p.depth) + 63) / 64 * 64);
+    const auto parts = [&](int64_t n) { return std::clamp<int64_t>((n + least - 1) / least, 1, 64); };
+    q_parts = {0}, k_parts = {0};
+    for (const LinearSequence& s : sequences) {
+      q_parts.push_back(q_parts.back() + parts(s.q_count));
+      k_parts.push_back(k_parts.back() + parts(s.k_count));
+    }
+  }
+
+  // body(sequence, first, last, number of the part, scratch) for all parts of all sequences.
+  template <typename Body>
+  void over(const std::vector<int64_t>& parts, bool of_keys, Body body) const {
+    const int64_t bytes = kernels->scratch_bytes(p);
+    torch::stable::parallel_for(0, parts.back(), 1, [&](int64_t first, int64_t last) {
+      Scratch scratch(bytes);
+      int64_t at = std::upper_bound(parts.begin(), parts.end(), first) - parts.begin() - 1;
+      for (int64_t i = first; i < last; ++i) {
+        while (parts[size_t(at) + 1] <= i) ++at;
+        const LinearSequence& s = sequences[size_t(at)];
+        const int64_t count = parts[size_t(at) + 1] - parts[size_t(at)], part = i - parts[size_t(at)];
+        const int64_t blocks = ((of_keys ? s.k_count : s.q_count) + kLinearBlock - 1) / kLinearBlock;
+        const int64_t begin = blocks * part / count * kLinearBlock, end = blocks * (part + 1) / count * kLinearBlock;
+        body(s, int32_t(begin), int32_t(std::min<int64_t>(end, of_keys ? s.k_count : s.q_count)), i, scratch.data());
+      }
+    });
+  }
+};
+
+template <typename Acc>
+struct Run {
+  LinearCall& c;
+  const LinearProblem& p;
+  int64_t of_states, of_lse, of_across;  // of one sequence
+  std::vector<Acc> lse, states;
+
+  explicit Run(LinearCall& call) : c(call), p(call.p) {
+    of_states = p.kv_heads * p.state_size;
+    of_lse = int64_t(p.kv_heads) * p.depth_pad;
+    of_across = int64_t(p.kv_heads) * p.width * p.depth_pad;
+  }
+  const Acc* lse_of(const LinearSequence& s) const { return lse.empty() ? nullptr : lse.data() + s.number * of_lse; }
+
+  // lse from the largest and the sums of the parts
+  void normalize_keys() {
+    if (p.feature != Feature::softmax) return;
+    const int64_t parts = c.k_parts.back();
+    std::vector<Acc> largest(size_t(parts * of_lse)), sum(size_t(parts * of_lse));
+    c.over(c.k_parts, true, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
+      Acc* top = largest.data() + i * of_lse;
+      std::fill(top, top + of_lse, -std::numeric_limits<Acc>::infinity());
+      c.kernels->key_sums(p, s, first, last, top, sum.data() + i * of_lse, scratch);
+    });
+    lse.assign(size_t(p.sequences * of_lse), Acc(0));
+    for (int64_t s = 0; s < p.sequences; ++s)
+      for (int64_t d = 0; d < of_lse; ++d) {
+        if (d % p.depth_pad >= p.depth) continue;
+        Acc top = -std::numeric_limits<Acc>::infinity(), total = 0;
+        for (int64_t i = c.k_parts[size_t(s)]; i < c.k_parts[size_t(s) + 1]; ++i) top = std::max(top, largest[size_t(i * of_lse + d)]);
+        for (int64_t i = c.k_parts[size_t(s)]; i < c.k_parts[size_t(s) + 1]; ++i)
+          if (largest[size_t(i * of_lse + d)] > -std::numeric_limits<Acc>::infinity())
+            total += sum[size_t(i * of_lse + d)] * std::exp(largest[size_t(i * of_lse + d)] - top);
+        lse[size_t(s * of_lse + d)] = total == 0 ? -std::numeric_limits<Acc>::infinity() : top + std::log(total);
+      }
+  }
+
+  // The first part of each sequence becomes the sum of all its parts; body(sequence, head, state) for each.
+  template <typename Body>
+  void add_parts(std::vector<Acc>& sums, const std::vector<int64_t>& parts, Body body) {
+    torch::stable::parallel_for(0, p.sequences * p.kv_heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        const int64_t s = t / p.kv_heads, head = t % p.kv_heads, from = parts[size_t(s)], to = parts[size_t(s) + 1];
+        Acc* whole = sums.data() + from * of_states + head * p.state_size;
+        for (int64_t i = from + 1; i < to; ++i) {
+          const Acc* more = sums.data() + i * of_states + head * p.state_size;
+          for (int64_t j = 0; j < p.state_size; ++j) whole[j] += more[j];
+        }
+        std::fill(whole + place(0, p.width) + p.depth, whole + place(p.depth, 0), Acc(0));  // the pads of z meet those of phi
+        body(s, head, whole);
+      }
+    });
+  }
+  // element [f][e] of the packed state: that of the tensor [F + 1][E + 1]
+  int64_t place(int64_t f, int64_t e) const {
+    const int64_t z = int64_t(p.depth) * p.width_pad;
+    if (f < p.depth) return e < p.width ? f * p.width_pad + e : z + f;
+    return z + p.depth_pad + (e < p.width ? e : p.width_pad);
+  }
+  int64_t tensor_at(int64_t s, int64_t head, int64_t f, int64_t e) const {
+    return ((s * p.kv_heads + head) * (p.depth + 1) + f) * (p.width + 1) + e;
+  }
+
+  void forward(Tensor& state, Tensor& key_lse) {
+    normalize_keys();
+    states.assign(size_t(c.k_parts.back() * of_states), Acc(0));
+    c.over(c.k_parts, true, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
+      c.kernels->keys(p, s, first, last, lse_of(s), states.data() + i * of_states, scratch);
+    });
+    Acc* out = static_cast<Acc*>(state.mutable_data_ptr());
+    add_parts(states, c.k_parts, [&](int64_t s, int64_t head, Acc* whole) {
+      for (int64_t f = 0; f <= p.depth; ++f)
+        for (int64_t e = 0; e <= p.width; ++e) out[tensor_at(s, head, f, e)] = whole[place(f, e)];
+    });
+    Acc* logs = static_cast<Acc*>(key_lse.mutable_data_ptr());
+    for (int64_t i = 0; i < key_lse.numel(); ++i) logs[i] = lse[size_t(i / p.depth * p.depth_pad + i % p.depth)];
+    c.over(c.q_parts, false, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t, void* scratch) {
+      c.kernels->queries(p, s, first, last, states.data() + c.k_parts[size_t(s.number)] * of_states, scratch);
+    });
+  }
+
+  // dst [width][depth_pad] = S transposed, its pads 0
+  void across(const Acc* state, Acc* dst) const {
+    for (int64_t e = 0; e < p.width; ++e)
+      for (int64_t f = 0; f < p.depth; ++f) dst[e * p.depth_pad + f] = state[f * p.width_pad + e];
+  }
+
+  void backward(const Tensor& state, const Tensor& key_lse, const OptTensor& dstate, bool of_keys) {
+    const Acc *saved = static_cast<const Acc*>(state.const_data_ptr()), *logs = static_cast<const Acc*>(key_lse.const_data_ptr());
+    const Acc* upstream = dstate ? static_cast<const Acc*>(dstate->const_data_ptr()) : nullptr;
+    if (key_lse.numel()) lse.assign(size_t(p.sequences * of_lse), Acc(0));
+    for (int64_t i = 0; i < key_lse.numel(); ++i) lse[size_t(i / p.depth * p.depth_pad + i % p.depth)] = logs[i];
+    std::vector<Acc> transposed(size_t(p.sequences * of_across)), shift(lse.size());
+    states.assign(size_t(p.sequences * of_states), Acc(0));
+    torch::stable::parallel_for(0, p.sequences * p.kv_heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        Acc* whole = states.data() + t * p.state_size;
+        for (int64_t f = 0; f <= p.depth; ++f)
+          for (int64_t e = 0; e <= p.width; ++e) whole[place(f, e)] = saved[tensor_at(t / p.kv_heads, t % p.kv_heads, f, e)];
+        across(whole, transposed.data() + t * p.width * p.depth_pad);
+      }
+    });
+    std::vector<Acc> dstates(size_t(c.q_parts.back() * of_states));
+    if (p.dout.data)
+      c.over(c.q_parts, false, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
+        c.kernels->query_grads(p, s, first, last, states.data() + s.number * of_states, transposed.data() + s.number * of_across,
+                               dstates.data() + i * of_states, scratch);
+      });
+    if (!of_keys) return;
+    add_parts(dstates, c.q_parts, [&](int64_t s, int64_t head, Acc* whole) {
+      if (upstream)
+        for (int64_t f = 0; f <= p.depth; ++f)
+          for (int64_t e = 0; e <= p.width; ++e) whole[place(f, e)] += upstream[tensor_at(s, head, f, e)];
+      across(whole, transposed.data() + (s * p.kv_heads + head) * p.width * p.depth_pad);
+      if (lse.empty()) return;
+      const Acc* from = states.data() + s * of_states + head * p.state_size;
+      for (int64_t f = 0; f < p.depth; ++f) {
+        Acc sum = 0;
+        for (int64_t e = 0; e <= p.width; ++e) sum += whole[place(f, e)] * from[place(f, e)];
+        shift[size_t((s * p.kv_heads + head) * p.depth_pad + f)] = sum;
+      }
+    });
+    c.over(c.k_parts, true, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t, void* scratch) {
+      c.kernels->key_grads(p, s, first, last, lse_of(s), lse.empty() ? nullptr : shift.data() + s.number * of_lse,
+                           dstates.data() + c.q_parts[size_t(s.number)] * of_states, transposed.data() + s.number * of_across, scratch);
+    });
+  }
+};
+
+std::vector<int64_t> sizes_of(const Tensor& t, int64_t axes = 7) {
+  std::vector<int64_t> sizes;
+  for (int64_t axis = 0; axis < axes; ++axis) sizes.push_back(t.size(axis));
+  return sizes;
+}
+
+// What every sequence and head leaves for a table [S|1, N, H|1, pairs], summed in order.
+template <typename Acc>
+Tensor table_sum(const std::vector<Acc>& parts, const Tensor& table, int64_t heads) {
+  const int64_t tokens = table.size(1), pairs = table.size(3), row = tokens * heads * pairs;
+  Tensor sum = new_tensor(sizes_of(table, 4), sizeof(Acc) == 8 ? Dtype::f64 : Dtype::f32);
+  Acc* to = static_cast<Acc*>(sum.mutable_data_ptr());
+  std::fill(to, to + sum.numel(), Acc(0));
+  for (int64_t s = 0; row && s < int64_t(parts.size()) / row; ++s)
+    for (int64_t n = 0; n < tokens; ++n)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t j = 0; j < pairs; ++j)
+          to[(((table.size(0) == 1 ? 0 : s) * tokens + n) * table.size(2) + (table.size(2) == 1 ? 0 : h)) * pairs + j] +=
+              parts[size_t(s * row + (n * heads + h) * pairs + j)];
+  return sum;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(VITKERN_LINEAR_ARGUMENTS) {
+  LinearCall c(VITKERN_LINEAR_OPTIONS);
+  LinearProblem& p = c.p;
+  const Dtype acc = c.wide ? Dtype::f64 : Dtype::f32;
+  std::vector<int64_t> sizes = sizes_of(q);
+  sizes[6] = p.width;
+  Tensor out = new_tensor(sizes, p.v.dtype);
+  Tensor state = new_tensor({p.sequences, p.kv_heads, p.depth + 1, p.width + 1}, acc);
+  Tensor key_lse = new_tensor({p.sequences, p.kv_heads, p.feature == Feature::softmax ? p.depth : 0}, acc);
+  p.out = as_map(out);
+  if (c.wide) Run<double>(c).forward(state, key_lse);
+  else Run<float>(c).forward(state, key_lse);
+  return {out, state, key_lse};
+}
+
+std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> linear_attention_bwd(
+    OptTensor dout, OptTensor dstate, OptTensor /*dkey_lse*/, Tensor state, Tensor key_lse, VITKERN_LINEAR_ARGUMENTS, int64_t need) {
+  LinearCall c(VITKERN_LINEAR_OPTIONS);
+  LinearProblem& p = c.p;
+  OptTensor dq, dk, dv, dweight;
+  if (need & 1) p.dq = as_map(*(dq = new_tensor(sizes_of(q), p.q.dtype)));
+  if (need & 2) p.dk = as_map(*(dk = new_tensor(sizes_of(k), p.k.dtype)));
+  if (need & 4) p.dv = as_map(*(dv = new_tensor(sizes_of(v), p.v.dtype)));
+  if (need & 8 && key_weight) p.dweight = as_map(*(dweight = new_tensor(sizes_of(k, 6), p.weight.dtype)), 6);
+  if (dout) p.dout = as_map(*dout);
+  else if (dq && dq->numel()) std::memset(dq->mutable_data_ptr(), 0, size_t(dq->numel() * size_of(p.q.dtype)));
+  check(state.is_contiguous() && key_lse.is_contiguous(), kOp, "what the forward saved must be contiguous");
+  if (dstate && !dstate->is_contiguous()) dstate = torch::stable::contiguous(*dstate);
+  std::vector<OptTensor> tables(4);
+  const auto run = [&](auto acc) {
+    using Acc = decltype(acc);
+    std::vector<std::vector<Acc>> sums(4);
+    void** into[] = {&p.dcos_q, &p.dsin_q, &p.dcos_k, &p.dsin_k};
+    for (int64_t side = 0; side < 2 && cos_q; ++side) {
+      if (!(need >> (4 + 2 * side) & 3)) continue;
+      const int64_t all = (p.cu_q ? p.batch : p.sequences) * (side ? int64_t(p.k_tokens) * p.kv_heads : int64_t(p.q_tokens) * p.heads);
+      for (int64_t i = 2 * side; i < 2 * side + 2; ++i) {
+        sums[size_t(i)].assign(size_t(all * p.pairs), Acc(0));
+        *into[i] = sums[size_t(i)].data();
+      }
+    }
+    Run<Acc>(c).backward(state, key_lse, dstate, dk || dv || dweight || p.dcos_k);
+    const OptTensor* given[] = {&cos_q, &sin_q, &cos_k, &sin_k};
+    for (int64_t i = 0; i < 4; ++i)
+      if (need >> (4 + i) & 1 && *given[i]) tables[size_t(i)] = table_sum(sums[size_t(i)], **given[i], i < 2 ? p.heads : p.kv_heads);
+  };
+  c.wide ? run(double()) : run(float());
+  return {dq, dk, dv, dweight, tables[0], tables[1], tables[2], tables[3]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vitkern, CPU, m) {
+  m.impl("linear_attention_fwd", TORCH_BOX(&linear_attention_fwd));
+  m.impl("linear_attention", TORCH_BOX(&linear_attention_fwd));
+  m.impl("linear_attention_bwd", TORCH_BOX(&linear_attention_bwd));
+}
+
+}  // namespace vitkern

@@ -1,0 +1,164 @@
+"""linear_attention: signature, and the op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern.feature_map import Polar
+from vitkern.ops import _call, _checks
+from vitkern.ops._gpu import Gpu
+from vitkern.ops._linear_lowering import NAME, Lowered, apply_map, lower
+from vitkern.ops._op import Op
+from vitkern.ops.attention import checks as attention_checks
+from vitkern.reference.linear_attention import linear_attention as definition
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: Any = None,
+    normalizer: str | None = None,
+    eps: float | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    offset: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window_size: Any = None,
+    rope: Any = None,
+    rope_order: str | None = None,
+    decay: Any = None,
+    causal: bool | int = False,
+    initial_state: Any = None,
+    return_state: bool = False,
+    lepe: Any = None,
+    preset: str | None = None,
+    backend: str | None = None,
+) -> Any:
+    r"""Attention in time linear in the tokens (Katharopoulos et al. 2020): with features ``phi``,
+
+        o_i = phi(q_i)^T S / (phi(q_i)^T z + eps),   S = sum_j phi(k_j) v_j^T,   z = sum_j phi(k_j)
+
+    float32 inside (float64 for float64), rounded once; no map of scores and no copy of q, k, v is made.
+
+    Args:
+        q: ``[B, Nq, H, D]``, on a grid ``[B, Hs, Ws, H, D]``, packed ``[T, H, D]``; any strides; float32, float64, bfloat16 or
+            float16; D and Dv 1 to 256.
+        k, v: ``[B, Nk, Hk, D]`` and ``[B, Nk, Hk, Dv]`` likewise; Hk divides H: query head h reads key head ``h // (H / Hk)``.
+        feature_map: ``"relu"``, ``"elu1"`` (elu + 1), ``"identity"``, ``"leaky_relu"``, ``"softmax"`` (queries over channels, keys
+            over tokens), ``"silu_norm"``, or an object of `vitkern.feature_map`; a new map needs only ``.dense``.
+        normalizer: with ``den = phi(q_i)^T z`` and n the number of valid keys: ``"sum"`` num / (den + eps), ``"mean"``
+            num / (den + n eps), ``"none"`` num, ``"max"`` num / max(den, eps), ``"abs_max"`` num / max(abs den, eps),
+            ``"subtract"`` num / n + (1 - den / n) mean(v). A divisor of exactly 0 gives 0, and gradients 0.
+        eps, scale: a factor of ``phi(q)`` in numerator and denominator. None: the preset's values, else those of the
+            normalizer (1e-6; 1 of abs_max) and 1.
+        key_mask: bool ``[B, Nk]`` (as k without heads and channels), True where a key is valid. It acts after the map: what a
+            hidden key holds never leaks.
+        key_weight: ``[B, Nk, Hk]`` or ``[B, Nk, 1]``, multiplies ``phi(k)``; differentiable.
+        offset: c adds ``c sum_j v_j`` to the numerator and ``c n`` to the denominator.
+        cu_seqlens, cu_seqlens_k: int32 bounds ``[sequences + 1]`` of packed sequences, for the keys where they differ.
+        window_size: one S and z for each window of the map; the windows divide it.
+        rope, rope_order: a `vitkern.Rope`. ``"after"`` rotates the features, in the numerator alone; ``"before"`` q and k.
+        decay, causal, initial_state: not implemented yet.
+        return_state: also the sums, ``(S [B, Hk, F, Dv], z [B, Hk, F], n [B, Hk])`` in float32, of every sequence.
+        lepe: a `vitkern.DepthwiseValue`, added to the output.
+        preset: what a published model means by linear attention: map, normalizer, eps, scale, order of the rotation.
+        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run.
+
+    Returns:
+        ``[B, Nq, H, Dv]`` (as q) in the dtype of v, with `return_state` ``(out, state)``. Gradients go to q, k, v, key_weight,
+        the tensors of the feature map and of rope.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
+    """
+    for name, value in (("decay", decay), ("causal", causal), ("initial_state", initial_state)):
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{NAME}: {name} is not implemented yet, got {value!r}")
+    lowered, custom = lower(
+        q, k, v, feature_map, normalizer, eps, scale, key_mask, key_weight, offset, cu_seqlens, cu_seqlens_k, window_size,
+        rope, rope_order, preset,
+    )  # fmt: skip
+    _check_lepe(lepe, q, v)
+    if return_state and isinstance(custom, Polar):
+        raise NotImplementedError(f"{NAME}: return_state must be False with feature_map.Polar, which has two states")
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        lowered.q, lowered.k, lowered.v = (t.to(dtype) for t in (lowered.q, lowered.k, lowered.v))
+    with torch.autocast(device, enabled=False):
+        out, state = _run(lowered, custom, backend)
+    if lepe is not None:
+        values = v.to(out.dtype).flatten(1, -3)
+        out = (out.flatten(1, -3) + lepe.of(values).repeat_interleave(q.shape[-2] // k.shape[-2], 2)).reshape(out.shape)
+    return (out, state) if return_state else out
+
+
+def _run(lowered: Lowered, custom: Any, backend: str | None) -> tuple[Tensor, Any]:
+    wide = torch.promote_types(lowered.q.dtype, torch.float32)
+    if custom is not None:
+        apply_map(lowered, custom)
+    lowered.tables = tuple(None if t is None else t.to(wide) for t in lowered.tables)  # type: ignore[assignment]
+    if isinstance(custom, Polar):
+        out = _two_halves(lowered, backend)
+        return out.reshape(*lowered.shape, out.shape[-1]), None
+    out, state, _ = _call.run(OP, lowered.args, backend)
+    return out.reshape(*lowered.shape, out.shape[-1]), (state[..., :-1, :-1], state[..., :-1, -1], state[..., -1, -1])
+
+
+def _two_halves(lowered: Lowered, backend: str | None) -> Tensor:
+    """PolaFormer: the halves of the features of q exchanged for the second half of v's channels."""
+    q, v = lowered.q, lowered.v
+    width, features = v.shape[-1] // 2, q.shape[-1] // 2
+    found = []
+    for queries, values in ((q, v[..., :width]), (torch.cat((q[..., features:], q[..., :features]), -1), v[..., width:])):
+        lowered.q, lowered.v = queries, values
+        found.append(_call.run(OP, lowered.args, backend)[0])
+    return torch.cat(found, -1)
+
+
+def _check_lepe(lepe: Any, q: Tensor, v: Tensor) -> None:
+    if lepe is None:
+        return
+    if q.dim() == 3:
+        raise ValueError(f"{NAME}: lepe must be None with cu_seqlens, got {type(lepe).__name__}")
+    attention_checks.check_lepe(lepe, q.flatten(1, -3), v.flatten(1, -3))
+
+
+# the op -----------------------------------------------------------------------------------------------------------------
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    acc = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+    cu, feature_map = rest[6], rest[8]
+    count = q.shape[0] * q.shape[1] * q.shape[3] if cu is None else q.shape[0] * (cu.shape[0] - 1)
+    heads, width, channels = k.shape[5], k.shape[6], v.shape[6]
+    state = q.new_empty((count, heads, width + 1, channels + 1), dtype=acc)
+    lse = q.new_empty((count, heads, width if feature_map == "softmax" else 0), dtype=acc)
+    return v.new_empty((*q.shape[:6], channels)), state, lse
+
+
+def _explain(*args: Any, backend: str | None = None, lepe: Any = None, return_state: bool = False, **options: Any) -> Any:
+    lowered, custom = lower(*args, **options)
+    return _call.explanation(NAME, OP, lowered.args, backend)
+
+
+OP = Op(
+    NAME,
+    ("Tensor q", "Tensor k", "Tensor v", "Tensor? key_mask", "Tensor? key_weight", "Tensor? cos_q", "Tensor? sin_q",
+     "Tensor? cos_k", "Tensor? sin_k", "Tensor? cu_q", "Tensor? cu_k"),
+    "str feature_map, float rate, str normalizer, float eps, float scale, float offset, bool half, bool detach, str gpu",
+    differentiable=(0, 1, 2, 4, 5, 6, 7, 8),
+    batched=5,
+    definition=definition,
+    fake=_fake,
+    gpu=Gpu(),
+    outputs=("out", "state", "key_lse"),
+    autocast=False,
+)  # fmt: skip
+OP.register()
+linear_attention.explain = _explain  # type: ignore[attr-defined]

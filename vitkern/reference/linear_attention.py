@@ -1,0 +1,179 @@
+"""linear_attention: attention whose scores factor through a feature map (Linear Transformers, Katharopoulos et al. 2020).
+
+    a_i = scale phi(q_i)      b_j = w_j m_j phi(k_j)      ~ : after rope, otherwise the same
+    S = sum_j b~_j v_j^T      z = sum_j b_j      V = sum_j m_j v_j      n = sum_j m_j
+    num_i = S^T a~_i + offset V      den_i = <a_i, z> + offset n      o_i = N(num_i, den_i)
+
+The denominator is not rotated. All of it is float32 (float64 for float64); o is rounded once. A row of q, k, v is a map cut
+in windows, [B, Wy, wy, Wx, wx, ...]: each of the Wy Wx windows of wy wx tokens is a sequence of its own. Or, with bounds cu,
+sequences stand one behind the other along wx.
+"""
+
+import torch
+from torch import Tensor
+
+NORMALIZERS = ("sum", "mean", "none", "max", "abs_max", "subtract")
+
+
+def linear_attention(
+    q: Tensor,  # [B, Wy, wy, Wx, wx, H, D]
+    k: Tensor,  # [B, Wy, ky, Wx, kx, Hk, D]
+    v: Tensor,  # [B, Wy, ky, Wx, kx, Hk, E]
+    key_mask: Tensor | None,  # [B, Wy, ky, Wx, kx] bool
+    key_weight: Tensor | None,  # [B, Wy, ky, Wx, kx, Hk]
+    cos_q: Tensor | None,  # [S|1, Nq, H|1, R/2]; with cu_q N counts the tokens of a row, and S the rows
+    sin_q: Tensor | None,
+    cos_k: Tensor | None,  # [S|1, Nk, Hk|1, R/2]
+    sin_k: Tensor | None,
+    cu_q: Tensor | None,  # [P + 1]
+    cu_k: Tensor | None,
+    feature_map: str,
+    rate: float,  # of the map "exp"
+    normalizer: str,
+    eps: float,
+    scale: float,
+    offset: float,
+    half: bool,  # layout of the rotation: channels i and i + R/2, else 2i and 2i + 1
+    detach: bool,  # of "abs_max": the divisor gets no gradient
+    gpu: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out`` like q of width E; ``state [S, Hk, F + 1, E + 1]``, S z over V n; ``key_lse [S, Hk, F]`` of the map "softmax",
+    else ``[S, Hk, 0]``: of each channel the log of the sum of the exponentials of its keys."""
+    acc = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+    rest = (feature_map, rate, normalizer, eps, scale, offset, half, detach)
+    used = torch.ones_like(k[..., 0, 0], dtype=torch.bool) if key_mask is None else key_mask  # [B, Wy, ky, Wx, kx]
+    parts = [sequences(t.to(acc)) for t in (q, k, v)]  # [S, N, heads, width]
+    valid = sequences(used)  # [S, Nk]
+    weight = None if key_weight is None else sequences(key_weight.to(acc))  # [S, Nk, Hk]
+    tables = [None if t is None else t.to(acc) for t in (cos_q, sin_q, cos_k, sin_k)]  # [S|1, N, H|1, R/2]
+    if cu_q is None or cu_k is None:
+        o, state, lse = one(*parts, valid, weight, *tables, *rest)  # [S, Nq, H, E]
+    else:
+        found = []
+        bounds = zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True)
+        for q0, q1, k0, k1 in bounds:
+            some = [parts[0][:, q0:q1], parts[1][:, k0:k1], parts[2][:, k0:k1]]  # [B, n, heads, width]
+            cuts = ((q0, q1), (q0, q1), (k0, k1), (k0, k1))
+            turn = [None if t is None else t[:, a:b] for t, (a, b) in zip(tables, cuts, strict=True)]  # [B|1, n, H|1, R/2]
+            w = None if weight is None else weight[:, k0:k1]  # [B, n, Hk]
+            found.append(one(*some, valid[:, k0:k1], w, *turn, *rest))  # [B, n, H, E]
+        o = torch.cat([f[0] for f in found], 1)  # [B, T, H, E]
+        state, lse = (torch.stack([f[i] for f in found], 1).flatten(0, 1) for i in (1, 2))  # [S, Hk, ...]
+    rows, wy, columns, wx = q.shape[1:5]
+    o = o.to(v.dtype).unflatten(0, (q.shape[0], rows, columns)).unflatten(3, (wy, wx))  # [B, Wy, Wx, wy, wx, H, E]
+    return o.transpose(2, 3).contiguous(), state, lse
+
+
+def sequences(x: Tensor) -> Tensor:
+    """``[B, Wy, wy, Wx, wx, ...]`` as ``[B Wy Wx, wy wx, ...]``."""
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def one(
+    q: Tensor,  # [S, Nq, H, D]
+    k: Tensor,  # [S, Nk, Hk, D]
+    v: Tensor,  # [S, Nk, Hk, E]
+    valid: Tensor,  # [S, Nk]
+    weight: Tensor | None,  # [S, Nk, Hk]
+    cos_q: Tensor | None,
+    sin_q: Tensor | None,
+    cos_k: Tensor | None,
+    sin_k: Tensor | None,
+    feature_map: str,
+    rate: float,
+    normalizer: str,
+    eps: float,
+    scale: float,
+    offset: float,
+    half: bool,
+    detach: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = ~valid[..., None, None]  # [S, Nk, 1, 1]
+    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # [S, Nk, Hk, .]
+    a = features(q, feature_map, rate) * scale  # [S, Nq, H, F]
+    lse = k.new_empty((k.shape[0], k.shape[2], 0))  # [S, Hk, 0]
+    if feature_map == "softmax":
+        logits = k.masked_fill(hidden, -torch.inf)  # [S, Nk, Hk, F]
+        top = logits.detach().amax(1, keepdim=True) if k.shape[1] else k.sum(1, keepdim=True)  # [S, 1, Hk, F]
+        top = top.masked_fill(top.isneginf(), 0.0)  # [S, 1, Hk, F]
+        b = (logits - top).exp()  # [S, Nk, Hk, F]
+        mass = b.sum(1, keepdim=True)  # [S, 1, Hk, F]
+        lse = (top + mass.log())[:, 0]  # [S, Hk, F]
+        b = b / mass.masked_fill(mass == 0, 1.0)  # [S, Nk, Hk, F]
+    else:
+        b = features(k, feature_map, rate).masked_fill(hidden, 0.0)  # [S, Nk, Hk, F]
+    if weight is not None:
+        b = b * weight.masked_fill(hidden[..., 0], 0.0)[..., None]  # [S, Nk, Hk, F]
+    turned_a, turned_b = turn(a, cos_q, sin_q, half), turn(b, cos_k, sin_k, half)  # [S, N, heads, F]
+    s = torch.einsum("snhf,snhe->shfe", turned_b, v)  # [S, Hk, F, E]
+    z, total, n = b.sum(1), v.sum(1), valid.sum(1).to(k.dtype)  # [S, Hk, F], [S, Hk, E], [S]
+    group = q.shape[2] // k.shape[2]
+    num = torch.einsum("snhf,shfe->snhe", turned_a, s.repeat_interleave(group, 1))  # [S, Nq, H, E]
+    den = torch.einsum("snhf,shf->snh", a, z.repeat_interleave(group, 1))[..., None]  # [S, Nq, H, 1]
+    values = total.repeat_interleave(group, 1)[:, None]  # [S, 1, H, E]
+    count = n[:, None, None, None]  # [S, 1, 1, 1]
+    out = normalize(num + offset * values, den + offset * count, values, count, normalizer, eps, detach)
+    last = torch.cat((total, n[:, None, None].expand(-1, k.shape[2], 1)), -1)  # [S, Hk, E + 1]
+    state = torch.cat((torch.cat((s, z[..., None]), -1), last[:, :, None]), 2)  # [S, Hk, F + 1, E + 1]
+    return out, state, lse
+
+
+def normalize(
+    num: Tensor,  # [..., E]
+    den: Tensor,  # [..., 1]
+    values: Tensor,  # [..., E]: the sum of the values
+    count: Tensor,  # [..., 1]: of valid keys
+    normalizer: str,
+    eps: float,
+    detach: bool,
+) -> Tensor:
+    """The output. Where the divisor is exactly 0 it is 0, and so are its gradients."""
+    if normalizer == "none":
+        return num
+    if normalizer == "subtract":
+        n = count.clamp(min=1)
+        return num / n + (1 - den / n) * (values / n)
+    if normalizer == "sum":
+        divisor = den + eps
+    elif normalizer == "mean":
+        divisor = den + count * eps
+    elif normalizer == "max":
+        divisor = torch.where(den > eps, den, eps)
+    else:
+        divisor = torch.where(den.abs() > eps, den.abs(), eps)
+    if detach:
+        divisor = divisor.detach()
+    zero = divisor == 0
+    return (num / divisor.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+
+
+def features(x: Tensor, name: str, rate: float) -> Tensor:
+    """phi(x) of x [S, N, H, D], for the softmax that of the queries."""
+    if name == "relu":
+        return x.relu()
+    if name == "elu1":
+        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    if name == "leaky_relu":
+        return torch.nn.functional.leaky_relu(x)
+    if name == "exp":
+        return (rate * x).exp()
+    if name == "softmax":
+        return x.softmax(-1)
+    if name == "silu_norm":
+        y = torch.nn.functional.silu(x) + 0.5
+        return y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return x
+
+
+def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, half: bool) -> Tensor:
+    """x [S, N, H, F] with its first R channels rotated by tables [S|1, N, H|1, R/2]."""
+    if cos is None or sin is None:
+        return x
+    pairs = cos.shape[-1]
+    if half:
+        a, b = x[..., :pairs], x[..., pairs : 2 * pairs]  # [S, N, H, R/2]
+    else:
+        a, b = x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]  # [S, N, H, R/2]
+    pair = (a * cos - b * sin, b * cos + a * sin)  # [S, N, H, R/2]
+    turned = torch.cat(pair, -1) if half else torch.stack(pair, -1).flatten(-2)  # [S, N, H, R]
+    return torch.cat((turned, x[..., 2 * pairs :]), -1)  # [S, N, H, F]

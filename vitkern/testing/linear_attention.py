@@ -1,0 +1,159 @@
+"""Sampled and hand-picked calls of linear_attention."""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vitkern
+from vitkern import feature_map
+from vitkern.testing.registry import Call, Entry, label
+from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
+
+POSITIVE = ("relu", "elu1", "softmax", "silu_norm", "exp", "focused")
+SIGNED = ("identity", "leaky_relu")
+PRESETS = ("efficientvit", "timm", "linear_transformer", "mlla", "rala", "inline", "efficient_attention", "lucidrains", "lion_lit")
+
+
+def make(
+    seed: int,
+    batch: int,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...] | None = None,
+    *,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    d: int = 8,
+    dv: int | None = None,
+    name: str | None = "relu",
+    masked: bool = False,
+    weight: str = "none",
+    rope: str = "none",
+    layout: str = "plain",
+    lengths: tuple[tuple[int, int], ...] = (),
+    expanded_gradient: bool = False,
+    **options: Any,
+) -> Call:
+    """`queries`, `keys`: sides of the maps. `weight`: none, heads, shared. `rope`: none, or `layout order`. `lengths`: of packed
+    sequences of queries and of keys, in place of the maps."""
+    g = torch.Generator().manual_seed(seed)
+    keys, kv_heads, dv = queries if keys is None else keys, kv_heads or heads, dv or d
+    if lengths:
+        batch, layout = 1, "plain"
+        queries, keys = ((sum(pair[i] for pair in lengths),) for i in (0, 1))
+
+    def leaf(sides: tuple[int, ...], count: int, width: int) -> Tensor:
+        return torch.randn(leaf_shape(layout, batch, sides, count, width), generator=g, dtype=torch.float64)
+
+    tensors = {"q": leaf(queries, heads, d), "k": leaf(keys, kv_heads, d), "v": leaf(keys, kv_heads, dv)}
+    if masked:
+        tensors["mask"] = torch.rand((batch, *keys), generator=g) < 0.7
+    if weight != "none":
+        shape = (batch, *keys, kv_heads if weight == "heads" else 1)
+        tensors["weight"] = torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
+    if name == "focused":
+        tensors["scale"] = torch.randn(1, 1, heads * d, generator=g, dtype=torch.float64)
+    if rope != "none":
+        pairs, tokens = max(d // 4, 1), torch.Size(queries).numel()
+        angles = torch.randn(1, tokens, heads if kv_heads == heads else 1, pairs, generator=g, dtype=torch.float64)
+        tensors |= {"cos": angles.cos(), "sin": angles.sin()}
+    for i, cu in enumerate(("cu_q", "cu_k")):
+        if lengths:
+            tensors[cu] = torch.tensor([0, *(pair[i] for pair in lengths)]).cumsum(0).to(torch.int32)
+
+    def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        of = {"q": (queries, heads), "k": (keys, kv_heads), "v": (keys, kv_heads)}
+        args = [view(layout, t[n], len(sides), count) for n, (sides, count) in of.items()]
+        more: dict[str, Any] = {"key_mask": t.get("mask"), "key_weight": t.get("weight")}
+        if lengths:
+            args = [x[0] for x in args]
+            more = {n: None if x is None else x[0] for n, x in more.items()}
+            more |= {"cu_seqlens": t["cu_q"], "cu_seqlens_k": t["cu_k"]}
+        if name == "focused":
+            more["feature_map"] = feature_map.Focused(t["scale"])
+        elif name == "exp":
+            more["feature_map"] = feature_map.Exp(0.5)
+        elif name is not None:
+            more["feature_map"] = name
+        if rope != "none":
+            style, order = rope.split()
+            more |= {"rope": vitkern.Rope(t["cos"], t["sin"], style), "rope_order": order}
+        return tuple(args), more | options
+
+    facts = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv, "map": name, "masked": masked}
+    facts |= {"weight": weight, "rope": rope, "layout": layout, "lengths": lengths}
+    named = frozenset(("weight", "scale", "cos", "sin"))
+    return Call(label(seed, facts | options), vitkern.linear_attention, build, tensors, named, expanded_gradient, seed)
+
+
+def draw(rng: random.Random) -> Call:
+    heads = rng.choice((1, 2, 3, 4))
+    kv_heads = rng.choice([h for h in range(1, heads + 1) if heads % h == 0])
+    d = rng.choice(HEAD_SIZES[:12])
+    signed = rng.random() < 0.3
+    name: str | None = rng.choice(SIGNED if signed else POSITIVE)
+    normalizers = ("none", "subtract", "abs_max") if signed else ("sum", "sum", "mean", "none", "max", "subtract")
+    options: dict[str, Any] = {"normalizer": rng.choice(normalizers)}
+    if rng.random() < 0.2:
+        name, options = None, {"preset": rng.choice(PRESETS)}
+    if rng.random() < 0.3:
+        options["scale"] = rng.choice((0.3, 1.7))
+    if rng.random() < 0.2:
+        options["offset"] = rng.choice((1.0, 0.25))
+    if rng.random() < 0.3:
+        options["return_state"] = True
+    kind = rng.choice(("plain", "plain", "cross", "grid", "windows", "packed"))
+    queries: tuple[int, ...] = (rng.choice((1, 7, 63, 65, 200, 700)),)
+    keys, lengths = queries, ()
+    if kind == "cross":
+        keys = (rng.choice((1, 7, 64, 130)),)
+    elif kind in ("grid", "windows"):
+        window = (rng.choice((1, 3, 4)), rng.choice((2, 5)))
+        queries = keys = (window[0] * rng.choice((1, 2)), window[1] * rng.choice((1, 3)))
+        if kind == "windows":
+            options["window_size"] = window
+    elif kind == "packed":
+        pairs = [(n, rng.choice((n, n, 5))) for n in rng.choices((0, 1, 17, 64, 100), k=4)]
+        lengths = (*pairs, (3, 4))
+    if name == "focused" or options.get("preset") == "rala":
+        kv_heads = heads
+    rope = "none"
+    if kind in ("plain", "grid") and d > 1 and rng.random() < 0.3:
+        rope = f"{rng.choice(('interleaved', 'half'))} {rng.choice(('before', 'after'))}"
+    if options.get("preset") == "rala" and lengths:
+        options = {"preset": "mlla"}
+    return make(
+        rng.randrange(2**31), rng.choice((1, 2, 3)), queries, keys, heads=heads, kv_heads=kv_heads, d=d,
+        dv=rng.choice((d, d, 1, 17, 40)), name=name, masked=rng.random() < 0.3, weight=rng.choice(("none", "none", "heads", "shared")),
+        rope=rope, layout=rng.choice(("plain", "packed", "channels", "heads", "batch")), lengths=lengths,
+        expanded_gradient=rng.random() < 0.2, **options,
+    )  # fmt: skip
+
+
+def small() -> list[Call]:
+    """Tiny calls that together reach every branch of a kernel."""
+    return [
+        make(1, 2, (9,), masked=True, return_state=True),
+        make(2, 2, (5,), (7,), heads=4, kv_heads=2, d=5, dv=3, name="elu1", normalizer="mean", weight="heads"),
+        make(3, 2, (6,), name="softmax", normalizer="none", masked=True, scale=0.5, layout="packed"),
+        make(4, 2, (6,), name="identity", normalizer="subtract", masked=True, layout="heads"),
+        make(5, 2, (4, 6), name="elu1", rope="interleaved after", normalizer="mean", window_size=None),
+        make(6, 2, (4, 6), name="silu_norm", window_size=(2, 3), offset=0.5, layout="channels"),
+        make(7, 1, (), lengths=((3, 3), (0, 2), (5, 4), (1, 0)), name="elu1", masked=True, weight="shared", return_state=True),
+        make(8, 2, (7,), name="leaky_relu", normalizer="abs_max", offset=0.5, eps=0.75),
+        make(9, 2, (7,), name="exp", normalizer="max", eps=20.0, rope="half after", layout="batch"),
+        make(10, 2, (5,), heads=3, name="focused", preset="flatten"),
+        make(11, 0, (5,)),
+        make(12, 2, (150,), (140,), heads=6, kv_heads=2, d=20, dv=40, name="softmax", return_state=True),
+        make(13, 1, (600,), d=16, name="identity", normalizer="none", rope="half before"),
+        make(14, 1, (70,), name=None, preset="retnet", heads=1, d=33),
+        make(15, 1, (70,), name=None, preset="rala", masked=True),
+    ]
+
+
+def sizes() -> list[Call]:
+    return [make(1, 3, (n,), (m,), name="elu1", weight="heads", masked=True, dv=7) for n, m in ((17, 9), (30, 20), (41, 7))]
+
+
+ENTRIES = (Entry("linear_attention", draw, small, sizes, cast=("q", "k", "v")),)
