@@ -48,7 +48,9 @@ class Focused:
         x = _wide(x)
         y = (x.relu() + 1e-6) / softplus(self.scale.to(x.dtype)).reshape(x.shape[2:])  # [S, N, H, D]
         dims = (2, 3) if self.norm == "width" else (3,)
-        top = y.detach().amax(dims, keepdim=True)  # [S, N, 1|H, 1]: the power of what is far below it may underflow, not its norm
+        top = y.detach().amax(
+            dims, keepdim=True
+        )  # [S, N, 1|H, 1]: the power of what is far below it may underflow, not its norm
         u = (y / top) ** self.power  # [S, N, H, D]
         lengths = [torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (y, u)]  # [S, N, 1|H, 1]
         return u * (lengths[0] / lengths[1])
@@ -81,8 +83,8 @@ class Polar:
 @dataclass(frozen=True, eq=False)
 class Hedgehog:
     """Learned features (Zhang et al. 2024) of ``y = W x + b``, ``weight [H, F, D]``, ``bias [H, F]``. Three maps bear the name:
-    ``"joint"`` softmax over 2 F of ``[2 y, -2 y]``; ``"split"`` ``[softmax(y), softmax(-y)]``, each entry at least ``eps``; ``"exp"``
-    ``[exp(y - m), exp(-y - m)]`` with ``m = max |y|``."""
+    ``"joint"`` softmax over 2 F of ``[2 y, -2 y]``; ``"split"`` ``[softmax(y), softmax(-y)]``, each entry at least ``eps``;
+    ``"exp"`` ``[exp(y - m), exp(-y - m)]`` with ``m = max |y|``."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -107,8 +109,8 @@ class Hedgehog:
 @dataclass(frozen=True, eq=False)
 class Favor:
     """Positive random features of the softmax kernel (Performer, Choromanski et al. 2021), ``omega [m, D]``, x scaled by
-    ``D^-1/4``: ``m^-1/2 (exp(<omega, x> - |x|^2 / 2 - max) + eps)``, the maximum of ``<omega, x>`` over the features of a query, over
-    features and valid tokens of the keys. ``generalised``: ``max(<omega, x>, 0) + 1e-3``."""
+    ``D^-1/4``: ``m^-1/2 (exp(<omega, x> - |x|^2 / 2 - max) + eps)``, the maximum of ``<omega, x>`` over the features of a query,
+    over features and valid tokens of the keys. ``generalised``: ``max(<omega, x>, 0) + 1e-3``."""
 
     omega: Tensor
     eps: float = 1e-4
@@ -123,7 +125,9 @@ class Favor:
             return y.relu() + 1e-3
         if side == "k":
             among = y if valid is None else y.masked_fill(~valid[..., None, None], -torch.inf)
-            top = among.detach().amax((1, 3), keepdim=True) if y.shape[1] else y.sum((1, 3), keepdim=True)  # [S, 1, H, 1]
+            top = (
+                among.detach().amax((1, 3), keepdim=True) if y.shape[1] else y.sum((1, 3), keepdim=True)
+            )  # [S, 1, H, 1]
             top = top.masked_fill(top.isinf(), 0.0)
         else:
             top = y.detach().amax(3, keepdim=True)  # [S, N, H, 1]
@@ -159,8 +163,8 @@ class Sign:
 @dataclass(frozen=True, eq=False)
 class Hash:
     """Kernelised hash codes (EcoFormer, Liu et al. 2022): ``sign(kappa A)``, ``kappa_m = exp(-|x - anchor_m|^2 / (2 sigma^2)) -
-    mean_m``, ``sigma^2`` the mean of ``|x - anchor_m|^2`` over anchors and valid tokens. ``anchors [H|1, M, D]``, ``A [H|1, M, bits]``,
-    ``mean [H|1, M]``. Straight-through gradient where ``|kappa A| < 1``."""
+    mean_m``, ``sigma^2`` the mean of ``|x - anchor_m|^2`` over anchors and valid tokens. ``anchors [H|1, M, D]``,
+    ``A [H|1, M, bits]``, ``mean [H|1, M]``. Straight-through gradient where ``|kappa A| < 1``."""
 
     anchors: Tensor
     A: Tensor

@@ -5,6 +5,8 @@ from vitkern.nn.beit_attention import BeitAttention
 from vitkern.nn.decomposed_rel_pos_attention import DecomposedRelPosAttention
 from vitkern.nn.gaussian_mixture_attention import GaussianMixtureAttention
 from vitkern.nn.levit_attention import LevitAttention, LevitAttentionDownsample
+from vitkern.nn.linear_attention import FocusedLinearAttention, LinearAttention, SimplifiedLinearAttention
+from vitkern.nn.lite_mla import LiteMLA
 from vitkern.nn.masked_cross_attention import MaskedCrossAttention
 from vitkern.nn.sigmoid_attention import SigmoidAttention
 from vitkern.nn.talking_head_attention import TalkingHeadAttention
@@ -14,11 +16,15 @@ __all__ = [
     "Attention",
     "BeitAttention",
     "DecomposedRelPosAttention",
+    "FocusedLinearAttention",
     "GaussianMixtureAttention",
     "LevitAttention",
     "LevitAttentionDownsample",
+    "LinearAttention",
+    "LiteMLA",
     "MaskedCrossAttention",
     "SigmoidAttention",
+    "SimplifiedLinearAttention",
     "TalkingHeadAttention",
     "WindowAttention",
     "WindowAttentionV2",

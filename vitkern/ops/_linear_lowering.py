@@ -97,7 +97,9 @@ def lower(
             )
         key_weight = cut_k(key_weight.expand(k.shape[:-1]))
     if rope is not None and order == "before":
-        turned = [rope.turn(t.flatten(1, -3), among).reshape(t.shape) for t, among in ((q, rope.q_range), (k, rope.k_range))]
+        turned = [
+            rope.turn(t.flatten(1, -3), among).reshape(t.shape) for t, among in ((q, rope.q_range), (k, rope.k_range))
+        ]
         q, k = turned
     q, k, v_cut = cut_q(q), cut_k(k), cut_k(v)
     tables: Any = (None,) * 4
@@ -150,7 +152,9 @@ def _dense(custom: Any, x: Tensor, side: str, mask: Tensor | None, cu: Tensor | 
         found = custom.dense(flat, side, valid)  # [S, N, H, F]
     else:
         bounds = zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)
-        found = torch.cat([custom.dense(flat[:, i:j], side, valid if valid is None else valid[:, i:j]) for i, j in bounds], 1)
+        found = torch.cat(
+            [custom.dense(flat[:, i:j], side, valid if valid is None else valid[:, i:j]) for i, j in bounds], 1
+        )
     return found.unflatten(0, (batch, rows, columns)).unflatten(3, (wy, wx)).transpose(2, 3)
 
 
@@ -185,7 +189,9 @@ def _preset(preset: Any) -> Preset:
 def _feature_map(given: Any, preset: Any, chosen: Preset, q: Tensor, k: Tensor) -> Any:
     wanted = chosen.feature_map if given is None else given
     if isinstance(wanted, type):
-        raise ValueError(f"{NAME}: preset={preset!r} needs feature_map=vitkern.feature_map.{wanted.__name__}(...), got None")
+        raise ValueError(
+            f"{NAME}: preset={preset!r} needs feature_map=vitkern.feature_map.{wanted.__name__}(...), got None"
+        )
     if isinstance(wanted, str):
         if wanted not in maps.NAMES:
             known = ", ".join(map(repr, maps.NAMES))
@@ -195,7 +201,9 @@ def _feature_map(given: Any, preset: Any, chosen: Preset, q: Tensor, k: Tensor) 
             )
         return wanted
     if not callable(getattr(wanted, "dense", None)):
-        raise TypeError(f"{NAME}: feature_map must be a name or an object of vitkern.feature_map, got {type(wanted).__name__}")
+        raise TypeError(
+            f"{NAME}: feature_map must be a name or an object of vitkern.feature_map, got {type(wanted).__name__}"
+        )
     form = FORMS.get(preset)
     if form is not None and isinstance(wanted, maps.Hedgehog) and wanted.form != form:
         raise ValueError(f"{NAME}: preset={preset!r} needs Hedgehog(form={form!r}), got {wanted.form!r}")
@@ -203,10 +211,13 @@ def _feature_map(given: Any, preset: Any, chosen: Preset, q: Tensor, k: Tensor) 
         t = getattr(wanted, name)
         if isinstance(t, Tensor) and t.numel() != q.shape[-2] * q.shape[-1]:
             raise ValueError(
-                f"{NAME}: {name} of {type(wanted).__name__} must have H D = {q.shape[-2] * q.shape[-1]} elements, got {list(t.shape)}"
+                f"{NAME}: {name} of {type(wanted).__name__} must have H D = {q.shape[-2] * q.shape[-1]} elements, "
+                f"got {list(t.shape)}"
             )
     if isinstance(wanted, (maps.Focused, maps.Polar, maps.Hedgehog, maps.Hash)) and q.shape[-2] != k.shape[-2]:
-        raise NotImplementedError(f"{NAME}: {type(wanted).__name__} takes as many heads of k as of q, got {k.shape[-2]}")
+        raise NotImplementedError(
+            f"{NAME}: {type(wanted).__name__} takes as many heads of k as of q, got {k.shape[-2]}"
+        )
     return wanted
 
 
@@ -225,7 +236,9 @@ def _check_tensors(q: Any, k: Any, v: Any, packed: bool) -> None:
     if k.dim() != q.dim():
         raise ValueError(f"{NAME}: k must have the rank of q ({q.dim()}), got {k.dim()}")
     if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"{NAME}: v must have the shape of k but for its channels, {list(k.shape[:-1])}, got {list(v.shape[:-1])}")
+        raise ValueError(
+            f"{NAME}: v must have the shape of k but for its channels, {list(k.shape[:-1])}, got {list(v.shape[:-1])}"
+        )
     if not packed and k.shape[0] != q.shape[0]:
         raise ValueError(f"{NAME}: k must have the batch of q ({q.shape[0]}), got {k.shape[0]}")
     if k.shape[-1] != q.shape[-1]:
@@ -282,7 +295,9 @@ def _cuts(q: Tensor, k: Tensor, window_size: Any, packed: bool) -> tuple[_Cut, _
             raise ValueError(f"{NAME}: window_size must divide the map, {list(q.shape[1:-2])}, got {window_size!r}")
         counts.append(length // side)
         if of_keys % max(counts[-1], 1):
-            raise ValueError(f"{NAME}: the map of k must divide into the {counts[-1]} windows of q, got {list(k.shape[1:-2])}")
+            raise ValueError(
+                f"{NAME}: the map of k must divide into the {counts[-1]} windows of q, got {list(k.shape[1:-2])}"
+            )
     windows = tuple(max(c, 1) for c in counts)
     return _Cut(q.shape, windows, packed), _Cut(k.shape, windows, packed)
 

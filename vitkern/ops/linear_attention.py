@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern.feature_map import Polar
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._linear_lowering import NAME, Lowered, apply_map, lower
 from vitkern.ops._op import Op
@@ -86,12 +86,7 @@ def linear_attention(
     _check_lepe(lepe, q, v)
     if return_state and isinstance(custom, Polar):
         raise NotImplementedError(f"{NAME}: return_state must be False with feature_map.Polar, which has two states")
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        lowered.q, lowered.k, lowered.v = (t.to(dtype) for t in (lowered.q, lowered.k, lowered.v))
-    with torch.autocast(device, enabled=False):
-        out, state = _run(lowered, custom, backend)
+    out, state = _run(lowered, custom, backend)
     if lepe is not None:
         values = v.to(out.dtype).flatten(1, -3)
         out = (out.flatten(1, -3) + lepe.of(values).repeat_interleave(q.shape[-2] // k.shape[-2], 2)).reshape(out.shape)
@@ -99,6 +94,13 @@ def linear_attention(
 
 
 def _run(lowered: Lowered, custom: Any, backend: str | None) -> tuple[Tensor, Any]:
+    device = lowered.q.device.type
+    if torch.is_autocast_enabled(device):
+        if lowered.q.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            lowered.q, lowered.k, lowered.v = (t.to(dtype) for t in (lowered.q, lowered.k, lowered.v))
+        with torch.autocast(device, enabled=False):
+            return _run(lowered, custom, backend)
     wide = torch.promote_types(lowered.q.dtype, torch.float32)
     if custom is not None:
         apply_map(lowered, custom)
@@ -115,7 +117,10 @@ def _two_halves(lowered: Lowered, backend: str | None) -> Tensor:
     q, v = lowered.q, lowered.v
     width, features = v.shape[-1] // 2, q.shape[-1] // 2
     found = []
-    for queries, values in ((q, v[..., :width]), (torch.cat((q[..., features:], q[..., :features]), -1), v[..., width:])):
+    for queries, values in (
+        (q, v[..., :width]),
+        (torch.cat((q[..., features:], q[..., :features]), -1), v[..., width:]),
+    ):
         lowered.q, lowered.v = queries, values
         found.append(_call.run(OP, lowered.args, backend)[0])
     return torch.cat(found, -1)
@@ -142,7 +147,9 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return v.new_empty((*q.shape[:6], channels)), state, lse
 
 
-def _explain(*args: Any, backend: str | None = None, lepe: Any = None, return_state: bool = False, **options: Any) -> Any:
+def _explain(
+    *args: Any, backend: str | None = None, lepe: Any = None, return_state: bool = False, **options: Any
+) -> Any:
     lowered, custom = lower(*args, **options)
     return _call.explanation(NAME, OP, lowered.args, backend)
 

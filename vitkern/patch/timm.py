@@ -1,4 +1,5 @@
-"""timm: Swin and SwinV2, at the block that owns roll and partition; masked and biased attention, at the attention module.
+"""timm: Swin and SwinV2, at the block that owns roll and partition; masked, biased and linear attention, at the
+attention module.
 
 | class | versions | op | not served |
 |---|---|---|---|
@@ -7,6 +8,7 @@
 | beit.Attention | 1.0.29 to 1.0.x | attention, relative position with a prefix | an index buffer that is not BEiT's |
 | cait.TalkingHeadAttn, cait.ClassAttn | 1.0.29 to 1.0.x | attention, talking heads | |
 | levit.Attention, levit.AttentionDownsample | 1.0.29 to 1.0.x | attention, absolute offsets | an index buffer that is not LeViT's |
+| efficientvit_mit.LiteMLA | 1.0.29 to 1.0.x | linear_attention | features other than ReLU |
 | vision_transformer_sam.Attention | 1.0.29 to 1.0.x | attention, decomposed positions or rope | |
 
 Window and shift are read at each call, so set_input_size works on a patched model. A block with a static mask and a map
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch import _timm_attention
+from vitkern.patch import _timm_attention, _timm_linear
 from vitkern.patch._windows import (
     continuous_table,
     dropout_rate,
@@ -115,4 +117,5 @@ TABLE = {
     "timm.models.swin_transformer.SwinTransformerBlock": (_swin, "window_attention"),
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": (_swinv2, "window_attention (cosine)"),
     **_timm_attention.TABLE,
+    **_timm_linear.TABLE,
 }

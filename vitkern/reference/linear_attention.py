@@ -54,7 +54,9 @@ def linear_attention(
         for q0, q1, k0, k1 in bounds:
             some = [parts[0][:, q0:q1], parts[1][:, k0:k1], parts[2][:, k0:k1]]  # [B, n, heads, width]
             cuts = ((q0, q1), (q0, q1), (k0, k1), (k0, k1))
-            turn = [None if t is None else t[:, a:b] for t, (a, b) in zip(tables, cuts, strict=True)]  # [B|1, n, H|1, R/2]
+            turn = [
+                None if t is None else t[:, a:b] for t, (a, b) in zip(tables, cuts, strict=True)
+            ]  # [B|1, n, H|1, R/2]
             w = None if weight is None else weight[:, k0:k1]  # [B, n, Hk]
             found.append(one(*some, valid[:, k0:k1], w, *turn, *rest))  # [B, n, H, E]
         o = torch.cat([f[0] for f in found], 1)  # [B, T, H, E]

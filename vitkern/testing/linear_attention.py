@@ -13,7 +13,17 @@ from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
 
 POSITIVE = ("relu", "elu1", "softmax", "silu_norm", "exp", "focused")
 SIGNED = ("identity", "leaky_relu")
-PRESETS = ("efficientvit", "timm", "linear_transformer", "mlla", "rala", "inline", "efficient_attention", "lucidrains", "lion_lit")
+PRESETS = (
+    "efficientvit",
+    "timm",
+    "linear_transformer",
+    "mlla",
+    "rala",
+    "inline",
+    "efficient_attention",
+    "lucidrains",
+    "lion_lit",
+)
 
 
 def make(
@@ -81,7 +91,17 @@ def make(
             more |= {"rope": vitkern.Rope(t["cos"], t["sin"], style), "rope_order": order}
         return tuple(args), more | options
 
-    facts = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv, "map": name, "masked": masked}
+    facts = {
+        "B": batch,
+        "Nq": queries,
+        "Nk": keys,
+        "H": heads,
+        "Hk": kv_heads,
+        "D": d,
+        "Dv": dv,
+        "map": name,
+        "masked": masked,
+    }
     facts |= {"weight": weight, "rope": rope, "layout": layout, "lengths": lengths}
     named = frozenset(("weight", "scale", "cos", "sin"))
     return Call(label(seed, facts | options), vitkern.linear_attention, build, tensors, named, expanded_gradient, seed)
@@ -125,7 +145,8 @@ def draw(rng: random.Random) -> Call:
         options = {"preset": "mlla"}
     return make(
         rng.randrange(2**31), rng.choice((1, 2, 3)), queries, keys, heads=heads, kv_heads=kv_heads, d=d,
-        dv=rng.choice((d, d, 1, 17, 40)), name=name, masked=rng.random() < 0.3, weight=rng.choice(("none", "none", "heads", "shared")),
+        dv=rng.choice((d, d, 1, 17, 40)), name=name, masked=rng.random() < 0.3,
+        weight=rng.choice(("none", "none", "heads", "shared")),
         rope=rope, layout=rng.choice(("plain", "packed", "channels", "heads", "batch")), lengths=lengths,
         expanded_gradient=rng.random() < 0.2, **options,
     )  # fmt: skip
@@ -140,7 +161,16 @@ def small() -> list[Call]:
         make(4, 2, (6,), name="identity", normalizer="subtract", masked=True, layout="heads"),
         make(5, 2, (4, 6), name="elu1", rope="interleaved after", normalizer="mean", window_size=None),
         make(6, 2, (4, 6), name="silu_norm", window_size=(2, 3), offset=0.5, layout="channels"),
-        make(7, 1, (), lengths=((3, 3), (0, 2), (5, 4), (1, 0)), name="elu1", masked=True, weight="shared", return_state=True),
+        make(
+            7,
+            1,
+            (),
+            lengths=((3, 3), (0, 2), (5, 4), (1, 0)),
+            name="elu1",
+            masked=True,
+            weight="shared",
+            return_state=True,
+        ),
         make(8, 2, (7,), name="leaky_relu", normalizer="abs_max", offset=0.5, eps=0.75),
         make(9, 2, (7,), name="exp", normalizer="max", eps=20.0, rope="half after", layout="batch"),
         make(10, 2, (5,), heads=3, name="focused", preset="flatten"),
@@ -153,7 +183,9 @@ def small() -> list[Call]:
 
 
 def sizes() -> list[Call]:
-    return [make(1, 3, (n,), (m,), name="elu1", weight="heads", masked=True, dv=7) for n, m in ((17, 9), (30, 20), (41, 7))]
+    return [
+        make(1, 3, (n,), (m,), name="elu1", weight="heads", masked=True, dv=7) for n, m in ((17, 9), (30, 20), (41, 7))
+    ]
 
 
 ENTRIES = (Entry("linear_attention", draw, small, sizes, cast=("q", "k", "v")),)

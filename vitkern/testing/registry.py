@@ -122,7 +122,16 @@ def entries() -> dict[str, Entry]:
     )
 
     merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens, select_tokens, restore_tokens, drop_tokens)
-    modules = (window_attention, attention, linear_attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
+    modules = (
+        window_attention,
+        attention,
+        linear_attention,
+        *merging,
+        soft_merge,
+        cluster_tokens,
+        cluster_kmeans,
+        reconstruct_tokens,
+    )
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 
