@@ -34,12 +34,17 @@ class Eager:
     def added(self, inputs: dict[str, Any], q: Tensor) -> Tensor | None:
         if not self.case.grid:
             return inputs.get("bias")
+        rows, columns = self.relative(inputs, q)
+        return (rows[..., :, None] + columns[..., None, :]).flatten(3)
+
+    def relative(self, inputs: dict[str, Any], q: Tensor) -> tuple[Tensor, Tensor]:
+        """What each query adds to the rows and to the columns of the grid of keys, [B, H, N, n]."""
         n = self.case.grid
-        place = torch.arange(n)[:, None] - torch.arange(n) + n - 1
+        place = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device) + n - 1
         grid = q.unflatten(2, (n, n))
         rows = torch.einsum("bhyxd,yud->bhyxu", grid, inputs["rel_h"][place])
         columns = torch.einsum("bhyxd,xwd->bhyxw", grid, inputs["rel_w"][place])
-        return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+        return rows.flatten(2, 3), columns.flatten(2, 3)
 
     def seen(self, inputs: dict[str, Any]) -> Tensor:
         """True where a resized probability is at least a half; all of a row without such a cell."""
@@ -62,12 +67,39 @@ class Sdpa(Eager):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
+class Flex(Eager):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        self.flex = torch.compile(flex_attention, dynamic=False)
+        self.block_mask = torch.compile(create_block_mask, dynamic=False)
+
+    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+        q, k, v = (inputs[n].transpose(1, 2) for n in ("q", "k", "v"))
+        bias, n, blocks = inputs.get("bias"), self.case.grid, None
+        rows, columns = self.relative(inputs, q) if n else (q, q)
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if n:
+                return score + rows[b, h, i, j // n] + columns[b, h, i, j % n]
+            return score if bias is None else score + bias[h, i, j]
+
+        if self.case.masks:
+            seen = self.seen(inputs)
+            shape = (self.case.batch, None, self.case.queries, self.case.keys)
+            blocks = self.block_mask(lambda b, h, i, j: seen[b, 0, i, j], *shape, device=q.device)
+        return self.flex(q, k, v, score_mod=score_mod, block_mask=blocks).transpose(1, 2)
+
+
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
-    """The baseline as a function of the inputs; talking heads have no fused form, so that sdpa stands for eager there."""
+    """The baseline as a function of the inputs; talking heads have no fused form, so that eager stands for sdpa and flex there."""
     if name == "compiled":
         return torch.compile(Eager(case).__call__, dynamic=False)
-    return Eager(case) if name == "eager" or case.mixed else Sdpa(case)
+    fused = {"eager": Eager, "sdpa": Sdpa, "flex": Flex}[name]
+    return (Eager if case.mixed else fused)(case)
 
 
 def supports(name: str, device: str, backward: bool) -> bool:
-    return True
+    """FlexAttention has no backward on the CPU."""
+    return not (name == "flex" and device == "cpu" and backward)

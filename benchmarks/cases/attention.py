@@ -12,7 +12,7 @@ from vitkern.modulation import TalkingHeads
 
 from ._random import tensors
 
-BASELINES = ("eager", "compiled", "sdpa")
+BASELINES = ("eager", "compiled", "sdpa", "flex")
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 
 
