@@ -22,6 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_tiles,
     _attention_host,
+    _attention_visits,
     _reduce,
     _window_bwd_tiled,
     attention,
@@ -91,7 +92,7 @@ def caught(family):
         patch.setattr(module, "family", lambda device: family)
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
-        select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles,
+        select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -214,6 +215,7 @@ ATTENTION = {
     "packed, every term": dict(
         width=64, packed=True, distances=True, means=True, rule="table", grid=(14, 14), **EVERY_TERM
     ),
+    "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
     "wide": dict(width=256, width_v=192, causal=True),
     "wide, every term": dict(width=256, **EVERY_TERM),
 }
@@ -277,6 +279,7 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     case = ATTENTION[name]
     assert ("_backward_bias" in seen) == (case.get("bias", True) is not None or "factors" in case)
     assert ("_backward_relative" in seen) == ("grid" in case) and ("_key_means" in seen) == ("means" in case)
+    assert not name.startswith("masked") or {"_visible", "_join"} <= seen
 
 
 MATCHES = {

@@ -5,7 +5,8 @@ import triton.language as tl
 
 from ._attention_bwd_tiles import key_side, query_side
 from ._attention_host import UNSPECIALIZED
-from ._attention_tiles import SOFTMAX, of_sample, row_factor, row_products, weights
+from ._attention_terms import of_sample, row_factor
+from ._attention_tiles import SOFTMAX, row_products, weights
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

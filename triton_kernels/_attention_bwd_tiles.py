@@ -7,22 +7,26 @@ import triton
 import triton.language as tl
 
 from ._attention_host import UNSPECIALIZED
+from ._attention_terms import (
+    distances,
+    last_key,
+    listed,
+    mean_gradient,
+    of_sample,
+    places,
+    row_factor,
+    slope_of,
+    visited,
+)
 from ._attention_tiles import (
     SOFTMAX,
     add_weighted,
     clean_parts,
-    distances,
-    last_key,
     load_parts,
-    mean_gradient,
-    of_sample,
     offsets,
-    places,
     product_gradient,
-    row_factor,
     row_products,
     scaled_parts,
-    slope_of,
     store_parts,
     weights,
     zero_parts,
@@ -71,8 +75,8 @@ def query_side(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
-    dweight_ptr, dslope_ptr, dxy_ptr,
-    terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, sizes,
+    dweight_ptr, dslope_ptr, dxy_ptr, visit_ptr, count_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, visit_strides, sizes,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
@@ -91,6 +95,7 @@ def _backward_queries(
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
     last = last_key(terms, sizes, row, sizes[2], offset, CAUSAL, BLOCK_M)
+    begin, end, visits = listed(count_ptr, visit_strides, image, head, row // BLOCK_M, 0, last, BLOCK_N)
     factor = row_factor(terms, term_strides, head, scale)
     q, dout, lse, low, live, real, flat = query_side(
         q_ptr, dout_ptr, lse_ptr, None, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
@@ -100,7 +105,8 @@ def _backward_queries(
 
     if NORM == SOFTMAX:
         norm = tl.zeros([BLOCK_M], tl.float32)
-        for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
+        for n in tl.range(begin, end, num_stages=STAGES):
+            start = visited(visit_ptr, visits, n, BLOCK_N)
             j = start + tl.arange(0, BLOCK_N)
             k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                              WIDTHS, WIDTHS_V, ALIGN)
@@ -138,7 +144,8 @@ def _backward_queries(
         dx = tl.zeros([BLOCK_M], tl.float32)
         dq = zero_parts(BLOCK_M, WIDTHS)
         dfactor = tl.zeros([BLOCK_M], tl.float32)
-        for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
+        for n in tl.range(begin, end, num_stages=STAGES):
+            start = visited(visit_ptr, visits, n, BLOCK_N)
             j = start + tl.arange(0, BLOCK_N)
             k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                              WIDTHS, WIDTHS_V, ALIGN)
@@ -182,8 +189,8 @@ def _backward_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dk_ptr, dv_ptr, dcolumn_ptr,
-    dxy_ptr,
-    terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, sizes,
+    dxy_ptr, visit_ptr, count_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, visit_strides, sizes,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
@@ -208,14 +215,17 @@ def _backward_keys(
     dv = zero_parts(BLOCK_N, WIDTHS_V)
     first = 0
     if CAUSAL:
-        first = tl.maximum(start - offset, 0) // BLOCK_M * BLOCK_M
+        first = tl.maximum(start - offset, 0)
     for g in tl.range(0, GROUP, num_stages=1):
         head = key_head * GROUP + g
         factor = row_factor(terms, term_strides, head, scale)
         dcolumn = tl.zeros([BLOCK_N], tl.float32)
         dy = tl.zeros([BLOCK_N], tl.float32)
         dx = tl.zeros([BLOCK_N], tl.float32)
-        for row in tl.range(first, queries, BLOCK_M, num_stages=STAGES):
+        begin, end, visits = listed(
+            count_ptr, visit_strides, image, head, start // BLOCK_N, first, queries, BLOCK_M)
+        for n in tl.range(begin, end, num_stages=STAGES):
+            row = visited(visit_ptr, visits, n, BLOCK_M)
             i = row + tl.arange(0, BLOCK_M)
             q, dout, lse, low, live, real, flat = query_side(
                 q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,

@@ -189,5 +189,5 @@ def programs(shared: dict, tiles: int) -> int:
 
 UNSPECIALIZED = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dlse_strides", "dq_strides", "dk_strides", "dv_strides",
-    "sizes", "threshold", "members", "chunks", "sides",
+    "sizes", "threshold", "members", "chunks", "sides", "visit_strides", "parts",
 )  # fmt: skip

@@ -4,18 +4,8 @@ import triton
 import triton.language as tl
 
 from ._attention_host import UNSPECIALIZED
-from ._attention_tiles import (
-    SOFTMAX,
-    load_parts,
-    of_sample,
-    offsets,
-    places,
-    plain_weights,
-    query_shares,
-    row_factor,
-    row_products,
-    scores,
-)
+from ._attention_terms import of_sample, places, query_shares, row_factor, scores
+from ._attention_tiles import SOFTMAX, load_parts, offsets, plain_weights, row_products
 from ._tiles import LOG2E
 
 

@@ -1,67 +1,20 @@
 """Tiles of attention, shared by the forward and the backward kernels.
 
 A head of D columns is one block of a power of two, or two where that is narrower (72 is 64 + 16): `parts`, a pair. WIDTHS
-is (D, first block, second block or 0). What a score is made of stands in `terms`, each a pointer or None:
-    0 bias, 1 key_bias, 2 mask, 3 factor, 4 sink, 5 seed, 6 gain, 7 weight, 8 rel_y, 9 rel_x, 10 q_ids, 11 k_ids, 12 allow,
-    13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy
-and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
-weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
-q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36 and of 16 from 39; of slope 42;
-(batch, token, axis) of q_xy from 43 and k_xy from 46. AXES says whether bias, key_bias, mask, gain and weight vary with the
-query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw of rel_x, rows and columns of allow, queries and
-keys of all samples). Of packed sequences these are the greatest; `of_sample` makes those of one, whose last two are the
-first of its queries and keys in its row of the tensors.
+is (D, first block, second block or 0).
 Exponentials are exp2 of scores that are whole, biases included, times log2(e).
 """
 
 import triton
 import triton.language as tl
 
+from ._attention_terms import gains, mean_gradient, query_shares, scores, weighed
 from ._tiles import LOG2E, clean, keep_keys, keep_tile, load_rows, store_rows
 
 SOFTMAX = tl.constexpr(0)                                   # NORM
 SIGMOID = tl.constexpr(1)
 RELU = tl.constexpr(2)
 NONE = tl.constexpr(3)
-NO_RULE = tl.constexpr(0)                                   # RULE
-EQUAL = tl.constexpr(1)
-TABLE = tl.constexpr(2)
-UPTO = tl.constexpr(3)
-
-
-@triton.jit
-def of_sample(terms, sizes, image):
-    """The sizes of one sample; bounds that leave the tensors are cut."""
-    queries = sizes[1]
-    keys = sizes[2]
-    first_q = 0
-    first_k = 0
-    if terms[13] is not None:
-        first_q = tl.maximum(0, tl.minimum(tl.load(terms[13] + image), sizes[8] - 1))
-        queries = tl.minimum(queries, tl.minimum(tl.load(terms[13] + image + 1), sizes[8]) - first_q)
-        first_k = tl.maximum(0, tl.minimum(tl.load(terms[14] + image), sizes[9] - 1))
-        keys = tl.minimum(keys, tl.minimum(tl.load(terms[14] + image + 1), sizes[9]) - first_k)
-    return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k
-
-
-@triton.jit
-def places(terms, image, n, count, first):
-    """The tokens n of a sample of `count` among those of all samples, in 64 bits; `first` is its first if it is packed."""
-    at = image.to(tl.int64) * count + n
-    if terms[13] is not None:
-        at = (first + n).to(tl.int64)
-    return at
-
-
-@triton.jit
-def last_key(terms, sizes, row, keys, offset, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Behind the last key that queries row.. may see."""
-    last = keys
-    if CAUSAL:
-        last = tl.minimum(keys, tl.minimum(row + BLOCK_M, sizes[1]) + offset)
-    if terms[13] is not None:
-        last = tl.where(row < sizes[1], last, 0)                                       # a tile past a short sequence
-    return last
 
 
 @triton.jit
@@ -136,173 +89,6 @@ def add_weighted(acc, x, rows, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def score_term(
-    ptr, strides, image, head, row, start, sizes, other,
-    AT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """A score-shaped tensor at queries row.. and keys start.., `other` past the last key: what broadcasts to
-    [BLOCK_M, BLOCK_N]. Offsets inside the tile have 32 bits unless FAR: there are many, and each holds registers."""
-    base = ptr + (image.to(tl.int64) * strides[AT] + head.to(tl.int64) * strides[AT + 1])
-    first = start
-    if AT == 4:
-        first = start + sizes[9]                                                       # key_bias belongs to tokens
-    base += tl.cast(row, tl.int64) * strides[AT + 2] + tl.cast(first, tl.int64) * strides[AT + 3]
-    m = tl.maximum(tl.minimum(tl.arange(0, BLOCK_M), sizes[1] - 1 - row), -row)
-    n = tl.arange(0, BLOCK_N)
-    inside = (start + n < sizes[2])[None, :]
-    if FAR:
-        m = m.to(tl.int64)
-        n = n.to(tl.int64)
-    down = m[:, None] * strides[AT + 2]
-    along = n[None, :] * strides[AT + 3]
-    if ROW and COLUMN:
-        at = down + along
-        value = tl.load(base + at, mask=inside, other=other) if CLIP else tl.load(base + at)
-    elif COLUMN:
-        value = tl.load(base + along, mask=inside, other=other) if CLIP else tl.load(base + along)
-    elif ROW:
-        value = tl.load(base + down)
-    else:
-        value = tl.load(base)
-    return value
-
-
-@triton.jit
-def row_factor(terms, strides, head, scale):
-    """What the product of q and k is multiplied by in this head."""
-    factor = scale
-    if terms[3] is not None:
-        factor = tl.load(terms[3] + head.to(tl.int64) * strides[12]).to(tl.float32)
-    return factor
-
-
-@triton.jit
-def relative_term(
-    terms, strides, image, head, row, start, sizes, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """rel_y[i, j // kw] + rel_x[i, j % kw] at queries row.. and keys start..: [BLOCK_M, BLOCK_N]."""
-    m = tl.maximum(tl.minimum(tl.arange(0, BLOCK_M), sizes[1] - 1 - row), -row)
-    j = start + tl.arange(0, BLOCK_N)
-    inside = (j < sizes[2])[None, :]
-    y = j // sizes[5]
-    x = j % sizes[5]
-    if FAR:
-        m = m.to(tl.int64)
-    first = tl.cast(row + sizes[8], tl.int64)
-    by_y = terms[8] + (image.to(tl.int64) * strides[22] + first * strides[23] + head.to(tl.int64) * strides[24])
-    by_x = terms[9] + (image.to(tl.int64) * strides[26] + first * strides[27] + head.to(tl.int64) * strides[28])
-    value = tl.load(by_y + (m[:, None] * strides[23] + y[None, :] * strides[25]), mask=inside, other=0.0).to(tl.float32)
-    more = tl.load(by_x + (m[:, None] * strides[27] + x[None, :] * strides[29]), mask=inside, other=0.0).to(tl.float32)
-    return value + more
-
-
-@triton.jit
-def seen_by_ids(
-    terms, strides, image, row, start, sizes, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Which keys start.. the ids or levels let the queries row.. see: [BLOCK_M, BLOCK_N]."""
-    i = (tl.maximum(tl.minimum(row + tl.arange(0, BLOCK_M), sizes[1] - 1), 0) + sizes[8]).to(tl.int64)
-    j = (tl.maximum(tl.minimum(start + tl.arange(0, BLOCK_N), sizes[2] - 1), 0) + sizes[9]).to(tl.int64)
-    a = tl.load(terms[10] + (image.to(tl.int64) * strides[30] + i * strides[31]))[:, None]
-    b = tl.load(terms[11] + (image.to(tl.int64) * strides[32] + j * strides[33]))[None, :]
-    if RULE == UPTO:
-        seen = b <= a
-    else:
-        seen = (a >= 0) & (b >= 0)
-        if RULE == EQUAL:
-            seen = seen & (a == b)
-        else:
-            down = tl.minimum(tl.maximum(a, 0), sizes[6] - 1).to(tl.int64) * strides[34]
-            along = tl.minimum(tl.maximum(b, 0), sizes[7] - 1).to(tl.int64) * strides[35]
-            seen = seen & (tl.load(terms[12] + (down + along)) != 0)
-    return seen
-
-
-@triton.jit
-def coordinates(ptr, strides, AT: tl.constexpr, image, n, count, first):
-    """Both coordinates of the tokens n, those of the last past it."""
-    at = image.to(tl.int64) * strides[AT] + (tl.maximum(tl.minimum(n, count - 1), 0) + first).to(tl.int64) * strides[AT + 1]
-    return tl.load(ptr + at).to(tl.float32), tl.load(ptr + (at + strides[AT + 2])).to(tl.float32)
-
-
-@triton.jit
-def distances(terms, strides, image, row, start, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The steps from keys start.. to queries row.. along both axes, and their length: [BLOCK_M, BLOCK_N] each."""
-    q = coordinates(terms[18], strides, 43, image, row + tl.arange(0, BLOCK_M), sizes[1], sizes[8])
-    k = coordinates(terms[19], strides, 46, image, start + tl.arange(0, BLOCK_N), sizes[2], sizes[9])
-    y = q[0][:, None] - k[0][None, :]
-    x = q[1][:, None] - k[1][None, :]
-    return y, x, tl.sqrt(y * y + x * x)
-
-
-@triton.jit
-def slope_of(terms, strides, head):
-    return tl.load(terms[17] + head.to(tl.int64) * strides[42]).to(tl.float32)
-
-
-@triton.jit
-def scores(
-    a, factor, terms, strides, image, head, row, start, sizes,
-    AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Scores of the products a of queries row.. and keys start..; what a row must not see becomes -inf, whatever its
-    product is."""
-    s = a * factor
-    if terms[6] is not None:
-        s *= gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
-    if terms[8] is not None:
-        s += relative_term(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)
-    if terms[17] is not None:
-        s -= slope_of(terms, strides, head) * distances(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)[2]
-    if terms[0] is not None:
-        bias = score_term(terms[0], strides, image, head, row, start, sizes, float("-inf"),
-                          0, AXES[0][0], AXES[0][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
-        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
-    if terms[1] is not None:
-        bias = score_term(terms[1], strides, image, head, row, start, sizes, float("-inf"),
-                          4, AXES[1][0], AXES[1][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
-        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
-    if terms[2] is not None:
-        seen = score_term(terms[2], strides, image, head, row, start, sizes, 0,
-                          8, AXES[2][0], AXES[2][1], FAR, CLIP, BLOCK_M, BLOCK_N)
-        s = tl.where(seen != 0, s, float("-inf"))
-    if RULE != NO_RULE:
-        s = tl.where(seen_by_ids(terms, strides, image, row, start, sizes, RULE, BLOCK_M, BLOCK_N), s, float("-inf"))
-    j = start + tl.arange(0, BLOCK_N)
-    if CAUSAL:
-        i = row + tl.arange(0, BLOCK_M)
-        s = tl.where(j[None, :] < tl.minimum(i + (sizes[4] + 1), sizes[2])[:, None], s, float("-inf"))
-    elif CLIP:
-        s = tl.where((j < sizes[2])[None, :], s, float("-inf"))
-    return s
-
-
-@triton.jit
-def gains(
-    terms, strides, image, head, row, start, sizes,
-    AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What the scores are multiplied by before the biases."""
-    return score_term(terms[6], strides, image, head, row, start, sizes, 1.0,
-                      14, AXES[3][0], AXES[3][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
-
-
-@triton.jit
-def weighed(
-    p, terms, strides, image, head, row, start, sizes,
-    AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """p times the factors of the weights; 0 stays 0."""
-    if terms[7] is not None:
-        w = score_term(terms[7], strides, image, head, row, start, sizes, 1.0,
-                       18, AXES[4][0], AXES[4][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
-        p = tl.where(p == 0.0, 0.0, p * w)
-    return p
-
-
-@triton.jit
 def plain_weights(s, NORM: tl.constexpr):
     """The weights of scores under a normaliser that is not softmax, 0 where hidden."""
     if NORM == SIGMOID:
@@ -324,22 +110,6 @@ def slopes(s, p, NORM: tl.constexpr):
     else:
         x = tl.where(s == float("-inf"), 0.0, 1.0)
     return x
-
-
-@triton.jit
-def query_shares(terms, strides, image, head, row, sizes, BLOCK_M: tl.constexpr):
-    """query_weight of queries row.., 0 past the last."""
-    i = row + tl.arange(0, BLOCK_M)
-    at = image.to(tl.int64) * strides[36] + (i + sizes[8]).to(tl.int64) * strides[37] + head.to(tl.int64) * strides[38]
-    return tl.load(terms[15] + at, mask=i < sizes[1], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def mean_gradient(terms, strides, image, head, start, sizes, BLOCK_N: tl.constexpr):
-    """The gradient of key_mean at keys start.., 0 past the last."""
-    j = start + tl.arange(0, BLOCK_N)
-    at = image.to(tl.int64) * strides[39] + (j + sizes[9]).to(tl.int64) * strides[40] + head.to(tl.int64) * strides[41]
-    return tl.load(terms[16] + at, mask=j < sizes[2], other=0.0).to(tl.float32)
 
 
 @triton.jit

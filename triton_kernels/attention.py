@@ -1,10 +1,11 @@
 """attention on a GPU: every query against every key, with biases, masks, sinks, dropout and four normalisers.
 
 The meaning of every argument is that of `definition` in vitkern/ops/attention.py. One query tile of one head walks the
-key tiles with an online softmax; of a causal mask it visits none beyond the diagonal. Biases and masks are read where
-they stand, whatever they are broadcast over. A NaN or infinity in a value is found in the result (0 x NaN is NaN), and
-only then is the tile done again, a few channels at a time, with a record of who sees it, so that rows that do not see it
-stay as they are; finite values pay one comparison per output element.
+key tiles with an online softmax: those up to the diagonal of a causal mask, those of a list where a mask or ids hide.
+Where the tiles are too few programs, several share out the keys of one. Biases and masks are read where they stand,
+whatever they are broadcast over. A NaN or infinity in a value is found in the result (0 x NaN is NaN), and only then is the
+tile done again, a few channels at a time, with a record of who sees it, so that rows that do not see it stay as they are;
+finite values pay one comparison per output element.
 """
 
 import torch
@@ -12,25 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_host import UNSPECIALIZED, Call, arguments, programs, reasons, tuned
+from ._attention_host import UNSPECIALIZED, Call, arguments, programs, reasons, row, tuned
 from ._attention_key_means import _key_means
+from ._attention_terms import last_key, listed, of_sample, places, row_factor, scores, visited, weighed
 from ._attention_tiles import (
     SOFTMAX,
     add_weighted,
-    last_key,
     load_parts,
-    of_sample,
     offsets,
-    places,
     plain_weights,
-    row_factor,
     row_products,
     scaled_parts,
-    scores,
     store_parts,
-    weighed,
     zero_parts,
 )
+from ._attention_visits import lists
+from ._host import power
 from ._tiles import LN2, LOG2E, clean, keep_tile
 from .attention_bwd import bwd
 
@@ -47,7 +45,8 @@ def _load_channels(ptr, rows, real, d_stride, first, WIDTH: tl.constexpr):
 
 @triton.jit
 def _exact_channels(
-    channel, q_ptr, k_ptr, v_ptr, out_ptr, flat, base, final, last, q_strides, k_strides, v_strides, d_strides, factor,
+    channel, q_ptr, k_ptr, v_ptr, out_ptr, visit_ptr, flat, base, final, begin, end, visits,
+    q_strides, k_strides, v_strides, d_strides, factor,
     terms, term_strides, image, head, row, sizes, threshold,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -60,7 +59,8 @@ def _exact_channels(
     q_rows = offsets(image, head, i + sizes[8], q_strides, 1)
     acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
     bad = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
-    for start in tl.range(0, last, BLOCK_N, num_stages=1):
+    for n in tl.range(begin, end, num_stages=1):
+        start = visited(visit_ptr, visits, n, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
         k_rows = offsets(image, head // GROUP, j + sizes[9], k_strides, 1)
         a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -88,16 +88,18 @@ def _exact_channels(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, low_ptr, terms, q_strides, k_strides, v_strides, d_strides, term_strides, sizes,
-    scale, threshold, keep_scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, low_ptr, visit_ptr, count_ptr,
+    terms, q_strides, k_strides, v_strides, d_strides, term_strides, visit_strides, sizes, parts, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BATCH_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of BLOCK_M queries of one head and sample.
-    Grid: query tiles (fastest) x heads x samples on axis 0; samples fastest if BATCH_FIRST, for a bias that they share.
+    """out and lse of BLOCK_M queries of one head and sample, over all visits or one of `parts` of them: then out and lse have an
+    axis of parts in front.
+    Grid: query tiles (fastest) x heads x samples on axis 0, parts on axis 1; samples fastest if BATCH_FIRST, for a bias that
+    they share.
     Any strides: q, k, v and the terms. out, lse and low, what lse lacks (in base 2), are contiguous."""
-    batch, queries, heads, offset = sizes[0], sizes[1], sizes[3], sizes[4]
+    batch, queries, heads, offset, total = sizes[0], sizes[1], sizes[3], sizes[4], sizes[8]
     pid = tl.program_id(0)
     tiles = (queries + BLOCK_M - 1) // BLOCK_M
     if BATCH_FIRST:
@@ -116,6 +118,11 @@ def _forward(
     i = row + tl.arange(0, BLOCK_M)
     real = i < queries
     last = last_key(terms, sizes, row, keys, offset, CAUSAL, BLOCK_M)
+    begin, end, visits = listed(count_ptr, visit_strides, image, head, tile, 0, last, BLOCK_N)
+    part = tl.program_id(1)
+    share = (end + parts - 1) // parts
+    begin = share * part
+    end = tl.minimum(begin + share, end)
     factor = row_factor(terms, term_strides, head, scale)
     q = load_parts(q_ptr, offsets(image, head, i + sizes[8], q_strides, ALIGN), real, d_strides[0], WIDTHS)
 
@@ -124,9 +131,11 @@ def _forward(
     if terms[4] is not None:
         sink = tl.load(terms[4] + head.to(tl.int64) * term_strides[13]).to(tl.float32)
         top = tl.zeros([BLOCK_M], tl.float32) + sink
+        top = tl.where(part == 0, top, float("-inf"))
         norm = tl.where(top == float("-inf"), 0.0, 1.0)
     acc = zero_parts(BLOCK_M, WIDTHS_V)
-    for start in tl.range(0, last, BLOCK_N, num_stages=STAGES):
+    for n in tl.range(begin, end, num_stages=STAGES):
+        start = visited(visit_ptr, visits, n, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
         at = offsets(image, head // GROUP, j + sizes[9], k_strides, ALIGN)
         k = load_parts(k_ptr, at, j < keys, d_strides[1], WIDTHS)
@@ -151,7 +160,7 @@ def _forward(
             p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
         acc = add_weighted(acc, p, v, WIDTHS_V)
 
-    flat = places(terms, image, i, queries, sizes[8]) * heads + head                   # [BLOCK_M]
+    flat = (places(terms, image, i, queries, sizes[8]) + part.to(tl.int64) * total) * heads + head       # [BLOCK_M]
     final = tl.zeros([BLOCK_M], tl.float32) + keep_scale
     base = tl.where(top == float("-inf"), 0.0, top * LOG2E)
     if NORM == SOFTMAX:
@@ -171,9 +180,45 @@ def _forward(
         # Something is not finite: again, counting for each row and channel the visible values that are not.
         for channel in tl.range(0, WIDTHS_V[0], CHANNELS, num_stages=1):
             _exact_channels(
-                channel, q_ptr, k_ptr, v_ptr, out_ptr, flat, base, final, last, q_strides, k_strides, v_strides, d_strides,
-                factor, terms, term_strides, image, head, row, sizes, threshold,
+                channel, q_ptr, k_ptr, v_ptr, out_ptr, visit_ptr, flat, base, final, begin, end, visits,
+                q_strides, k_strides, v_strides, d_strides, factor, terms, term_strides, image, head, row, sizes, threshold,
                 NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTHS, WIDTHS_V, CLIP, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=("parts", "count", "width"))
+def _join(
+    part_ptr, log_ptr, out_ptr, lse_ptr, parts, count, width,
+    SOFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One output of several parts of the keys, in their order.
+    Grid: ROWS of the `count` rows of out, on axis 0.
+    Contiguous: parts [parts, count, width] and their lse [parts, count], out [count, width], lse [count]."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK)
+    real = r < count
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    if SOFT:
+        for n in tl.range(0, parts):
+            top = tl.maximum(top, tl.load(log_ptr + (n * count.to(tl.int64) + r), mask=real, other=0.0))
+        top = tl.where(top == float("-inf"), 0.0, top)
+    for n in tl.range(0, parts):
+        log = tl.zeros([ROWS], tl.float32)
+        share = tl.full([ROWS], 1.0, tl.float32)
+        if SOFT:
+            log = tl.load(log_ptr + (n * count.to(tl.int64) + r), mask=real, other=0.0)
+            share = tl.exp2((log - top) * LOG2E)
+            norm += share
+        at = (n * count.to(tl.int64) + r)[:, None] * width + d[None, :]
+        x = tl.load(part_ptr + at, mask=real[:, None] & (d < width)[None, :], other=0.0)
+        acc += tl.where(log[:, None] == float("-inf"), 0.0, share[:, None] * x)       # a NaN in what is seen stays
+    if SOFT:
+        full = tl.where(norm == 0.0, 1.0, norm)
+        acc = acc / full[:, None]
+        tl.store(lse_ptr + r, tl.where(norm == 0.0, float("-inf"), top + tl.log2(full) * LN2), mask=real)
+    tl.store(out_ptr + (r[:, None] * width + d[None, :]), acc.to(out_ptr.dtype.element_ty),
+             mask=real[:, None] & (d < width)[None, :])
 
 
 def supported(*args) -> list[str]:
@@ -195,10 +240,22 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     shared = arguments(call)
     if out.numel():
         blocks = tuned("forward", shared)
-        _forward[(programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"])),)](
-            **shared, **blocks, out_ptr=out, lse_ptr=lse, low_ptr=low,
+        count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
+        tiles = -(-shared["sizes"][2] // blocks["BLOCK_N"])
+        split = max(1, min(row("forward", shared)["programs"] // count, tiles // 4)) if low is None and not call.causal else 1
+        shape = (split,) if split > 1 else ()
+        some = torch.empty((*shape, *out.shape), dtype=torch.float32, device=q.device) if split > 1 else out
+        logs = torch.empty((*shape, *lse.shape), dtype=torch.float32, device=q.device) if split > 1 else lse
+        _forward[(count, split)](
+            **shared, **blocks, **lists(shared, blocks), out_ptr=some, lse_ptr=logs, low_ptr=low, parts=split,
             BATCH_FIRST=bias is not None and shared["term_strides"][0] == 0 and shared["AXES"][0] == (True, True),
         )
+        if split > 1:
+            block = power(out.shape[3])
+            rows = max(1, 2048 // block)
+            _join[(-(-lse.numel() // rows),)](
+                some, logs, out, lse, split, lse.numel(), out.shape[3], SOFT=softmax, ROWS=rows, BLOCK=block, num_warps=4,
+                enable_fp_fusion=True)
         if key_mean.numel():
             blocks = tuned("backward_keys", shared)
             del shared["v_ptr"], shared["v_strides"], shared["WIDTHS_V"], shared["keep_scale"], shared["threshold"]

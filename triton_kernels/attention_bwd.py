@@ -13,6 +13,7 @@ from torch import Tensor
 from ._attention_bwd_relative import _backward_relative
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
 from ._attention_host import DIFFERENTIABLE, Call, arguments, programs, row, row_strides, tuned
+from ._attention_visits import lists
 from ._host import power
 from ._reduce import add_parts
 
@@ -58,15 +59,16 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     dfactor, dsink, dslope = (new(wanted[n], count // heads, heads) for n in (5, 6, 13))
     if softmax or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, spots[0])):
         _backward_queries[(count,)](
-            **shared, **blocks, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta, low_ptr=low,
-            dq_ptr=dq, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
+            **shared, **blocks, **lists(shared, blocks), dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
+            low_ptr=low, dq_ptr=dq, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
             dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=spots[0])
     shared |= {"delta_ptr": delta, "low_ptr": low}
     if any(x is not None for x in (dk, dv, dcolumn, spots[1])):
         blocks = tuned("backward_keys", shared)
         count = programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"]))
         _backward_keys[(count // shared["GROUP"],)](
-            **shared, **blocks, dk_ptr=dk, dk_strides=row_strides(dk), dv_ptr=dv, dv_strides=row_strides(dv),
+            **shared, **blocks, **lists(shared, blocks, of_keys=True),
+            dk_ptr=dk, dk_strides=row_strides(dk), dv_ptr=dv, dv_strides=row_strides(dv),
             dcolumn_ptr=dcolumn, dxy_ptr=spots[1])
 
     dbias = None

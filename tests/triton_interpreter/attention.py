@@ -14,7 +14,7 @@ from vitkern import testing
 from vitkern.ops import _attention_definition as definition
 from vitkern.ops.attention import OP
 from vitkern.testing import attention as registry
-from vitkern.triton_kernels import _host
+from vitkern.triton_kernels import _attention_visits, _host
 from vitkern.triton_kernels import attention as kernels
 from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, UNSERVED, Call, widths
 
@@ -38,6 +38,7 @@ def tuned(monkeypatch):
     def use(block_m, block_n, programs=3):
         monkeypatch.setattr(_host, "tables", lambda op: {"default": table(block_m, block_n, programs)})
         _host.config.cache_clear()
+        monkeypatch.setattr(_attention_visits, "FEWEST", 2)
 
     use(64, 64)
     yield use
@@ -286,6 +287,59 @@ def test_causal_tiles_beyond_the_diagonal_are_not_visited(tuned, monkeypatch):
     monkeypatch.setattr(kernels, "scores", lambda *args: visits.append(int(args[7])) or inner(*args))
     kernels.fwd(*arguments(1, 40, 48, 1, causal=True, offset=-8))
     assert sorted(visits) == [0, 0, 0, 16, 16]
+
+
+def test_tiles_that_are_wholly_hidden_are_not_visited(tuned, monkeypatch):
+    """By a mask of two heads, by ids, forward and backward; a row and a column of tiles see nothing."""
+    tuned(16, 16)
+    seen = torch.rand(1, 2, 40, 70) < 0.5
+    seen[:, 0, :16, 32:] = False
+    seen[:, 0, 16:32] = False
+    seen[:, 1, :, 16:64] = False
+    ids = [torch.arange(n)[None].int() // 16 for n in (40, 70)]
+    modules = sys.modules["vitkern.triton_kernels._attention_tiles"], kernels
+    for change, tiles in (
+        ({"mask": seen}, 2 + 5 + 3 * 2),
+        ({"q_ids": ids[0], "k_ids": ids[1], "rule": "equal"}, 2 * 3),
+    ):
+        args = Call(*arguments(1, 40, 70, 2, d=16))._replace(**change)
+        visits = []
+        for module in modules:
+            inner = module.scores
+            monkeypatch.setattr(module, "scores", lambda *x, inner=inner: visits.append(1) or inner(*x))
+        out, *saved = kernels.fwd(*args)
+        assert len(visits) == tiles
+        kernels.bwd(out, None, None, *saved, *args, 0b111)
+        assert len(visits) == 4 * tiles  # forward, delta, dq, dk and dv
+        monkeypatch.undo()
+        tuned(16, 16)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "none"])
+def test_few_queries_share_out_their_keys(normalizer, tuned):
+    """Three parts of ten tiles, one of which a row does not see at all; a sink counts once, a NaN stays where it is seen."""
+    tuned(16, 16)
+    seen = torch.rand(1, 1, 5, 150) < 0.7
+    seen[..., 0, 40:] = False
+    seen[..., 1, :] = False
+    given = {"sink": torch.randn(1)} if normalizer == "softmax" else {}
+    args = arguments(
+        1, 5, 150, 1, dv=20, mask=seen, normalizer=normalizer, seed=torch.tensor([3]), dropout_p=0.2, **given
+    )
+    whole = kernels.fwd(*args)
+    tuned(16, 16, 3)
+    for name, x, y, z in zip(
+        OP.outputs,
+        *(f(*a) for f, a in ((kernels.fwd, args), (OP.definition, wide(args)), (OP.definition, args))),
+        strict=True,
+    ):
+        testing.assert_close_to_oracle(name, x, y, z)
+    for value in (math.nan, math.inf):
+        args[2] = args[2].clone()
+        args[2][0, 141, 0, 18] = value
+        (out, *_), (want, *_) = kernels.fwd(*args), OP.definition(*args)
+        assert torch.equal(out.isfinite(), want.isfinite()) and not out.isinf().any()
+    assert torch.equal(whole[1].isfinite(), kernels.fwd(*args)[1].isfinite())
 
 
 def test_only_the_gradients_that_are_needed_are_made():
