@@ -21,6 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_tiles,
+    _attention_hard,
     _attention_host,
     _attention_visits,
     _reduce,
@@ -93,6 +94,7 @@ def caught(family):
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
+        _attention_hard,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -216,6 +218,8 @@ ATTENTION = {
         width=64, packed=True, distances=True, means=True, rule="table", grid=(14, 14), **EVERY_TERM
     ),
     "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
+    "best keys": dict(width=128, width_v=256, heads=4, key_heads=2, mask=True, normalizer="argmax_k"),
+    "best queries": dict(width=80, bias=(1, 1, 1, 1), causal=True, normalizer="argmax_q", packed=True),
     "wide": dict(width=256, width_v=192, causal=True),
     "wide, every term": dict(width=256, **EVERY_TERM),
 }
@@ -275,6 +279,9 @@ def attention_launches(
 def test_attention_compiles_without_spills(name, capability, dtype):
     launches = attention_launches(capability, dtype, **ATTENTION[name])
     seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
+    if name.startswith("best"):
+        assert seen == {"_choose", "_pick", "_collect"}
+        return
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
     case = ATTENTION[name]
     assert ("_backward_bias" in seen) == (case.get("bias", True) is not None or "factors" in case)

@@ -1,4 +1,4 @@
-"""attention on a GPU: every query against every key, with biases, masks, sinks, dropout and four normalisers.
+"""attention on a GPU: every query against every key, with biases, masks, sinks, dropout and six normalisers.
 
 The meaning of every argument is that of `definition` in vitkern/ops/attention.py. One query tile of one head walks the
 key tiles with an online softmax: those up to the diagonal of a causal mask, those of a list where a mask or ids hide.
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_host import UNSPECIALIZED, Call, arguments, programs, reasons, row, tuned
+from . import _attention_hard
+from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, programs, reasons, row, tuned
 from ._attention_key_means import _key_means
 from ._attention_terms import last_key, listed, of_sample, places, row_factor, scores, visited, weighed
 from ._attention_tiles import (
@@ -232,6 +233,8 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args)
     q, k, v, bias = call[:4]
     batch, queries, heads, _ = q.shape
+    if call.normalizer in HARD:
+        return *_attention_hard.forward(call), torch.empty((batch, 0, heads), dtype=torch.float32, device=q.device)
     softmax, counts = call.normalizer == "softmax", call.query_weight is not None
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=v.dtype, device=q.device)
     lse = (torch.empty if softmax else torch.zeros)((batch, queries, heads), dtype=torch.float32, device=q.device)

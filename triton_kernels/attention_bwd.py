@@ -10,9 +10,10 @@ they are seen.
 import torch
 from torch import Tensor
 
+from . import _attention_hard
 from ._attention_bwd_relative import _backward_relative
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
-from ._attention_host import DIFFERENTIABLE, Call, arguments, programs, row, row_strides, tuned
+from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, programs, row, row_strides, tuned
 from ._attention_visits import lists
 from ._host import power
 from ._reduce import add_parts
@@ -34,6 +35,11 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
         if wanted[6] and dlse is not None:                  # a sink is all that rows without keys see
             grads[6] = dlse.sum((0, 1)).to(sink.dtype)
+        return tuple(grads)
+    if call.normalizer in HARD:
+        grads = [torch.zeros_like(x) if w and n != 2 else None for n, (x, w) in enumerate(zip(inputs, wanted, strict=True))]
+        if wanted[2]:
+            grads[2] = _attention_hard.backward(dout.to(v.dtype), call)
         return tuple(grads)
     dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None

@@ -139,15 +139,25 @@ CASES = {
     "means, sigmoid": dict(
         masks="empty", normalizer="sigmoid", typed="euclidean", return_stats=("key_mean",), weighed=True, scale="heads"
     ),
+    "best keys": dict(
+        normalizer="argmax_k", masks="empty", bias=(0, 1, 1, 1), kv_heads=1, dv=20, return_stats=("index",)
+    ),
+    "best queries": dict(normalizer="argmax_q", masks="causal", modulation="gain", heads=4, kv_heads=2, dv=20),
     "none": dict(normalizer="none", bias=(1, 1, 1, 1), masks="empty", dropout_p=0.2, dropout_seed=1),
 }
+
+
+IN_FLOAT32 = ("dropout", "sigmoid", "distances", "means, sigmoid", "best keys", "best queries")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_several_tiles(name, tuned):
     tuned(16, 32)
     case = {"batch": 2 if name == "groups" else 1, "queries": 37, "keys": 33} | CASES[name]
-    check(registry.make(30, **case), FULL if name in ("dropout", "sigmoid", "distances", "means, sigmoid") else HALF)
+    check(
+        registry.make(30, **case),
+        FULL if name in IN_FLOAT32 else HALF,
+    )
 
 
 PACKED = [
@@ -155,6 +165,8 @@ PACKED = [
     registry.packed(
         7, ((3, 40), (0, 2), (35, 1), (4, 0), (0, 0), (20, 37)), causal=True, ids=True, return_stats=("lse",)
     ),
+    registry.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k"),
+    registry.packed(9, ((18, 3), (3, 0), (2, 40)), causal=True, normalizer="argmax_q"),
     registry.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
 ]
 
@@ -164,6 +176,19 @@ def test_packed_sequences(call, tuned):
     tuned(16, 32)
     with tokens_on_gpu("triton"):
         testing.assert_matches(testing.entries()["attention_varlen"], call, (HALF, FULL)[call.seed % 2], "triton")
+
+
+@pytest.mark.parametrize("normalizer", ["argmax_k", "argmax_q"])
+def test_hard_choices_of_ties_and_of_what_is_not_finite(normalizer, tuned):
+    """The first of equal scores, a NaN before all; a value that is not finite reaches those that have it alone."""
+    tuned(16, 16)
+    args = arguments(1, 37, 40, 1, normalizer=normalizer, mask=torch.rand(1, 1, 37, 40) < 0.5, scale=0.5)
+    args[0], args[1] = (torch.randint(-1, 2, t.shape).float() for t in args[:2])  # whole numbers: equal to the bit
+    check_op(args)
+    args[1] = args[1].clone()
+    args[1][0, 21, 0, 3], args[2][0, 4, 0, 1], args[2][0, 30, 0, 2] = math.nan, math.inf, math.nan
+    for got, want in zip(kernels.fwd(*args), OP.definition(*args), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_packed_rows_columns_factors_and_distances(tuned):
@@ -384,7 +409,7 @@ def test_the_order_of_sums_is_fixed_and_parts_are_added(tuned):
 
 def test_reasons():
     assert kernels.supported(*arguments()) == []
-    why = " ".join(kernels.supported(*arguments(d=300, dtype=torch.float64, normalizer="argmax_k")))
+    why = " ".join(kernels.supported(*arguments(d=300, dtype=torch.float64, normalizer="argmax_k", dropout_p=0.1)))
     assert "300" in why and "float64" in why and "argmax_k" in why
     call = Call(*arguments())._replace(gain=torch.zeros(1, 2, 5, 1), weight=torch.zeros(1, 1, 1, 7))
     gain, weight = kernels.supported(*call)
