@@ -67,7 +67,7 @@ def linear_attention(
         return_state: also the sums, ``(S [B, Hk, F, Dv], z [B, Hk, F], n [B, Hk])`` in float32, of every sequence.
         lepe: a `vitkern.DepthwiseValue`, added to the output.
         preset: what a published model means by linear attention: map, normalizer, eps, scale, order of the rotation.
-        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` (no rotation after the features); raises with all reasons if it cannot run.
 
     Returns:
         ``[B, Nq, H, Dv]`` (as q) in the dtype of v, with `return_state` ``(out, state)``. Gradients go to q, k, v, key_weight,
@@ -147,6 +147,12 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return v.new_empty((*q.shape[:6], channels)), state, lse
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import linear_attention as kernels
+
+    return kernels
+
+
 def _explain(
     *args: Any, backend: str | None = None, lepe: Any = None, return_state: bool = False, **options: Any
 ) -> Any:
@@ -163,7 +169,7 @@ OP = Op(
     batched=5,
     definition=definition,
     fake=_fake,
-    gpu=Gpu(),
+    gpu=Gpu(_triton),
     outputs=("out", "state", "key_lse"),
     autocast=False,
 )  # fmt: skip

@@ -1,0 +1,74 @@
+"""linear_attention in Triton, interpreted on the CPU, from the public function down. Run by tests/test_triton.py."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gpu_path import tokens_on_gpu
+
+import vitkern
+from vitkern import testing
+from vitkern.testing import linear_attention as registry
+from vitkern.triton_kernels import linear_attention as kernels
+
+ENTRY = testing.entries()["linear_attention"]
+HALF, FULL = torch.float16, torch.float32  # the interpreter cannot multiply bfloat16
+SMALL = [c for c in registry.small() if " after" not in str(c)]
+
+
+def check(call, dtype=FULL):
+    with tokens_on_gpu("triton"):
+        testing.assert_matches(ENTRY, call, dtype, "triton")
+
+
+@pytest.mark.parametrize("call", SMALL, ids=lambda c: str(c.seed))
+def test_small_calls(call):
+    check(call)
+
+
+@pytest.mark.parametrize("call", SMALL[:4], ids=lambda c: str(c.seed))
+def test_small_calls_in_float16(call):
+    check(call, HALF)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sampled_calls(seed):
+    rng = random.Random(f"triton {seed}")
+    call = registry.draw(rng)
+    while " after" in str(call):
+        call = registry.draw(rng)
+    check(call)
+
+
+def test_many_parts_and_tiles(monkeypatch):
+    """Values of more than one tile; parts that hold one block, several or none."""
+    for programs in (1, 6, 4096):
+        monkeypatch.setattr(kernels, "PROGRAMS", programs)
+        check(registry.make(1, 1, (200,), (170,), heads=2, kv_heads=1, d=12, dv=70, masked=True, weight="heads", name="softmax"))
+
+
+def test_each_gradient_alone():
+    q, k, v = (torch.randn(1, 40, 2, 8) for _ in "qkv")
+    weight = torch.rand(1, 40, 2)
+    tensors = [q, k, v, weight]
+
+    def run(wanted):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        with tokens_on_gpu("triton"):
+            out = vitkern.linear_attention(*leaves[:3], key_weight=leaves[3], feature_map="elu1")
+        return torch.autograd.grad(out.square().sum(), [leaves[i] for i in wanted])
+
+    every = run(range(4))
+    for i in range(4):
+        assert torch.equal(run([i])[0], every[i])
+
+
+def test_the_rotation_after_the_features_is_refused():
+    angles = torch.randn(1, 5, 1, 2)
+    q = torch.zeros(1, 1, 1, 1, 5, 2, 8)
+    args = (q, q, q, None, None, *(angles,) * 4, None, None, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+    assert kernels.supported(*args) == ["no Triton kernel has the rotation after the features"]
