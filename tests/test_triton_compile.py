@@ -43,7 +43,7 @@ pytestmark = [
 ]
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.int8: "*i8",
+    torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 SHARED_LIMIT = 99 * 1024  # what every GPU since compute capability 8.0 has
 FRAME = 16  # bytes: calls (64-bit division, the slow path of a float division or square root) save some registers
@@ -86,15 +86,15 @@ def source(kernel, arguments: dict) -> ASTSource:
 
 
 @contextlib.contextmanager
-def caught(family):
-    """Collects (kernel, arguments) of every launch instead of launching, configured for a family of devices."""
+def caught(family, *more):
+    """Collects (kernel, arguments) of every launch instead of launching, configured for a family of devices; `more`: modules."""
     launches, patch = [], pytest.MonkeyPatch()
     for module in (window_attention, window_attention_bwd, _attention_host):
         patch.setattr(module, "family", lambda device: family)
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
-        _attention_hard,
+        _attention_hard, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 

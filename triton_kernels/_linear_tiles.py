@@ -85,10 +85,10 @@ def feature_grads(x, y, g, d, shift, rate, D: tl.constexpr, MAP: tl.constexpr, K
     elif MAP == 4:
         dx = rate * y * g
     elif MAP == 5:
+        along = tl.sum(y * g, 1)[:, None]
         if KEYS:
-            dx = y * (g - shift[None, :])
-        else:
-            dx = y * (g - tl.sum(y * g, 1)[:, None])
+            along = shift[None, :]
+        dx = y * (g - along)
     elif MAP == 6:
         s = tl.sigmoid(x)
         raw = tl.where((d < D)[None, :], x * s + 0.5, 0.0)
@@ -97,6 +97,28 @@ def feature_grads(x, y, g, d, shift, rate, D: tl.constexpr, MAP: tl.constexpr, K
     else:
         dx = g
     return dx
+
+
+@triton.jit
+def partner(d, PAIRS: tl.constexpr, HALF: tl.constexpr):
+    """The other channel of every channel's pair, itself beyond the pairs, and the sign of its part in the turned channel."""
+    if HALF:
+        other = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
+        sign = tl.where(d < PAIRS, -1.0, 1.0)
+    else:
+        other = d ^ 1
+        sign = tl.where(d % 2 == 0, -1.0, 1.0)
+    return tl.where(d < 2 * PAIRS, other, d), sign
+
+
+@triton.jit
+def angles(cos_ptr, sin_ptr, seq, head, t, d, strides, valid, PAIRS: tl.constexpr, HALF: tl.constexpr):
+    """cos and sin [BLOCK, BD] of every channel's pair; 1 and 0 beyond the pairs. Tables [S|1, N, H|1, PAIRS] of equal strides."""
+    pair = d % PAIRS if HALF else d // 2
+    at = seq.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2] + t.to(tl.int64)[:, None] * strides[1] \
+        + (pair * strides[3])[None, :]
+    inside = valid[:, None] & (d < 2 * PAIRS)[None, :]
+    return tl.load(cos_ptr + at, mask=inside, other=1.0), tl.load(sin_ptr + at, mask=inside, other=0.0)
 
 
 @triton.jit

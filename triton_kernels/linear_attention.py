@@ -1,7 +1,7 @@
 """linear_attention on a GPU: the sums of the keys in parts of each sequence, the parts added in order, then the queries.
 
-The meaning of every argument is that of the reference, vitkern/reference/linear_attention.py. Features are made in registers; products
-are float32 (TF32 for 16-bit inputs). A state is [F + 1, E + 1]: S beside z, over V and the number of valid keys. No atomics.
+The meaning of every argument is that of the reference, vitkern/reference/linear_attention.py. Features are made in registers;
+products are float32, TF32 for 16-bit inputs. A state is [F + 1, E + 1]: S beside z, over V and the number of valid keys. No atomics.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._host import DTYPES, device_reasons, power
-from ._linear_tiles import DIVISORS, FEATURES, factors, features, load_rows, part_of, place, spot
+from ._linear_tiles import DIVISORS, FEATURES, angles, factors, features, load_rows, part_of, partner, place, spot
 from ._reduce import add_parts
 
 MAX_WIDTH = 256
@@ -75,10 +75,10 @@ def _key_lse(
 
 @triton.jit
 def _key_states(
-    k_ptr, v_ptr, mask_ptr, weight_ptr, lse_ptr, state_ptr, cu_k_ptr, strides_k, strides_v, strides_mask, strides_weight,
-    rows, columns, heads, tokens, side, parts, rate,
-    D: tl.constexpr, E: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
-    BE: tl.constexpr,
+    k_ptr, v_ptr, mask_ptr, weight_ptr, lse_ptr, state_ptr, cos_ptr, sin_ptr, cu_k_ptr, strides_k, strides_v, strides_mask,
+    strides_weight, strides_table, rows, columns, heads, tokens, side, parts, rate,
+    D: tl.constexpr, E: tl.constexpr, MAP: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """The states of the parts, [parts, S, Hk, D + 1, E + 1] contiguous float32. Grid: S Hk (fastest), parts, tiles of E."""
     unit, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -105,9 +105,19 @@ def _key_states(
         b = tl.where(valid[:, None], features(x, d, lse, rate, D, MAP, True), 0.0)     # [BLOCK, BD]
         if weight_ptr is not None:
             w = tl.load(weight_ptr + weight_at + spot(first + t, side, strides_weight), mask=valid, other=0.0)
-            b = b * w.to(tl.float32)[:, None]
+            w = w.to(tl.float32)
+            b = b * w[:, None]
+        turned = b
+        if PAIRS > 0:
+            other, sign = partner(d, PAIRS, HALF)
+            y = load_rows(k_ptr + k_at, spot(first + t, side, strides_k), other, D, strides_k[6], valid).to(tl.float32)
+            y = tl.where(valid[:, None], features(y, d, lse, rate, D, MAP, True), 0.0)
+            if weight_ptr is not None:
+                y = y * w[:, None]
+            cos, sin = angles(cos_ptr, sin_ptr, seq, head, first + t, d, strides_table, valid, PAIRS, HALF)
+            turned = b * cos + y * sin * sign[None, :]
         v = load_rows(v_ptr + v_at, spot(first + t, side, strides_v), e, E, strides_v[6], valid).to(tl.float32)
-        s = tl.dot(tl.trans(b), v, s, input_precision=PRECISION)
+        s = tl.dot(tl.trans(turned), v, s, input_precision=PRECISION)
         z += tl.sum(b, 0)
         values += tl.sum(v, 0)
         n += tl.sum(valid.to(tl.float32))
@@ -121,10 +131,10 @@ def _key_states(
 
 @triton.jit
 def _queries(
-    q_ptr, state_ptr, out_ptr, cu_q_ptr, strides_q, strides_o, rows, columns, heads, group, tokens, side, parts, rate, scale,
-    offset, eps,
-    D: tl.constexpr, E: tl.constexpr, MAP: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    BD: tl.constexpr, BE: tl.constexpr,
+    q_ptr, state_ptr, out_ptr, cos_ptr, sin_ptr, cu_q_ptr, strides_q, strides_o, strides_table, rows, columns, heads, group, tokens,
+    side, parts, rate, scale, offset, eps,
+    D: tl.constexpr, E: tl.constexpr, MAP: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, DIVISOR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Grid: S H (fastest), parts, tiles of E."""
     unit, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -143,8 +153,14 @@ def _queries(
         valid = t < stop
         x = load_rows(q_ptr + q_at, spot(first + t, side, strides_q), d, D, strides_q[6], valid).to(tl.float32)
         a = features(x, d, z, rate, D, MAP, False)
-        num = tl.dot(a, s, input_precision=PRECISION)                                  # [BLOCK, BE]
-        of_num, of_values, _ = factors(tl.sum(a * z[None, :], 1), n, scale, offset, eps, DIVISOR, True)
+        turned = a
+        if PAIRS > 0:
+            other, sign = partner(d, PAIRS, HALF)
+            y = load_rows(q_ptr + q_at, spot(first + t, side, strides_q), other, D, strides_q[6], valid).to(tl.float32)
+            cos, sin = angles(cos_ptr, sin_ptr, seq, head, first + t, d, strides_table, valid, PAIRS, HALF)
+            turned = a * cos + features(y, d, z, rate, D, MAP, False) * sin * sign[None, :]
+        num = tl.dot(turned, s, input_precision=PRECISION)                             # [BLOCK, BE]
+        of_num, of_values, of_den = factors(tl.sum(a * z[None, :], 1), n, scale, offset, eps, DIVISOR, True)
         o = num * of_num[:, None] + values[None, :] * of_values[:, None]
         place_of = spot(first + t, side, strides_o)[:, None] + e[None, :]
         tl.store(out_ptr + o_at + place_of, o.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (e < E)[None, :])
@@ -161,8 +177,8 @@ def supported(*args) -> list[str]:
     for name, width in (("D", call.q.shape[-1]), ("Dv", call.v.shape[-1])):
         if width > MAX_WIDTH:
             why.append(f"{name} must lie in 1..{MAX_WIDTH}, got {width}")
-    if call.cos_q is not None:
-        why.append("no Triton kernel has the rotation after the features")
+    if call.q.dtype == torch.float32 and call.q.shape[6] > 128:
+        why.append(f"heads of float32 may have 128 channels, q has {call.q.shape[6]}")
     return why
 
 
@@ -174,16 +190,27 @@ def strides(x: Tensor | None) -> tuple[int, ...]:
     return found + (0,) * (7 - len(found))
 
 
-def shared(call: Call) -> dict:
+def tile_of(d: int, e: int, turns: bool, backward: bool) -> dict:
+    """Tokens and values of a tile, and warps: what the compiler holds without spills on every architecture."""
+    if d <= 32:
+        block, most, warps = (32, 16, 8) if backward and turns else (64, 32 if backward else 64, 8 if turns else 4)
+    elif d <= 64:
+        block, most, warps = 32, 32, 8 if backward or turns else 4
+    else:
+        block, most, warps = (32, 32, 8) if d <= 128 else (16, 16, 8)
+    return {"BLOCK": block, "BE": min(e, most), "num_warps": warps, "num_stages": 2 if d <= 64 else 1}
+
+
+def shared(call: Call, backward: bool = False) -> dict:
     """What all kernels are told, but for the side."""
     q, v = call.q, call.v
     narrow = q.dtype != torch.float32 and v.dtype != torch.float32
-    d, e = power(q.shape[6]), min(power(v.shape[6]), 64)
-    packed = call.cu_q is not None
+    d, e, packed, turns = power(q.shape[6]), power(v.shape[6]), call.cu_q is not None, call.cos_q is not None
     return {
         "rows": q.shape[1], "columns": len(call.cu_q) - 1 if packed else q.shape[3], "rate": call.rate,
         "D": q.shape[6], "E": v.shape[6], "MAP": FEATURES.index(call.feature_map), "PRECISION": "tf32" if narrow else "ieee",
-        "BLOCK": 64 if d <= 64 else 32 if d <= 128 else 16, "BD": d, "BE": e, "num_warps": 8 if d * e >= 8192 else 4,
+        "PAIRS": call.cos_q.shape[3] if turns else 0, "HALF": call.half, "BD": d, "enable_fp_fusion": True,
+        **tile_of(d, e, turns, backward),
     }  # fmt: skip
 
 
@@ -211,6 +238,15 @@ def of_keys(call: Call) -> dict:
     }  # fmt: skip
 
 
+def turning(cos: Tensor | None, sin: Tensor | None) -> dict:
+    """The tables of queries or of keys, of equal strides; those of length 1 count as stride 0."""
+    if cos is None:
+        return {"cos_ptr": None, "sin_ptr": None, "strides_table": (0,) * 4}
+    cos, sin = cos.contiguous(), sin.contiguous()
+    found = tuple(0 if n == 1 and i in (0, 2) else s for i, (n, s) in enumerate(zip(cos.shape, cos.stride(), strict=True)))
+    return {"cos_ptr": cos, "sin_ptr": sin, "strides_table": found}
+
+
 def weighted(call: Call) -> dict:
     return {"weight_ptr": call.key_weight, "strides_weight": strides(call.key_weight)}
 
@@ -229,17 +265,19 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     keys = side_of(call, k, kv_heads, options["BLOCK"])
     if lse.numel():
         top, total = (q.new_empty((keys["parts"], *lse.shape), dtype=torch.float32) for _ in "ab")
-        own = {name: options[name] for name in ("rows", "columns", "D", "BLOCK", "BD", "num_warps")}
+        names = ("rows", "columns", "D", "BLOCK", "BD", "num_warps", "num_stages", "enable_fp_fusion")
+        own = {name: options[name] for name in names}
         _key_lse[(sequences * kv_heads, keys["parts"])](top_ptr=top, sum_ptr=total, **of_keys(call), **keys, **own)
         lse = (top + total.log()).logsumexp(0)
     parts = q.new_empty((keys["parts"], *state.shape), dtype=torch.float32)
     _key_states[(sequences * kv_heads, keys["parts"], tiles)](
-        v_ptr=v, lse_ptr=lse, state_ptr=parts, strides_v=strides(v), **of_keys(call), **weighted(call), **keys, **options)
+        v_ptr=v, lse_ptr=lse, state_ptr=parts, strides_v=strides(v), **of_keys(call), **weighted(call),
+        **turning(call.cos_k, call.sin_k), **keys, **options)
     state = add_parts(parts, torch.float32) if keys["parts"] > 1 else parts[0]
     queries = side_of(call, q, heads, options["BLOCK"])
     _queries[(sequences * heads, queries["parts"], tiles)](
         q_ptr=q, state_ptr=state, out_ptr=out, cu_q_ptr=call.cu_q, strides_q=strides(q), strides_o=strides(out),
-        group=heads // kv_heads, **queries, **options, **divisor(call))
+        group=heads // kv_heads, **turning(call.cos_q, call.sin_q), **queries, **options, **divisor(call))
     return out, state, lse
 
 

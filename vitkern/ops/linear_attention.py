@@ -67,7 +67,7 @@ def linear_attention(
         return_state: also the sums, ``(S [B, Hk, F, Dv], z [B, Hk, F], n [B, Hk])`` in float32, of every sequence.
         lepe: a `vitkern.DepthwiseValue`, added to the output.
         preset: what a published model means by linear attention: map, normalizer, eps, scale, order of the rotation.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"`` (no rotation after the features); raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
 
     Returns:
         ``[B, Nq, H, Dv]`` (as q) in the dtype of v, with `return_state` ``(out, state)``. Gradients go to q, k, v, key_weight,
