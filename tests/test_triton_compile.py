@@ -218,6 +218,7 @@ ATTENTION = {
         width=64, packed=True, distances=True, means=True, rule="table", grid=(14, 14), **EVERY_TERM
     ),
     "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
+    "path": dict(width=32, bias=None, path=(56, 56), queries=3136, keys=3136, mask=True),
     "best keys": dict(width=128, width_v=256, heads=4, key_heads=2, mask=True, normalizer="argmax_k"),
     "best queries": dict(width=80, bias=(1, 1, 1, 1), causal=True, normalizer="argmax_q", packed=True),
     "wide": dict(width=256, width_v=192, causal=True),
@@ -232,7 +233,7 @@ ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for c
 def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
-    grid=None, factors=False, rule="none", packed=False, distances=False, means=False,
+    grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
 ):  # fmt: skip
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
@@ -261,6 +262,9 @@ def attention_launches(
     if distances:
         spots = {name: torch.zeros(1, n, 2) for name, n in (("q_xy", queries), ("k_xy", keys))}
         given |= {"slope": torch.zeros(heads), **spots}
+    if path:
+        given |= {name: torch.zeros(batch, keys, heads) for name in ("path_row", "path_col")}
+        given |= {"path_width": path[1]}
     if means:
         given["query_weight"] = torch.zeros(batch, queries, heads)
     if packed:
@@ -285,7 +289,9 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
     case = ATTENTION[name]
     assert ("_backward_bias" in seen) == (case.get("bias", True) is not None or "factors" in case)
-    assert ("_backward_relative" in seen) == ("grid" in case) and ("_key_means" in seen) == ("means" in case)
+    assert ("_backward_relative" in seen) == ("grid" in case or "path" in case) and ("_key_means" in seen) == (
+        "means" in case
+    )
     assert not name.startswith("masked") or {"_visible", "_join"} <= seen
 
 

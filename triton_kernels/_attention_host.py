@@ -68,7 +68,7 @@ DIFFERENTIABLE = (
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
-    "path_row": "bias.PolylinePath", "topk": "topk", "policy": "modulation.Policy",
+    "topk": "topk", "policy": "modulation.Policy",
     **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
 }  # fmt: skip
 
@@ -137,20 +137,26 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     ids = [(0, 0) if x is None else score_strides(x) for x in (call.q_ids, call.k_ids, call.allow)]
     tokens = [row_strides(x) for x in (call.query_weight, dkey_mean)]
     spots = [(0, 0, 0) if x is None else (*row_strides(x)[:2], x.stride(2)) for x in (call.q_xy, call.k_xy)]
-    far = any(MAX_BLOCK * (abs(s[2]) + abs(s[3])) >= 2**31 for s in (*terms, *((*s[:2], s[1], s[3]) for s in relative)))
+    path = () if call.path_row is None else tuple(
+        x.float().unflatten(1, (-1, call.path_width)).cumsum(axis).flatten(1, 2)
+        for x, axis in ((call.path_row, 2), (call.path_col, 1)))
+    far = keys * heads >= 2**31 or any(
+        MAX_BLOCK * (abs(s[2]) + abs(s[3])) >= 2**31 for s in (*terms, *((*s[:2], s[1], s[3]) for s in relative)))
     parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink, call.slope))
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
         "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
                   seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
-                  call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy),
+                  call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None))),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
-                         *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1]),
+                         *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1],
+                         *(row_strides(path[0]) if path else (0, 0, 0))),
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
-                  1 if call.rel_x is None else call.rel_x.shape[3], *((1, 1) if call.allow is None else call.allow.shape), *total),
+                  1 if call.rel_x is None else call.rel_x.shape[3],
+                  *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed)),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
         "NORM": NORMALIZERS.index(call.normalizer), "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
@@ -161,13 +167,12 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
 
 def row(kernel: str, shared: dict) -> dict:
     """The row of a kernel's table for these arguments. Dropout, or two score-shaped terms, hold as many registers as heads
-    of twice the width, four terms as heads of four times; bounds hold registers of the kernel that walks twice."""
+    of twice the width, four terms, distances and paths as heads of four times."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
-    terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean, slope
-    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16, 17))
+    terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean; slope, path
+    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16)) + 4 * (terms[17] is not None or terms[20] is not None)
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
-    packed = terms[13] is not None and kernel == "backward_queries"
-    width *= 4 if many > 3 else 2 if many > 1 or terms[5] is not None or packed else 1
+    width *= 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())
 
 

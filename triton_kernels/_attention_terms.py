@@ -2,14 +2,15 @@
 
 What a score is made of stands in `terms`, each a pointer or None:
     0 bias, 1 key_bias, 2 mask, 3 factor, 4 sink, 5 seed, 6 gain, 7 weight, 8 rel_y, 9 rel_x, 10 q_ids, 11 k_ids, 12 allow,
-    13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy
+    13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy,
+    20 and 21 the prefix sums of path_row and path_col
 and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
 weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
-q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36 and of 16 from 39; of slope 42;
-(batch, token, axis) of q_xy from 43 and k_xy from 46. AXES says whether bias, key_bias, mask, gain and weight vary with the
-query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw of rel_x, rows and columns of allow, queries and
-keys of all samples). Of packed sequences these are the greatest; `of_sample` makes those of one, whose last two are the
-first of its queries and keys in its row of the tensors.
+q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36, of 16 from 39, of 20 and of 21 from
+49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46. AXES says whether bias, key_bias, mask, gain and
+weight vary with the query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw of rel_x, rows and columns
+of allow, queries and keys of all samples, width of the path's grid, whether it is transposed). Of packed sequences these are
+the greatest; `of_sample` makes those of one, whose eighth and ninth are the first of its queries and keys among all.
 """
 
 import triton
@@ -33,7 +34,7 @@ def of_sample(terms, sizes, image):
         queries = tl.minimum(queries, tl.minimum(tl.load(terms[13] + image + 1), sizes[8]) - first_q)
         first_k = tl.maximum(0, tl.minimum(tl.load(terms[14] + image), sizes[9] - 1))
         keys = tl.minimum(keys, tl.minimum(tl.load(terms[14] + image + 1), sizes[9]) - first_k)
-    return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k
+    return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k, sizes[10], sizes[11]
 
 
 @triton.jit
@@ -180,6 +181,31 @@ def distances(terms, strides, image, row, start, sizes, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit
+def path_term(
+    terms, strides, image, head, row, start, sizes, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The decay along the row and then along the column from queries row.. to keys start..: [BLOCK_M, BLOCK_N]."""
+    i = tl.minimum(row + tl.arange(0, BLOCK_M), sizes[1] - 1)[:, None]
+    j = tl.minimum(start + tl.arange(0, BLOCK_N), sizes[2] - 1)[None, :]
+    width = sizes[10]
+    qy, qx, y, x = i // width, i % width, j // width, j % width
+    first = tl.where(sizes[11] != 0, y, qy) * width                                    # of the row
+    column = tl.where(sizes[11] != 0, qx, x)
+    base = image.to(tl.int64) * strides[49] + head.to(tl.int64) * strides[51]
+    return (_at(terms[20] + base, first + tl.maximum(x, qx), strides[50], FAR)
+            - _at(terms[20] + base, first + tl.minimum(x, qx), strides[50], FAR)
+            + _at(terms[21] + base, tl.maximum(y, qy) * width + column, strides[50], FAR)
+            - _at(terms[21] + base, tl.minimum(y, qy) * width + column, strides[50], FAR))
+
+
+@triton.jit
+def _at(ptr, token, stride, FAR: tl.constexpr):
+    if FAR:
+        token = token.to(tl.int64)
+    return tl.load(ptr + token * stride)
+
+
+@triton.jit
 def slope_of(terms, strides, head):
     return tl.load(terms[17] + head.to(tl.int64) * strides[42]).to(tl.float32)
 
@@ -199,6 +225,8 @@ def scores(
         s += relative_term(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)
     if terms[17] is not None:
         s -= slope_of(terms, strides, head) * distances(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)[2]
+    if terms[20] is not None:
+        s += path_term(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)
     if terms[0] is not None:
         bias = score_term(terms[0], strides, image, head, row, start, sizes, float("-inf"),
                           0, AXES[0][0], AXES[0][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _attention_hard
-from ._attention_bwd_relative import _backward_relative
+from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
 from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, programs, row, row_strides, tuned
 from ._attention_visits import lists
@@ -92,7 +92,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         dq, dk, dv, dbias, _folded(of_keys, key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
         *(_dense_gradient(shared, inputs[n], n - 6) if wanted[n] else None for n in (7, 8)),
-        *_relative_gradients(shared, inputs[9:11], wanted[9:11]), None, None,
+        *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *_path_gradients(shared, inputs[11:13], wanted[11:13]),
         add_parts(dslope, call.slope.dtype) if wanted[13] else None,
         *(None if x is None else _folded(x.sum(2), at) for x, at in zip(spots, (call.q_xy, call.k_xy), strict=True)),
         dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * (len(DIFFERENTIABLE) - 17),
@@ -118,20 +118,50 @@ def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
     return parts[0] if chunks == 1 else add_parts(parts, bias.dtype)
 
 
-def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients of rel_y and rel_x."""
     if not any(wanted):
-        return None, None
-    queries, heads = shared["sizes"][1], shared["sizes"][3]
-    rows = shared["q_ptr"].shape[:2]
-    sides = tuple(x.shape[3] for x in inputs)
+        return [None, None]
+    sums = _grid_sums(shared, tuple(x.shape[3] for x in inputs), wanted)
+    return [None if x is None else _folded(x, like) for x, like in zip(sums, inputs, strict=True)]
+
+
+def _path_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tensor | None]:
+    """The gradients of path_row and path_col. The step along a row depends on a query and the column of a key, that along a
+    column on a key and the row of a query; transposed, the other way round."""
+    width, transposed = shared["sizes"][10:12]
+    sides = shared["sizes"][2] // max(width, 1), width
+    found: list[Tensor | None] = [None, None]
+    for axis, like in enumerate(inputs):
+        if wanted[axis]:
+            by_keys = bool(axis) != bool(transposed)
+            steps = _grid_sums(shared, sides, [axis == 1, axis == 0], by_keys)[1 - axis].unflatten(1, sides)
+            steps = steps.transpose(1, 2) if axis else steps               # [B, other side, own side, H, own side]
+            grad = _between(steps.permute(0, 1, 3, 2, 4)).transpose(2, 3)  # [B, other side, own side, H]
+            found[axis] = _folded((grad.transpose(1, 2) if axis else grad).flatten(1, 2), like)
+    return found
+
+
+def _between(x: Tensor) -> Tensor:
+    """For every t the sum of x[..., a, b] over min(a, b) < t <= max(a, b)."""
+    both = (x + x.mT).cumsum(-2).flip(-1).cumsum(-1).flip(-1)              # over a' <= a and b' >= b
+    return torch.nn.functional.pad(both.diagonal(1, -2, -1), (1, 0))
+
+
+def _grid_sums(shared: dict, sides: tuple[int, int], wanted: list[bool], by_keys: bool = False) -> list[Tensor | None]:
+    """For every query the sums of dS over the columns and over the rows of the grid of keys, [B, Nq, H, rows] and
+    [B, Nq, H, columns]; `by_keys` for every key those over the grid of queries."""
+    heads, rows = shared["sizes"][3], shared["k_ptr" if by_keys else "q_ptr"].shape[:2]
     blocks = tuned("backward_bias", shared)
-    blocks["BLOCK_N"] = min(row("backward_bias", shared)["block_n"], power(sides[1]))
-    del blocks["CLIP"]
-    parts = -(-sides[1] // blocks["BLOCK_N"])
+    own, along = ("BLOCK_N", "BLOCK_M") if by_keys else ("BLOCK_M", "BLOCK_N")
+    blocks[along] = min(row("backward_bias", shared)[along.lower()], power(sides[1]))
+    if not by_keys:
+        del blocks["CLIP"]
+    parts = -(-sides[1] // blocks[along])
     shapes = (parts, *rows, heads, sides[0]), (*rows, heads, sides[1])
-    dy, dx = (torch.empty(s, dtype=torch.float32, device=x.device) if w else None
-              for s, x, w in zip(shapes, inputs, wanted, strict=True))
-    tiles = -(-queries // blocks["BLOCK_M"])
-    _backward_relative[(programs(shared, tiles) * parts,)](**shared, **blocks, dy_ptr=dy, dx_ptr=dx, sides=sides)
-    return _folded(dy.sum(0), inputs[0]) if wanted[0] else None, _folded(dx, inputs[1]) if wanted[1] else None
+    dy, dx = (torch.empty(s, dtype=torch.float32, device=shared["q_ptr"].device) if w else None
+              for s, w in zip(shapes, wanted, strict=True))
+    tiles = -(-shared["sizes"][2 if by_keys else 1] // blocks[own])
+    kernel = _backward_relative_keys if by_keys else _backward_relative
+    kernel[(programs(shared, tiles) * parts,)](**shared, **blocks, dy_ptr=dy, dx_ptr=dx, sides=sides)
+    return [None if dy is None else dy.sum(0), dx]
