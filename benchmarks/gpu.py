@@ -26,6 +26,7 @@ from vitkern import testing  # noqa: E402
 SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
     "window": ("window_attention", "window_attention_qkvpacked"),
     "attention": ("attention",),
+    "linear": ("linear_attention",),
     "merge": (
         "bipartite_match",
         "merge_plan",

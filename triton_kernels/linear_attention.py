@@ -1,7 +1,8 @@
 """linear_attention on a GPU: the sums of the keys in parts of each sequence, the parts added in order, then the queries.
 
 The meaning of every argument is that of the reference, vitkern/reference/linear_attention.py. Features are made in registers;
-products are float32, TF32 for 16-bit inputs. A state is [F + 1, E + 1]: S beside z, over V and the number of valid keys. No atomics.
+products are float32, TF32 for 16-bit inputs. A state is [F + 1, E + 1]: S beside z, over V and the number of valid keys. No
+atomics.
 """
 
 from typing import NamedTuple
