@@ -32,6 +32,7 @@ CPU_SOURCES = [
     "csrc/cpu/linear_attention.cpp",
     "csrc/cpu/mask_from_logits.cpp",
     "csrc/cpu/bipartite_match.cpp",
+    "csrc/cpu/channel_attention.cpp",
     "csrc/cpu/merge_plan.cpp",
     "csrc/cpu/merge_tokens.cpp",
     "csrc/cpu/unmerge_tokens.cpp",

@@ -7,6 +7,7 @@ from vitkern.ops._library import info
 from vitkern.ops.attention import attention
 from vitkern.ops.attention_varlen import attention_varlen
 from vitkern.ops.bipartite_match import bipartite_match
+from vitkern.ops.channel_attention import channel_attention
 from vitkern.ops.cluster_tokens import cluster_tokens
 from vitkern.ops.drop_tokens import drop_tokens
 from vitkern.ops.linear_attention import linear_attention
@@ -38,6 +39,7 @@ __all__ = [
     "attention_varlen",
     "bias",
     "bipartite_match",
+    "channel_attention",
     "cluster_tokens",
     "drop_tokens",
     "explain",

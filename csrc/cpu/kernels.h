@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "bipartite_match.h"
+#include "channel_attention.h"
 #include "cluster_kmeans.h"
 #include "cluster_tokens.h"
 #include "linear_attention.h"
@@ -18,6 +19,7 @@ struct Kernels {
   WindowKernels window_f32, window_f64;
   AttentionKernels attention_f32, attention_f64;
   LinearKernels linear_f32, linear_f64;
+  ChannelKernels channel_f32, channel_f64;
   MatchKernels match_f32, match_f64;
   MergeKernels merge_f32, merge_f64;
   SoftMergeKernels soft_f32, soft_f64;

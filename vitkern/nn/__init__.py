@@ -8,13 +8,18 @@ from vitkern.nn.levit_attention import LevitAttention, LevitAttentionDownsample
 from vitkern.nn.linear_attention import FocusedLinearAttention, LinearAttention, SimplifiedLinearAttention
 from vitkern.nn.lite_mla import LiteMLA
 from vitkern.nn.masked_cross_attention import MaskedCrossAttention
+from vitkern.nn.mdta import MDTA
 from vitkern.nn.sigmoid_attention import SigmoidAttention
 from vitkern.nn.talking_head_attention import TalkingHeadAttention
 from vitkern.nn.window_attention import WindowAttention, WindowAttentionV2
+from vitkern.nn.xca import XCA, ChannelAttention
 
 __all__ = [
+    "MDTA",
+    "XCA",
     "Attention",
     "BeitAttention",
+    "ChannelAttention",
     "DecomposedRelPosAttention",
     "FocusedLinearAttention",
     "GaussianMixtureAttention",

@@ -49,6 +49,7 @@ def _public() -> dict[str, Gpu]:
     from vitkern.ops import (
         attention,
         bipartite_match,
+        channel_attention,
         cluster_tokens,
         linear_attention,
         merge_plan,
@@ -74,6 +75,7 @@ def _public() -> dict[str, Gpu]:
         "select_tokens": moved,
         "drop_tokens": moved,
         "restore_tokens": restore_tokens.OP.gpu,
+        "channel_attention": channel_attention.OP.gpu,
         "soft_merge": soft_merge.OP.gpu,
         "cluster_tokens": cluster_tokens.OP.gpu,
         "reconstruct_tokens": reconstruct_tokens.OP.gpu,

@@ -45,6 +45,7 @@ class Op:
     gpu: Gpu = Gpu()  # what CUDA tensors run
     outputs: tuple[str, ...] = ("out", "lse")
     autocast: bool = True  # whether autocast casts the batched tensors
+    gradient_like: Callable[[Tensor], Tensor] = lambda t: t.new_empty(t.shape)  # an empty gradient of an argument
 
     def register(self) -> None:
         """Defines the schemas and everything that is not a compiled kernel."""
@@ -102,7 +103,7 @@ class Op:
     def _fake_backward(self, *args: Any) -> Any:
         inputs, need = args[self.lead : -1], args[-1]
         wanted = [inputs[p] if need >> bit & 1 else None for bit, p in enumerate(self.differentiable)]
-        return _one_or_all(None if t is None else t.new_empty(t.shape) for t in wanted)
+        return _one_or_all(None if t is None else self.gradient_like(t) for t in wanted)
 
     def reference_backward(self, *args: Any) -> Any:
         """The gradients by differentiating the reference."""

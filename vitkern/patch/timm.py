@@ -1,5 +1,5 @@
-"""timm: Swin and SwinV2, at the block that owns roll and partition; masked, biased and linear attention, at the
-attention module.
+"""timm: Swin and SwinV2, at the block that owns roll and partition; masked, biased, linear and channel
+attention, at the attention module.
 
 | class | versions | op | not served |
 |---|---|---|---|
@@ -10,6 +10,8 @@ attention module.
 | levit.Attention, levit.AttentionDownsample | 1.0.29 to 1.0.x | attention, absolute offsets | an index buffer that is not LeViT's |
 | efficientvit_mit.LiteMLA | 1.0.29 to 1.0.x | linear_attention | features other than ReLU |
 | vision_transformer_sam.Attention | 1.0.29 to 1.0.x | attention, decomposed positions or rope | |
+| xcit.XCA, edgenext.CrossCovarianceAttn | 1.0.29 to 1.0.x | channel_attention | dropout of the weights in training |
+| davit.ChannelAttention, davit.ChannelAttentionV2 | 1.0.29 to 1.0.x | channel_attention | |
 
 Window and shift are read at each call, so set_input_size works on a patched model. A block with a static mask and a map
 other than its input_resolution runs its own forward. timm 1.0.29 cannot build a shifted SwinV2 block with a static mask
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch import _timm_attention, _timm_linear
+from vitkern.patch import _timm_attention, _timm_channels, _timm_linear
 from vitkern.patch._windows import (
     continuous_table,
     dropout_rate,
@@ -118,4 +120,5 @@ TABLE = {
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": (_swinv2, "window_attention (cosine)"),
     **_timm_attention.TABLE,
     **_timm_linear.TABLE,
+    **_timm_channels.TABLE,
 }

@@ -107,6 +107,7 @@ def entries() -> dict[str, Entry]:
     from vitkern.testing import (
         attention,
         bipartite_match,
+        channel_attention,
         cluster_kmeans,
         cluster_tokens,
         drop_tokens,
@@ -132,6 +133,7 @@ def entries() -> dict[str, Entry]:
         cluster_kmeans,
         reconstruct_tokens,
     )
+    modules = (window_attention, attention, channel_attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 
