@@ -2,7 +2,7 @@
 
 The meaning of every argument is that of the reference, vitkern/reference/channel_attention.py. A split of a window leaves
 partial products, which are added in order: no atomics. Products of 16-bit inputs are exact in TF32; weights enter as
-three TF32 products.
+a high and a low part.
 """
 
 import torch
@@ -267,6 +267,7 @@ def _apply(
     x_ptr, matrix_ptr, own_ptr, factor_ptr, y_ptr, bounds_ptr, order_ptr, mask_ptr, x_strides, own_strides, y_strides,
     matrix_strides, factor_stride, shape, windows, heads, splits,
     D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """y_nc = sum over e < E of x_ne m_ce + own_nc factor_c for c < D and a split of the tokens of a window; 0 where masked.
     Grid: tiles of c (fastest) x splits x heads x windows x samples, on axis 0. Any strides: x, own, y and the matrix."""
@@ -282,16 +283,21 @@ def _apply(
     first_y, first_x, wide, count = _count(window, bounds_ptr, shape)
     begin = (count.to(tl.int64) * split // splits).to(tl.int32)
     end = (count.to(tl.int64) * (split + 1) // splits).to(tl.int32)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1):
         i = start + tl.arange(0, BLOCK_N)
         real = i < end
         y, x, shown = _place(i, real, first_y, first_x, wide, sample, order_ptr, mask_ptr, shape)
         acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        for first in range(0, E, BLOCK_C):
-            e = first + tl.arange(0, BLOCK_C)
+        for first in tl.range(0, E, BLOCK_E, num_stages=1):
+            e = first + tl.arange(0, BLOCK_E)
             m = tl.load(matrix_ptr + e[:, None] * matrix_strides[2] + c[None, :] * matrix_strides[1],
                         mask=(e < E)[:, None] & (c < D)[None, :], other=0.0)
-            acc += tl.dot(_tile(x_ptr, sample, head, y, x, shown, x_strides, e, E), m, input_precision=PRECISION)
+            rows = _tile(x_ptr, sample, head, y, x, shown, x_strides, e, E)
+            if PRECISION == "tf32":                                                    # whose 10 bits rows fit into
+                high = (m.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+                acc = tl.dot(rows, m - high, acc, input_precision="tf32")
+                m = high
+            acc = tl.dot(rows, m, acc, input_precision=PRECISION)
         if own_ptr is not None:
             factor = tl.load(factor_ptr + matrix.to(tl.int64) * factor_stride + c, mask=c < D, other=0.0)
             acc += _tile(own_ptr, sample, head, y, x, shown, own_strides, c, D) * factor[None, :]
@@ -343,6 +349,7 @@ class _Launch:
         }  # fmt: skip
         self.block = min(64, max(power(self.d), power(self.e)))
         self.exact = q.dtype == torch.float32
+        self.precision = "ieee" if self.exact else "tf32"
         self.empty = self.matrices == 0 or high * wide == 0
 
     def splits(self, tiles: int, least: int) -> int:
@@ -357,8 +364,8 @@ class _Launch:
         partial = a.new_empty((splits, self.matrices, self.d + self.e), dtype=torch.float32) if squares else None
         _products[(tiles * splits * self.matrices,)](
             a_ptr=a, b_ptr=b, part_ptr=part, squares_ptr=partial, a_strides=a.stride(), b_strides=b.stride(), splits=splits,
-            total=self.matrices, **self.where, D=self.d, E=self.e, PRECISION="ieee" if self.exact else "tf32",
-            BLOCK_N=32 if self.exact else 64, BLOCK_C=self.block, num_warps=4,
+            total=self.matrices, **self.where, D=self.d, E=self.e, PRECISION=self.precision,
+            BLOCK_N=32 if self.exact else 64, BLOCK_C=self.block, num_warps=8 if self.exact else 4,
         )  # fmt: skip
         return _added(part), None if partial is None else _added(partial)
 
@@ -373,7 +380,8 @@ class _Launch:
             x_ptr=x, matrix_ptr=matrix, own_ptr=own, factor_ptr=factor, y_ptr=y, x_strides=x.stride(),
             own_strides=none if own is None else own.stride(), y_strides=y.stride(), matrix_strides=strides,
             factor_stride=self.d + self.e, splits=splits, **self.where, D=width, E=depth,
-            PRECISION="ieee" if self.exact else "tf32x3", BLOCK_N=32 if self.exact else 64, BLOCK_C=self.block, num_warps=4,
+            PRECISION=self.precision, BLOCK_N=32 if self.exact else 64, BLOCK_C=self.block, BLOCK_E=min(32, self.block),
+            num_warps=4 if max(self.d, self.e) <= 64 else 8,
         )  # fmt: skip
 
     def rows(self, temperature, topk_weight, normalize, normalizer, topk, scale, eps) -> dict:
