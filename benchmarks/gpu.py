@@ -27,6 +27,7 @@ SECTIONS = {  # section -> the ops that it checks; those with a file in benchmar
     "window": ("window_attention", "window_attention_qkvpacked"),
     "attention": ("attention",),
     "linear": ("linear_attention",),
+    "channel": ("channel_attention",),
     "merge": (
         "bipartite_match",
         "merge_plan",

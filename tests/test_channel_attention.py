@@ -144,7 +144,9 @@ def test_histoformer_counts_bins_along_an_order(backend):
 def test_plus1_does_not_overflow(backend):
     q, k, v = (t.detach() for t in tokens(1, 9, 1, 4))
     for scale in (300.0, -300.0):
-        out = vitkern.channel_attention(q.float(), k.float(), v.float(), normalizer="plus1", scale=scale, backend=backend)
+        out = vitkern.channel_attention(
+            q.float(), k.float(), v.float(), normalizer="plus1", scale=scale, backend=backend
+        )
         assert out.isfinite().all()
     none = vitkern.channel_attention(-q.abs(), q.abs(), v, normalizer="plus1", scale=1e4, backend=backend)
     assert none.eq(0).all()  # every logit is far below 0, the one that is added
@@ -179,9 +181,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(backend, window):
     out = vitkern.channel_attention(*leaves, key_mask=mask, window_size=window, backend=backend)
     assert all(g[~mask].eq(0).all() for g in torch.autograd.grad(out.square().sum(), leaves))
     if window is None:
-        alone = [
-            restormer(*(t[b : b + 1, mask[b]] for t in (q, k, v)), torch.ones(2, 1, 1).double()) for b in range(2)
-        ]
+        alone = [restormer(*(t[b : b + 1, mask[b]] for t in (q, k, v)), torch.ones(2, 1, 1).double()) for b in range(2)]
         torch.testing.assert_close(torch.cat([got[b, mask[b]] for b in range(2)]), torch.cat([a[0] for a in alone]))
 
 

@@ -16,7 +16,7 @@ from ._reduce import add_parts
 NORMALIZERS = ("softmax", "relu", "none", "plus1")
 PROGRAMS = 264                          # that the splits aim at: two to a multiprocessor of an H100
 MAX_TOPK = 8
-SOFTMAX, RELU, PLUS1 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
+RELU, PLUS1 = tl.constexpr(1), tl.constexpr(3)
 UNSPECIALIZED = ("windows", "across", "splits", "scale", "eps")
 
 
@@ -129,7 +129,7 @@ def _kept(logits, gram_ptr, squares_ptr, c, e, rows, over_c, heat, scale, eps, c
 @triton.jit
 def _normalized(logits, kept, NORM: tl.constexpr):
     """The weights of the kept logits of each row, [ROWS, BLOCK_E]."""
-    if NORM == SOFTMAX or NORM == PLUS1:
+    if NORM % 3 == 0:                                                                  # softmax, plus1
         logits = tl.where(kept, logits, float("-inf"))
         top = tl.max(logits, 1)
         if NORM == PLUS1:
@@ -223,7 +223,7 @@ def _slopes(
                 weight = tl.load(mix_ptr + t * mix_stride).to(tl.float32)
             part = _normalized(logits, kept, NORM)
             dot = tl.sum(part * dp, 1)
-            if NORM == SOFTMAX or NORM == PLUS1:
+            if NORM % 3 == 0:                                                          # softmax, plus1
                 moved = part * (dp - dot[:, None])
             elif NORM == RELU:
                 moved = tl.where(kept & (logits > 0.0), dp, 0.0)

@@ -30,7 +30,11 @@ class Case:
         return f"{self.model}, N={self.tokens}, H={self.heads}, D={self.d}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
-        packed = (self.batch, 3, self.heads, self.d, self.tokens) if self.first else (self.batch, self.tokens, 3, self.heads, self.d)
+        packed = (
+            (self.batch, 3, self.heads, self.d, self.tokens)
+            if self.first
+            else (self.batch, self.tokens, 3, self.heads, self.d)
+        )
         made = tensors(dtype, device, grad, qkv=packed)
         if self.cosine:
             made["temperature"] = torch.ones(self.heads, 1, 1, device=device).requires_grad_(grad)

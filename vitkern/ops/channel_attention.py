@@ -134,7 +134,9 @@ def _check_tokens(q: Any, k: Any, v: Any, packed: bool) -> None:
         if t.dim() not in ((3,) if packed else (4, 5)):
             raise ValueError(f"{NAME}: {name} must have shape {wanted}, got {list(t.shape)}")
         if t.shape[:-1] != q.shape[:-1]:
-            raise ValueError(f"{NAME}: {name} must have the tokens and heads of q, {list(q.shape[:-1])}, got {list(t.shape)}")
+            raise ValueError(
+                f"{NAME}: {name} must have the tokens and heads of q, {list(q.shape[:-1])}, got {list(t.shape)}"
+            )
         _checks.on_device(NAME, name, t, "q", q.device)
         if t.dtype != q.dtype:
             raise TypeError(f"{NAME}: {name} must have the dtype of q ({q.dtype}), got {t.dtype}")
@@ -176,7 +178,9 @@ def _order(order: Any, window: list[int], cu_seqlens: Any, q: Tensor) -> Tensor 
         _checks.tensor(NAME, "cu_seqlens", cu_seqlens)
         _checks.on_device(NAME, "cu_seqlens", cu_seqlens, "q", q.device)
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
-            raise TypeError(f"{NAME}: cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+            raise TypeError(
+                f"{NAME}: cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            )
         _checks.offsets(NAME, "cu_seqlens", cu_seqlens, q.shape[0], q.shape[0], "q")
     if order is None:
         return None
@@ -187,7 +191,9 @@ def _order(order: Any, window: list[int], cu_seqlens: Any, q: Tensor) -> Tensor 
     tokens, batch = (q.shape[0], 1) if q.dim() == 3 else (q.shape[1], q.shape[0])
     if q.dim() == 5 or tuple(order.shape) not in ((tokens,), (batch, tokens)):
         wanted = f"[N] or [B, N] = {[batch, tokens]}, of tokens [B, N, H, D]"
-        raise ValueError(f"{NAME}: order must have shape {wanted}, got {list(order.shape)} for {q.dim() - 2} axes of tokens")
+        raise ValueError(
+            f"{NAME}: order must have shape {wanted}, got {list(order.shape)} for {q.dim() - 2} axes of tokens"
+        )
     if backends.may_read(order):
         place = torch.arange(tokens, dtype=torch.int32, device=order.device)
         if not torch.equal(order.sort(-1).values, place.expand_as(order)):

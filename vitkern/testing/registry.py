@@ -127,13 +127,13 @@ def entries() -> dict[str, Entry]:
         window_attention,
         attention,
         linear_attention,
+        channel_attention,
         *merging,
         soft_merge,
         cluster_tokens,
         cluster_kmeans,
         reconstruct_tokens,
     )
-    modules = (window_attention, attention, channel_attention, *merging, soft_merge, cluster_tokens, cluster_kmeans, reconstruct_tokens)
     return {e.name: e for module in modules for e in module.ENTRIES}
 
 
