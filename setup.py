@@ -37,6 +37,7 @@ CPU_SOURCES = [
     "csrc/cpu/merge_tokens.cpp",
     "csrc/cpu/unmerge_tokens.cpp",
     "csrc/cpu/select_tokens.cpp",
+    "csrc/cpu/selective_scan.cpp",
     "csrc/cpu/restore_tokens.cpp",
     "csrc/cpu/soft_merge.cpp",
     "csrc/cpu/cluster_tokens.cpp",

@@ -17,6 +17,8 @@ from vitkern.ops.merge_tokens import merge_tokens
 from vitkern.ops.reconstruct_tokens import reconstruct_tokens
 from vitkern.ops.restore_tokens import restore_tokens
 from vitkern.ops.select_tokens import select_tokens
+from vitkern.ops.selective_scan import selective_scan
+from vitkern.ops.selective_scan_2d import selective_scan_2d
 from vitkern.ops.soft_merge import soft_merge
 from vitkern.ops.unmerge_tokens import unmerge_tokens
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
@@ -58,6 +60,8 @@ __all__ = [
     "reconstruct_tokens",
     "restore_tokens",
     "select_tokens",
+    "selective_scan",
+    "selective_scan_2d",
     "soft_merge",
     "unmerge_tokens",
     "use_backend",

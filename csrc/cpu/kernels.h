@@ -9,6 +9,7 @@
 #include "merge_tokens.h"
 #include "soft_merge.h"
 #include "reconstruct_tokens.h"
+#include "selective_scan.h"
 #include "window_attention.h"
 
 namespace vitkern {
@@ -32,6 +33,7 @@ struct Kernels {
   void (*log_f64)(const double* x, double* y, int64_t n);
   // c [rows][columns] = a [rows][depth] b [depth][columns], columns a multiple of lanes: the ceiling that benchmarks measure
   void (*gemm_f32)(const float* a, const float* b, float* c, int32_t rows, int32_t columns, int32_t depth);
+  ScanKernels scan_f32, scan_f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
