@@ -214,8 +214,8 @@ def _fake(u: Tensor, delta: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
 
 def _explain(*args: Any, backend: str | None = None, return_state: bool = False, **options: Any) -> _call.Found:
-    named = {n: n for n in options} | {"D": "d"}
-    return _call.explanation(NAME, OP, _lower(*args, **{named[n]: t for n, t in options.items()}), backend)
+    given = {n.lower() if n in ("A", "B", "C", "D") else n: t for n, t in options.items()}
+    return _call.explanation(NAME, OP, _lower(*args, **given), backend)
 
 
 OP = Op(

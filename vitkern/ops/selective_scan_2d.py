@@ -137,8 +137,8 @@ def _order(routes: Any, u: Tensor) -> Tensor:
 
 
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
-    named = {n: n for n in options} | {"D": "d"}
-    return _call.explanation(NAME, OP, _lower(*args, **{named[n]: t for n, t in options.items()}), backend)
+    given = {n.lower() if n in ("A", "B", "C", "D") else n: t for n, t in options.items()}
+    return _call.explanation(NAME, OP, _lower(*args, **given), backend)
 
 
 selective_scan_2d.explain = _explain  # type: ignore[attr-defined]
