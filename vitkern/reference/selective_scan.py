@@ -29,7 +29,6 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # state [N, R, W, C, S]; out [N, L, C], with "stack" [N, L, R, C]
     acc = torch.promote_types(u.dtype, torch.float32)
     batch, length, channels = u.shape
-    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     x, step = u.to(acc), delta.to(acc)  # [N, L, C], [N, L, R, C]
     if delta_bias is not None:
         step = step + delta_bias.to(acc)  # [N, L, R, C]
@@ -37,22 +36,30 @@ def selective_scan(
         step = torch.nn.functional.softplus(step)  # [N, L, R, C]; itself above 20
     share = channels // b.shape[3]
     gain, read = (t.to(acc).repeat_interleave(share, 3) for t in (b, c))  # [N, L, R, C, S]
+    visit = torch.arange(length, dtype=torch.int32, device=u.device)  # [L]
+    bounds = (
+        torch.stack((visit.new_zeros(()), visit.new_full((), length))) if cu_seqlens is None else cu_seqlens
+    )  # [W + 1]
+    own = torch.searchsorted(bounds[1:], visit, right=True)  # [L]: the sequence of each visit
+    anew = bounds[own] == visit  # [L]
     outs, ends = [], []
     for r, rate in enumerate(a.to(acc)):  # [C, S]
-        visited, finals = [], []
-        order = routes[r].tolist()
-        for w, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            h = (
-                x.new_zeros(batch, *rate.shape) if initial_state is None else initial_state[:, r, w].to(acc)
-            )  # [N, C, S]
-            for token in order[first:last]:
-                now = step[:, token, r, :, None]  # [N, C, 1]
-                h = (now * rate).exp() * h + now * x[:, token, :, None] * gain[:, token, r]  # [N, C, S]
-                visited.append((h * read[:, token, r]).sum(-1))  # [N, C]
-            finals.append(h)
-        ends.append(torch.stack(finals, 1) if finals else x.new_zeros(batch, 0, *rate.shape))  # [N, W, C, S]
-        y = torch.stack(visited, 1)[:, routes[r].long().argsort()] if visited else x  # [N, L, C]
+        zero = x.new_zeros(batch, len(bounds) - 1, *rate.shape)  # [N, W, C, S]
+        start = zero if initial_state is None else initial_state[:, r].to(acc)  # [N, W, C, S]
+        order = routes[r].long()  # [L]
+        now, given = step[:, order, r, :, None], x[:, order, :, None]  # [N, L, C, 1] twice
+        decay = (now * rate).exp()  # [N, L, C, S]
+        moved = now * given * gain[:, order, r]  # [N, L, C, S]
+        entry = start[:, own]  # [N, L, C, S]
+        h, kept = x.new_zeros(batch, *rate.shape), []  # [N, C, S]
+        for at in range(length):
+            h = decay[:, at] * torch.where(anew[at], entry[:, at], h) + moved[:, at]  # [N, C, S]
+            kept.append(h)
+        states = torch.stack(kept, 1) if kept else moved  # [N, L, C, S]
+        y = (states * read[:, order, r]).sum(-1)[:, order.argsort()]  # [N, L, C]
         outs.append(y if d is None else y + d[r].to(acc) * x)  # [N, L, C]
+        last = states[:, (bounds[1:].long() - 1).clamp(min=0)] if length else start  # [N, W, C, S]
+        ends.append(torch.where((bounds[1:] == bounds[:-1])[:, None, None], start, last))  # [N, W, C, S]
     out = torch.stack(outs, 2)  # [N, L, R, C]
     if reduce != "stack":
         out = out.sum(2, keepdim=True) / (len(outs) if reduce == "mean" else 1)  # [N, L, 1, C]
