@@ -1,28 +1,12 @@
 """Ahead-of-time compilation of channel attention's Triton kernels, as tests/test_triton_compile.py has it."""
 
-import contextlib
-
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from test_triton_compile import caught, compile_all, pytestmark  # noqa: E402, F401
 
 from vitkern.triton_kernels import channel_attention  # noqa: E402
-
-
-@contextlib.contextmanager
-def caught_here(family):
-    """`caught`, and the launches of channel_attention."""
-    with caught(family) as launches, pytest.MonkeyPatch.context() as patch:
-        for kernel in [x for x in vars(channel_attention).values() if isinstance(x, triton.JITFunction)]:
-
-            def record(*args, grid, warmup, kernel=kernel, **kwargs):
-                launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
-
-            patch.setattr(kernel, "run", record)
-        yield launches
-
 
 CHANNELS = {
     "XCiT": dict(d=48),
@@ -68,7 +52,7 @@ def test_channel_attention_compiles_without_spills(name, capability, dtype):
         out, gram, squares = channel_attention.fwd(*args)
         channel_attention.bwd(out, None, None, gram, squares, *args, 31)
 
-    with caught_here(f"sm{capability}") as launches:
+    with caught(f"sm{capability}", channel_attention) as launches:
         launch(**CHANNELS[name])
     seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
     assert {"_products", "_weights", "_apply", "_slopes"} <= seen
