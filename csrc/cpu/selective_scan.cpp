@@ -198,7 +198,8 @@ Gradients selective_scan_bwd(OptTensor dstate, OptTensor dout, Tensor /*out*/, T
     }
     p.dout = view_of(*dout);
     const int64_t rows = p.batch * p.count * p.pitch, blocks = int64_t(p.groups) * p.group_blocks;
-    std::vector<Acc> rate(size_t(rows * p.states)), skip(size_t(rows)), shift(size_t(rows)), begin(size_t(r.state_size())), end;
+    const size_t lanes = size_t(rows);
+    std::vector<Acc> rate(lanes * size_t(p.states)), skip(lanes), shift(lanes), begin(size_t(r.state_size())), end;
     std::vector<Acc> gain(size_t(p.batch * blocks * p.length * p.count * p.states)), read(gain.size());
     p.da = rate.data();
     p.dd = skip.data();
