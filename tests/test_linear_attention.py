@@ -494,6 +494,8 @@ def test_peak_memory_is_linear_in_the_tokens():
             ValueError,
             r"needs Hedgehog\(form='exp'\), got 'joint'",
         ),
+        ({"feature_map": maps.Focused(3.0)}, TypeError, "feature_map Focused.scale must be a tensor, got float"),
+        ({"lepe": 3}, TypeError, "linear_attention: lepe must be a vitkern.DepthwiseValue or None, got int"),
         ({"normalizer": "softmax"}, ValueError, "normalizer must be one of 'sum', .* got 'softmax'"),
         ({"key_mask": torch.ones(2, 35)}, TypeError, "key_mask must be bool, .* got torch.float32"),
         (

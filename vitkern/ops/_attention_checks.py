@@ -94,15 +94,15 @@ def check_key_index(index: Any, q: Tensor, k: Tensor, normalizer: str, stats: An
         raise NotImplementedError(f"{NAME}: key_index goes neither with topk nor with statistics without softmax")
 
 
-def check_lepe(lepe: Any, q: Tensor, v: Any) -> None:
+def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
     if lepe is None:
         return
     if not isinstance(lepe, DepthwiseValue):
-        raise TypeError(f"{NAME}: lepe must be a vitkern.DepthwiseValue or None, got {type(lepe).__name__}")
+        raise TypeError(f"{op}: lepe must be a vitkern.DepthwiseValue or None, got {type(lepe).__name__}")
     if v is None or v.shape[1] != q.shape[1]:
-        raise ValueError(f"{NAME}: lepe must go with values of the queries' own tokens ({q.shape[1]})")
-    fields("lepe", lepe, q.device)
-    grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix")
+        raise ValueError(f"{op}: lepe must go with values of the queries' own tokens ({q.shape[1]})")
+    fields("lepe", lepe, q.device, op)
+    grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix", op=op)
     heads, width = v.shape[2:]
     shape = tuple(lepe.weight.shape)
     if (
@@ -112,10 +112,10 @@ def check_lepe(lepe: Any, q: Tensor, v: Any) -> None:
         or not (shape[2] % 2 and shape[3] % 2)
     ):
         raise ValueError(
-            f"{NAME}: lepe.weight must have shape [{heads * width} or {width}, 1, kh, kw] with odd kh and kw, got {list(shape)}"
+            f"{op}: lepe.weight must have shape [{heads * width} or {width}, 1, kh, kw] with odd kh and kw, got {list(shape)}"
         )
     if lepe.bias is not None:
-        _checks.shape(NAME, "lepe.bias", lepe.bias, shape[:1], "[channels of lepe.weight]")
+        _checks.shape(op, "lepe.bias", lepe.bias, shape[:1], "[channels of lepe.weight]")
 
 
 def check_scale(scale: Any, cosine: Any, q: Tensor) -> Any:

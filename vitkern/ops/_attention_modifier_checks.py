@@ -58,22 +58,22 @@ def scores(name: str, t: Tensor, shape: tuple[int, ...], extra: int = 0) -> None
         raise ValueError(f"{NAME}: {name} must broadcast to [B, H, Nq, Nk] = {list(shape)}, got {list(t.shape)}")
 
 
-def fields(name: str, modifier: Any, device: torch.device) -> None:
+def fields(name: str, modifier: Any, device: torch.device, op: str = NAME) -> None:
     """Every field of a modifier has the type of its declaration; tensors are on the device of q."""
     if torch.compiler.is_compiling():
         return  # torch 2.10 cannot trace the fields of a frozen dataclass
     for field in dataclasses.fields(modifier):
         value, what = getattr(modifier, field.name), f"{name} {type(modifier).__name__}.{field.name}"
         if isinstance(value, Tensor) and field.name not in FLAGS:
-            (_checks.integers if field.name in INTEGERS else _checks.floating)(NAME, what, value)
+            (_checks.integers if field.name in INTEGERS else _checks.floating)(op, what, value)
         if isinstance(value, Tensor):
-            _checks.on_device(NAME, what, value, "q", device)
+            _checks.on_device(op, what, value, "q", device)
         elif field.type is Tensor or (value is not None and field.type == Tensor | None):
-            _checks.tensor(NAME, what, value)
+            _checks.tensor(op, what, value)
         elif field.type is float or field.type == float | Tensor:
-            _checks.number(NAME, what, value, what="a float" if field.type is float else "a float or a tensor")
+            _checks.number(op, what, value, what="a float" if field.type is float else "a float or a tensor")
         elif field.type is int:
-            _checks.integer(NAME, what, value)
+            _checks.integer(op, what, value)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
@@ -90,10 +90,10 @@ def per_query(name: str, t: Tensor, q: Tensor, side: int) -> None:
         raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
 
 
-def grid(name: str, kind: str, sides: Any, tokens: int, of: str, axes: int | None = None) -> None:
+def grid(name: str, kind: str, sides: Any, tokens: int, of: str, axes: int | None = None, op: str = NAME) -> None:
     wrong = not isinstance(sides, (list, tuple)) or len(sides) < 1 or (axes is not None and len(sides) != axes)
     if wrong or math.prod(sides) != tokens:
-        raise ValueError(f"{NAME}: {name} {kind}.grid must hold the {tokens} tokens of {of}, got {sides!r}")
+        raise ValueError(f"{op}: {name} {kind}.grid must hold the {tokens} tokens of {of}, got {sides!r}")
 
 
 def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys: int) -> None:

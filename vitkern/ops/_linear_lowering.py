@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitkern import feature_map as maps
 from vitkern.ops import _checks
+from vitkern.ops._attention_modifier_checks import fields
 from vitkern.ops._linear_presets import EPS, FORMS, PRESETS, Preset
 from vitkern.reference.linear_attention import NORMALIZERS, sequences
 from vitkern.rope import LAYOUTS, Rope
@@ -79,7 +80,7 @@ def lower(
         scale = q.shape[-1] ** -0.5 if chosen.scale == "width" else chosen.scale
     if offset is None:
         offset = float(feature_map.A.shape[-1] + 1) if chosen.of_bits else 0.0
-    order = _rope_order(rope, chosen.rope_order if rope_order is None else rope_order)
+    order = _rope_order(rope, chosen.rope_order if rope_order is None else rope_order, q.device)
     if key_mask is not None:
         _checks.tensor(NAME, "key_mask", key_mask)
         if key_mask.dtype != torch.bool:
@@ -204,6 +205,8 @@ def _feature_map(given: Any, preset: Any, chosen: Preset, q: Tensor, k: Tensor) 
         raise TypeError(
             f"{NAME}: feature_map must be a name or an object of vitkern.feature_map, got {type(wanted).__name__}"
         )
+    if isinstance(wanted, maps.OBJECTS):
+        fields("feature_map", wanted, q.device, NAME)
     form = FORMS.get(preset)
     if form is not None and isinstance(wanted, maps.Hedgehog) and wanted.form != form:
         raise ValueError(f"{NAME}: preset={preset!r} needs Hedgehog(form={form!r}), got {wanted.form!r}")
@@ -302,12 +305,13 @@ def _cuts(q: Tensor, k: Tensor, window_size: Any, packed: bool) -> tuple[_Cut, _
     return _Cut(q.shape, windows, packed), _Cut(k.shape, windows, packed)
 
 
-def _rope_order(rope: Any, order: Any) -> str:
+def _rope_order(rope: Any, order: Any, device: torch.device) -> str:
     if order not in ("before", "after"):
         raise ValueError(f"{NAME}: rope_order must be 'before' or 'after', got {order!r}")
     if rope is not None:
         if not isinstance(rope, Rope):
             raise TypeError(f"{NAME}: rope must be a vitkern.Rope, got {type(rope).__name__}")
+        fields("rope", rope, device, NAME)
         if rope.layout not in LAYOUTS:
             raise ValueError(f"{NAME}: the layout of rope must be one of {LAYOUTS}, got {rope.layout!r}")
     return order

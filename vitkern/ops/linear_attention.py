@@ -131,7 +131,7 @@ def _check_lepe(lepe: Any, q: Tensor, v: Tensor) -> None:
         return
     if q.dim() == 3:
         raise ValueError(f"{NAME}: lepe must be None with cu_seqlens, got {type(lepe).__name__}")
-    attention_checks.check_lepe(lepe, q.flatten(1, -3), v.flatten(1, -3))
+    attention_checks.check_lepe(lepe, q.flatten(1, -3), v.flatten(1, -3), NAME)
 
 
 # the op -----------------------------------------------------------------------------------------------------------------
