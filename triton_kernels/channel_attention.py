@@ -10,52 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._channel_tiles import RELU, inverse_length, kept_logits, load_tile, normalized, place_of, store_twice, window_of
 from ._host import DTYPES, device_reasons, power
 from ._reduce import add_parts
 
 NORMALIZERS = ("softmax", "relu", "none", "plus1")
 PROGRAMS = 264                          # that the splits aim at: two to a multiprocessor of an H100
 MAX_TOPK = 8
-RELU, PLUS1 = tl.constexpr(1), tl.constexpr(3)
 UNSPECIALIZED = ("windows", "across", "splits", "scale", "eps")
-
-
-@triton.jit
-def _count(window, bounds_ptr, shape):
-    """First row, first column, width and number of the tokens of a window. shape: rows, columns, sides, windows across."""
-    if bounds_ptr is not None:
-        y = 0
-        x = tl.load(bounds_ptr + window)
-        wide = tl.load(bounds_ptr + window + 1) - x
-        count = wide
-    else:
-        y = window // shape[4] * shape[2]
-        x = window % shape[4] * shape[3]
-        wide = tl.minimum(shape[1] - x, shape[3])
-        count = wide * tl.minimum(shape[0] - y, shape[2])
-    return y, x, wide, count
-
-
-@triton.jit
-def _place(i, real, first_y, first_x, wide, sample, order_ptr, mask_ptr, shape):
-    """Row and column on the map of the i-th tokens of a window, and whether they take part, [BLOCK_N] each."""
-    y = first_y + i // tl.maximum(wide, 1)
-    x = first_x + i % tl.maximum(wide, 1)
-    if order_ptr is not None:
-        x = tl.load(order_ptr + sample * shape[1] + x, mask=real, other=0)
-    shown = real
-    if mask_ptr is not None:
-        at = (sample * shape[0] + y) * shape[1] + x
-        shown = real & (tl.load(mask_ptr + at, mask=real, other=0) != 0)
-    return y.to(tl.int64), x.to(tl.int64), shown
-
-
-@triton.jit
-def _tile(ptr, sample, head, y, x, shown, strides, c, width):
-    """Columns c of these tokens in float32, 0 where they take no part, [BLOCK_N, BLOCK_C]."""
-    at = sample * strides[0] + head * strides[3] + y * strides[1] + x * strides[2]
-    at = at[:, None] + c.to(tl.int64)[None, :] * strides[4]
-    return tl.load(ptr + at, mask=shown[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -77,7 +39,7 @@ def _products(
     sample = (matrix // heads // windows).to(tl.int64)
     c = tile // tiles_e * BLOCK_C + tl.arange(0, BLOCK_C)
     e = tile % tiles_e * BLOCK_C + tl.arange(0, BLOCK_C)
-    first_y, first_x, wide, count = _count(window, bounds_ptr, shape)
+    first_y, first_x, wide, count = window_of(window, bounds_ptr, shape)
     begin = (count.to(tl.int64) * split // splits).to(tl.int32)
     end = (count.to(tl.int64) * (split + 1) // splits).to(tl.int32)
     acc = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
@@ -85,9 +47,9 @@ def _products(
     square_e = tl.zeros([BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        y, x, shown = _place(i, i < end, first_y, first_x, wide, sample, order_ptr, mask_ptr, shape)
-        a = _tile(a_ptr, sample, head, y, x, shown, a_strides, c, D)
-        b = _tile(b_ptr, sample, head, y, x, shown, b_strides, e, E)
+        y, x, shown = place_of(i, i < end, first_y, first_x, wide, sample, order_ptr, mask_ptr, shape)
+        a = load_tile(a_ptr, sample, head, y, x, shown, a_strides, c, D)
+        b = load_tile(b_ptr, sample, head, y, x, shown, b_strides, e, E)
         acc += tl.dot(tl.trans(a), b, input_precision=PRECISION)
         if squares_ptr is not None:
             square_c += tl.sum(a * a, 0)
@@ -99,51 +61,6 @@ def _products(
         squares_ptr += at * (D + E)
         tl.store(squares_ptr + c, square_c, mask=c < tl.where(tile % tiles_e == 0, D, 0))
         tl.store(squares_ptr + D + e, square_e, mask=e < tl.where(tile < tiles_e, E, 0))
-
-
-@triton.jit
-def _inverse(squares_ptr, c, inside, eps, NORMALIZE: tl.constexpr):
-    """1 over the norm of these channels, which is at least eps; 1 without norms."""
-    over = tl.where(inside, 1.0, 1.0)
-    if NORMALIZE:
-        square = tl.load(squares_ptr + c, mask=inside, other=1.0)
-        over = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(square), eps))
-    return over
-
-
-@triton.jit
-def _kept(logits, gram_ptr, squares_ptr, c, e, rows, over_c, heat, scale, eps, count, E: tl.constexpr,
-          NORMALIZE: tl.constexpr):  # fmt: skip
-    """Whether each logit is among the `count` largest of its row, ties by channel, [ROWS, BLOCK_E]."""
-    before = tl.zeros(logits.shape, tl.int32)
-    for other in range(0, E):
-        over = 1.0
-        if NORMALIZE:
-            over = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.load(squares_ptr + other)), eps))
-        column = tl.load(gram_ptr + c * E + other, mask=rows, other=0.0) * scale * over_c * over * heat  # [ROWS]
-        first = (column[:, None] == logits) & (other < e)[None, :]
-        before += ((column[:, None] > logits) | first).to(tl.int32)
-    return before < count
-
-
-@triton.jit
-def _normalized(logits, kept, NORM: tl.constexpr):
-    """The weights of the kept logits of each row, [ROWS, BLOCK_E]."""
-    if NORM % 3 == 0:                                                                  # softmax, plus1
-        logits = tl.where(kept, logits, float("-inf"))
-        top = tl.max(logits, 1)
-        if NORM == PLUS1:
-            top = tl.maximum(top, 0.0)
-        p = tl.exp(logits - top[:, None])
-        total = tl.sum(p, 1)
-        if NORM == PLUS1:
-            total += tl.exp(-top)
-        p = p / total[:, None]
-    elif NORM == RELU:
-        p = tl.where(kept & (logits > 0.0), logits, 0.0)
-    else:
-        p = tl.where(kept, logits, 0.0)
-    return p
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -164,21 +81,22 @@ def _weights(
     heat = 1.0
     if temperature_ptr is not None:
         heat = tl.load(temperature_ptr + matrix % heads * temperature_stride).to(tl.float32)
-    over_c = _inverse(squares_ptr, c, c < D, eps, NORMALIZE)
-    over_e = _inverse(squares_ptr + D, e, e < E, eps, NORMALIZE)
+    over_c = inverse_length(squares_ptr, c, c < D, eps, NORMALIZE)
+    over_e = inverse_length(squares_ptr + D, e, e < E, eps, NORMALIZE)
     at = c[:, None] * E + e[None, :]
     logits = tl.load(gram_ptr + at, mask=inside, other=0.0) * scale * over_c[:, None] * over_e[None, :] * heat
     every = (c >= 0)[:, None] & (e < E)[None, :]
     if len(TOPK) == 0:
-        p = _normalized(logits, every, NORM)
+        p = normalized(logits, every, NORM)
     else:
         p = tl.zeros([ROWS, BLOCK_E], tl.float32)
         for t in tl.static_range(len(TOPK)):
             weight = 1.0
             if mix_ptr is not None:
                 weight = tl.load(mix_ptr + t * mix_stride).to(tl.float32)
-            kept = every & _kept(logits, gram_ptr, squares_ptr + D, c, e, c < D, over_c, heat, scale, eps, TOPK[t], E, NORMALIZE)
-            p += weight * _normalized(logits, kept, NORM)
+            best = kept_logits(logits, gram_ptr, squares_ptr + D, c, e, c < D, over_c, heat, scale, eps, TOPK[t], E, NORMALIZE)
+            kept = every & best
+            p += weight * normalized(logits, kept, NORM)
     tl.store(p_ptr + matrix * D * E + at, p, mask=inside)
 
 
@@ -199,14 +117,14 @@ def _slopes(
     if temperature_ptr is not None:
         heat = tl.load(temperature_ptr + matrix % heads * temperature_stride).to(tl.float32)
     e = tl.arange(0, BLOCK_E)
-    over_e = _inverse(squares_ptr + D, e, e < E, eps, NORMALIZE)
+    over_e = inverse_length(squares_ptr + D, e, e < E, eps, NORMALIZE)
     columns = tl.zeros([BLOCK_E], tl.float32)
     dheat = 0.0
     for start in range(0, D, ROWS):
         c = start + tl.arange(0, ROWS)
         inside = (c < D)[:, None] & (e < E)[None, :]
         at = c[:, None] * E + e[None, :]
-        over_c = _inverse(squares_ptr, c, c < D, eps, NORMALIZE)
+        over_c = inverse_length(squares_ptr, c, c < D, eps, NORMALIZE)
         base = tl.load(gram_ptr + at, mask=inside, other=0.0) * scale * over_c[:, None] * over_e[None, :]
         logits = base * heat
         dp = tl.load(dp_ptr + matrix * D * E + at, mask=inside, other=0.0)
@@ -217,11 +135,11 @@ def _slopes(
             weight = 1.0
             kept = every
             if len(TOPK) > 0:
-                kept = every & _kept(
+                kept = every & kept_logits(
                     logits, gram_ptr, squares_ptr + D, c, e, c < D, over_c, heat, scale, eps, TOPK[t], E, NORMALIZE)
             if mix_ptr is not None:
                 weight = tl.load(mix_ptr + t * mix_stride).to(tl.float32)
-            part = _normalized(logits, kept, NORM)
+            part = normalized(logits, kept, NORM)
             dot = tl.sum(part * dp, 1)
             if NORM % 3 == 0:                                                          # softmax, plus1
                 moved = part * (dp - dot[:, None])
@@ -246,20 +164,9 @@ def _slopes(
         dheat += tl.sum(dlogits * base)
         rho = dlogits * logits
         columns += tl.sum(rho, 0)
-        _store_twice(tl.sum(rho, 1), over_c, squares_ptr, dsquares_ptr, twice_ptr, matrix * (D + E), c, c < D, eps, NORMALIZE)
-    _store_twice(columns, over_e, squares_ptr, dsquares_ptr, twice_ptr, matrix * (D + E), D + e, e < E, eps, NORMALIZE)
+        store_twice(tl.sum(rho, 1), over_c, squares_ptr, dsquares_ptr, twice_ptr, matrix * (D + E), c, c < D, eps, NORMALIZE)
+    store_twice(columns, over_e, squares_ptr, dsquares_ptr, twice_ptr, matrix * (D + E), D + e, e < E, eps, NORMALIZE)
     tl.store(heat_ptr + matrix, dheat)
-
-
-@triton.jit
-def _store_twice(rho, over, squares_ptr, dsquares_ptr, twice_ptr, first, at, inside, eps, NORMALIZE: tl.constexpr):
-    twice = tl.zeros(rho.shape, tl.float32)
-    if NORMALIZE:
-        long = tl.sqrt_rn(tl.load(squares_ptr + at, mask=inside, other=0.0)) >= eps
-        twice = tl.where(long, -rho * over * over, 0.0)
-    if dsquares_ptr is not None:
-        twice += 2.0 * tl.load(dsquares_ptr + first + at, mask=inside, other=0.0)
-    tl.store(twice_ptr + at, twice, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -280,19 +187,19 @@ def _apply(
     window = matrix // heads % windows
     sample = (matrix // heads // windows).to(tl.int64)
     matrix_ptr += matrix.to(tl.int64) * matrix_strides[0]
-    first_y, first_x, wide, count = _count(window, bounds_ptr, shape)
+    first_y, first_x, wide, count = window_of(window, bounds_ptr, shape)
     begin = (count.to(tl.int64) * split // splits).to(tl.int32)
     end = (count.to(tl.int64) * (split + 1) // splits).to(tl.int32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=1):
         i = start + tl.arange(0, BLOCK_N)
         real = i < end
-        y, x, shown = _place(i, real, first_y, first_x, wide, sample, order_ptr, mask_ptr, shape)
+        y, x, shown = place_of(i, real, first_y, first_x, wide, sample, order_ptr, mask_ptr, shape)
         acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for first in tl.range(0, E, BLOCK_E, num_stages=1):
             e = first + tl.arange(0, BLOCK_E)
             m = tl.load(matrix_ptr + e[:, None] * matrix_strides[2] + c[None, :] * matrix_strides[1],
                         mask=(e < E)[:, None] & (c < D)[None, :], other=0.0)
-            rows = _tile(x_ptr, sample, head, y, x, shown, x_strides, e, E)
+            rows = load_tile(x_ptr, sample, head, y, x, shown, x_strides, e, E)
             if PRECISION == "tf32":                                                    # whose 10 bits rows fit into
                 high = (m.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
                 acc = tl.dot(rows, m - high, acc, input_precision="tf32")
@@ -300,7 +207,7 @@ def _apply(
             acc = tl.dot(rows, m, acc, input_precision=PRECISION)
         if own_ptr is not None:
             factor = tl.load(factor_ptr + matrix.to(tl.int64) * factor_stride + c, mask=c < D, other=0.0)
-            acc += _tile(own_ptr, sample, head, y, x, shown, own_strides, c, D) * factor[None, :]
+            acc += load_tile(own_ptr, sample, head, y, x, shown, own_strides, c, D) * factor[None, :]
         at = sample * y_strides[0] + head * y_strides[3] + y * y_strides[1] + x * y_strides[2]
         at = at[:, None] + c.to(tl.int64)[None, :] * y_strides[4]
         tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=real[:, None] & (c < D)[None, :])
