@@ -1,5 +1,4 @@
-"""What people run today instead of linear_attention: two products with a column of ones, as timm and SANA have it; softmax
-attention at the same number of tokens."""
+"""What people run today instead of linear_attention: two products with a column of ones, as timm and SANA have it."""
 
 from typing import Any
 
@@ -26,18 +25,8 @@ class Eager:
         return (out[..., :-1] / (out[..., -1:] + 1e-6)).to(v.dtype).transpose(1, 2)
 
 
-class Softmax(Eager):
-    """Not the same attention: what it replaces."""
-
-    def __call__(self, inputs: dict[str, Any]) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in self.case.qkv(inputs))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
-    if name == "sdpa":
-        return Softmax(case)
     return torch.compile(Eager(case).__call__, dynamic=False) if name == "compiled" else Eager(case)
 
 

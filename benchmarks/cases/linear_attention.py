@@ -9,7 +9,7 @@ import vitkern
 
 from ._random import moved, tensors
 
-BASELINES = ("eager", "compiled", "sdpa")
+BASELINES = ("eager", "compiled")
 EXPONENTIALS = {"relu": 0, "elu1": 1}
 
 
