@@ -8,15 +8,6 @@ def heads(batch=2, n=35, h=3, d=8, dv=None, dtype=torch.float64):
     return [torch.randn(batch, n, h, w, dtype=dtype, requires_grad=True) for w in (d, d, dv or d)]
 
 
-def agree(got, want, inputs):
-    """Values and gradients."""
-    torch.testing.assert_close(got, want)
-    upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(0), dtype=want.dtype)
-    pairs = (torch.autograd.grad((t * upstream).sum(), inputs, retain_graph=True) for t in (got, want))
-    for a, b in zip(*pairs, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def weights(a, b):
     """The dense scores of features [B, N, H, F], [B, H, Nq, Nk]."""
     return torch.einsum("bnhf,bmhf->bhnm", a, b)

@@ -5,6 +5,7 @@ import math
 import libraries  # noqa: F401
 import pytest
 import torch
+from agreement import agree
 
 import vitkern
 from vitkern import testing
@@ -13,15 +14,6 @@ from vitkern.testing.oracle import assert_close_to_oracle
 BACKENDS = ["reference", *testing.backends()]
 ON = pytest.mark.parametrize("backend", BACKENDS)
 F = torch.nn.functional
-
-
-def agree(got, want, inputs):
-    """Values and gradients."""
-    torch.testing.assert_close(got, want)
-    upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(0), dtype=want.dtype)
-    pairs = (torch.autograd.grad((t * upstream).sum(), inputs, retain_graph=True) for t in (got, want))
-    for a, b in zip(*pairs, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def tokens(*shape):
@@ -210,7 +202,6 @@ def test_float16_sums_of_squares_do_not_overflow(backend):
     assert out.dtype == torch.float16 and out.eq(4.5).all()
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
 def test_the_saved_outputs_have_gradients_too():
     """Those of the op that Python keeps to itself."""
     q, k, v = (t[:, None] for t in tokens(2, 9, 2, 5))
@@ -224,13 +215,13 @@ def test_the_saved_outputs_have_gradients_too():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", testing.backends())
 @pytest.mark.parametrize("tokens_", [4096, 65537])
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
-def test_many_tokens_are_as_exact_as_eager(tokens_):
+def test_many_tokens_are_as_exact_as_eager(tokens_, backend):
     g = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(1, tokens_, 1, 16, generator=g) + 1 for _ in range(3))
     exact = restormer(q.double(), k.double(), v.double(), 1.0)
-    got = vitkern.channel_attention(q, k, v, backend="cpu")
+    got = vitkern.channel_attention(q, k, v, backend=backend)
     assert_close_to_oracle("out", got, exact, restormer(q, k, v, 1.0))
 
 

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
-from linear_cases import agree, heads, mixed, weights
+from agreement import agree
+from linear_cases import heads, mixed, weights
 from memory import grown
 from torch import nn
 
 import vitkern
 from vitkern import feature_map as maps
 from vitkern import testing
+from vitkern.testing import assert_close_to_oracle
 
 BACKENDS = ["reference", *testing.backends()]
 ON = pytest.mark.parametrize("backend", BACKENDS)
@@ -29,10 +31,15 @@ def test_a_dead_query_in_float16_gives_0(backend):
 @ON
 def test_mean_and_sum_differ_through_eps_alone(backend):
     q, k, v = heads()
-    one, other = (vitkern.linear_attention(q, k, v, normalizer=n, backend=backend) for n in ("sum", "mean"))
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    small = vitkern.linear_attention(q * 1e-6, k, v, normalizer="mean", eps=1e-6, backend=backend)
-    assert (small / other).median() < 0.9
+    for factor in (1.0, 1e-6):
+        scores = weights(factor * q.relu(), k.relu())
+        den = scores.sum(-1).mT[..., None]
+        one, other = (
+            vitkern.linear_attention(factor * q, k, v, normalizer=n, eps=1e-6, backend=backend) for n in ("sum", "mean")
+        )
+        agree(one, mixed(scores, v) / (den + 1e-6), (q, k, v))
+        agree(other, mixed(scores, v) / (den + 35 * 1e-6), (q, k, v))
+    assert (other / one).median() < 0.9
 
 
 @ON
@@ -93,7 +100,7 @@ def test_small_values_survive_float16_at_65536_tokens(backend):
     q, k = (torch.randn(1, 65536, 1, 8).half() for _ in "qk")
     v = torch.full((1, 65536, 1, 8), 1.5e-3).half()
     out = vitkern.linear_attention(q, k, v, preset="mlla", backend=backend)
-    torch.testing.assert_close(out, v, rtol=2e-3, atol=0)
+    assert_close_to_oracle("out", out, v.double(), v)
 
 
 @ON
@@ -101,8 +108,8 @@ def test_the_largest_key_may_stand_last(backend):
     q, k, v = (t.detach().float() for t in heads(n=2000))
     k[:, -1] = 80.0
     got = vitkern.linear_attention(q, k, v, preset="efficient_attention", backend=backend)
-    want = mixed(weights(q.double().softmax(-1), k.double().softmax(1)), v.double())
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    exact = mixed(weights(q.double().softmax(-1), k.double().softmax(1)), v.double())
+    assert_close_to_oracle("out", got, exact, mixed(weights(q.softmax(-1), k.softmax(1)), v))
 
 
 @ON
@@ -218,4 +225,6 @@ def test_compiles_and_names_its_back_end():
     q = torch.randn(2, 20, 2, 8)
     compiled = torch.compile(_Twice(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q), _Twice()(q))
+    with pytest.raises(NotImplementedError, match="causal is not implemented yet, got True"):
+        vitkern.explain(vitkern.linear_attention, q, q, q, causal=True)
     assert "linear_attention runs on: cpu" in vitkern.explain(vitkern.linear_attention, q, q, q, preset="slab")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from agreement import agree
 from torch import nn
 
 import vitkern
@@ -13,15 +14,6 @@ from vitkern.testing.soft_merge import KINDS
 BACKENDS = ["reference", *testing.backends()]
 ON = pytest.mark.parametrize("backend", BACKENDS)
 F = torch.nn.functional
-
-
-def agree(got, want, inputs):
-    """Values and gradients."""
-    torch.testing.assert_close(got, want)
-    upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(0), dtype=want.dtype)
-    pairs = (torch.autograd.grad((t * upstream).sum(), inputs, retain_graph=True) for t in (got, want))
-    for a, b in zip(*pairs, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def tokens(batch=2, n=49, c=24):

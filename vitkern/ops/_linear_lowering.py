@@ -11,7 +11,7 @@ from vitkern import feature_map as maps
 from vitkern.ops import _checks
 from vitkern.ops._attention_modifier_checks import fields
 from vitkern.ops._linear_presets import EPS, FORMS, PRESETS, Preset
-from vitkern.reference.linear_attention import NORMALIZERS, sequences
+from vitkern.reference.linear_attention import NORMALIZERS, sequences, softmax_of_keys
 from vitkern.rope import LAYOUTS, Rope
 
 NAME = "linear_attention"
@@ -132,9 +132,7 @@ class SoftmaxMap:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if side == "q":
             return x.softmax(-1)
-        if valid is not None:
-            x = x.masked_fill(~valid[..., None, None], -torch.inf)
-        return x.softmax(1).nan_to_num(0.0) if x.shape[1] else x
+        return softmax_of_keys(x, torch.ones_like(x[..., 0, 0], dtype=torch.bool) if valid is None else valid)[0]
 
 
 def apply_map(lowered: Lowered, custom: Any) -> None:

@@ -76,9 +76,7 @@ def linear_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    for name, value in (("decay", decay), ("causal", causal), ("initial_state", initial_state)):
-        if value is not None and value is not False:
-            raise NotImplementedError(f"{NAME}: {name} is not implemented yet, got {value!r}")
+    _check_unwritten(decay, causal, initial_state)
     lowered, custom = lower(
         q, k, v, feature_map, normalizer, eps, scale, key_mask, key_weight, offset, cu_seqlens, cu_seqlens_k, window_size,
         rope, rope_order, preset,
@@ -91,6 +89,12 @@ def linear_attention(
         values = v.to(out.dtype).flatten(1, -3)
         out = (out.flatten(1, -3) + lepe.of(values).repeat_interleave(q.shape[-2] // k.shape[-2], 2)).reshape(out.shape)
     return (out, state) if return_state else out
+
+
+def _check_unwritten(decay: Any, causal: Any, initial_state: Any) -> None:
+    for name, value in (("decay", decay), ("causal", causal), ("initial_state", initial_state)):
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{NAME}: {name} is not implemented yet, got {value!r}")
 
 
 def _run(lowered: Lowered, custom: Any, backend: str | None) -> tuple[Tensor, Any]:
@@ -154,10 +158,17 @@ def _triton() -> Any:
 
 
 def _explain(
-    *args: Any, backend: str | None = None, lepe: Any = None, return_state: bool = False, **options: Any
-) -> Any:
-    lowered, custom = lower(*args, **options)
-    return _call.explanation(NAME, OP, lowered.args, backend)
+    *args: Any,
+    backend: str | None = None,
+    lepe: Any = None,
+    return_state: bool = False,
+    decay: Any = None,
+    causal: Any = False,
+    initial_state: Any = None,
+    **options: Any,
+) -> _call.Found:
+    _check_unwritten(decay, causal, initial_state)
+    return _call.explanation(NAME, OP, lower(*args, **options)[0].args, backend)
 
 
 OP = Op(

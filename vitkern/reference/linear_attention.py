@@ -95,13 +95,7 @@ def one(
     a = features(q, feature_map, rate) * scale  # [S, Nq, H, F]
     lse = k.new_empty((k.shape[0], k.shape[2], 0))  # [S, Hk, 0]
     if feature_map == "softmax":
-        logits = k.masked_fill(hidden, -torch.inf)  # [S, Nk, Hk, F]
-        top = logits.detach().amax(1, keepdim=True) if k.shape[1] else k.sum(1, keepdim=True)  # [S, 1, Hk, F]
-        top = top.masked_fill(top.isneginf(), 0.0)  # [S, 1, Hk, F]
-        b = (logits - top).exp()  # [S, Nk, Hk, F]
-        mass = b.sum(1, keepdim=True)  # [S, 1, Hk, F]
-        lse = (top + mass.log())[:, 0]  # [S, Hk, F]
-        b = b / mass.masked_fill(mass == 0, 1.0)  # [S, Nk, Hk, F]
+        b, lse = softmax_of_keys(k, valid)  # [S, Nk, Hk, F], [S, Hk, F]
     else:
         b = features(k, feature_map, rate).masked_fill(hidden, 0.0)  # [S, Nk, Hk, F]
     if weight is not None:
@@ -118,6 +112,16 @@ def one(
     last = torch.cat((total, n[:, None, None].expand(-1, k.shape[2], 1)), -1)  # [S, Hk, E + 1]
     state = torch.cat((torch.cat((s, z[..., None]), -1), last[:, :, None]), 2)  # [S, Hk, F + 1, E + 1]
     return out, state, lse
+
+
+def softmax_of_keys(k: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of k [S, Nk, Hk, F] over the valid tokens [S, Nk] of each channel, and the log of its sum [S, Hk, F]."""
+    logits = k.masked_fill(~valid[..., None, None], -torch.inf)  # [S, Nk, Hk, F]
+    top = logits.detach().amax(1, keepdim=True) if k.shape[1] else k.sum(1, keepdim=True)  # [S, 1, Hk, F]
+    top = top.masked_fill(top.isneginf(), 0.0)  # [S, 1, Hk, F]
+    e = (logits - top).exp()  # [S, Nk, Hk, F]
+    mass = e.sum(1, keepdim=True)  # [S, 1, Hk, F]
+    return e / mass.masked_fill(mass == 0, 1.0), (top + mass.log())[:, 0]
 
 
 def normalize(
