@@ -27,11 +27,14 @@ demo: .venv/demo/built
 # One architecture: the emulator runs the CUDA kernels here; a wheel has all of them (setup.py).
 test: CUDA ?= auto
 test: export TORCH_CUDA_ARCH_LIST ?= 9.0a
+# One thread per worker: threads of two workers that wait for each other on the same cores double the time.
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/test/built
 	.venv/test/bin/ruff check .
 	.venv/test/bin/python -m pytest -q -n auto --dist worksteal
 
 test-full: CUDA ?= auto
+test-full: export OMP_NUM_THREADS ?= 1
 test-full: .venv/test/built
 	VITKERN_FULL=1 VITKERN_FUZZ=500 .venv/test/bin/python -m pytest -q -n auto --dist worksteal
 

@@ -31,11 +31,20 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+QUICK = "test_schema", "test_autograd_registration", "test_faketensor"  # without tracing, which takes seconds
+
+
 @BY_NAME
 def test_opcheck_of_forward_and_backward(entry):
-    few = (
-        slice(6) if os.environ.get("VITKERN_FULL") else slice(1, 2)
-    )  # tracing twice through a definition takes seconds
+    """In full for every op once (tracing a backward goes twice through the definition), further calls without tracing."""
+    few = slice(6) if os.environ.get("VITKERN_FULL") else slice(1, 2)
+    traced = set()
+
+    def check(func, args):
+        full = os.environ.get("VITKERN_FULL") or func not in traced
+        traced.add(func)
+        torch.library.opcheck(func, tuple(args), **({} if full else {"test_utils": QUICK}))
+
     for call in [*entry.small()[few], entry.small()[-1]]:
         tensors = call.leaves(torch.float32, grad=True)
         with Recorder() as recorder:
@@ -51,13 +60,13 @@ def test_opcheck_of_forward_and_backward(entry):
                 else a
                 for a in args
             ]
-            torch.library.opcheck(func, tuple(fresh))
+            check(func, fresh)
             name = func.name().removeprefix("vitkern::")
             if (
                 name == entry.name and entry.gradient and not entry.last
             ):  # the variant without gradient has the same schema
                 plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in fresh]
-                torch.library.opcheck(getattr(torch.ops.vitkern, f"{name}_fwd").default, tuple(plain))
+                check(getattr(torch.ops.vitkern, f"{name}_fwd").default, plain)
 
 
 @BY_NAME
