@@ -38,6 +38,8 @@ CPU_SOURCES = [
     "csrc/cpu/unmerge_tokens.cpp",
     "csrc/cpu/select_tokens.cpp",
     "csrc/cpu/selective_scan.cpp",
+    "csrc/cpu/chain_sum.cpp",
+    "csrc/cpu/grid_sum.cpp",
     "csrc/cpu/restore_tokens.cpp",
     "csrc/cpu/soft_merge.cpp",
     "csrc/cpu/cluster_tokens.cpp",

@@ -1,6 +1,6 @@
 """vitkern: fused attention kernels for vision transformers."""
 
-from vitkern import bias, feature_map, mask, merging, modulation, nn
+from vitkern import bias, decay, feature_map, mask, merging, modulation, nn
 from vitkern.backends import explain, load, use_backend
 from vitkern.cosine import CosineScore
 from vitkern.ops._library import info
@@ -43,6 +43,7 @@ __all__ = [
     "bipartite_match",
     "channel_attention",
     "cluster_tokens",
+    "decay",
     "drop_tokens",
     "explain",
     "feature_map",

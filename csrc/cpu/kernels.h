@@ -2,9 +2,11 @@
 #pragma once
 #include "attention.h"
 #include "bipartite_match.h"
+#include "chain_sum.h"
 #include "channel_attention.h"
 #include "cluster_kmeans.h"
 #include "cluster_tokens.h"
+#include "grid_sum.h"
 #include "linear_attention.h"
 #include "merge_tokens.h"
 #include "soft_merge.h"
@@ -34,6 +36,8 @@ struct Kernels {
   // c [rows][columns] = a [rows][depth] b [depth][columns], columns a multiple of lanes: the ceiling that benchmarks measure
   void (*gemm_f32)(const float* a, const float* b, float* c, int32_t rows, int32_t columns, int32_t depth);
   ScanKernels scan_f32, scan_f64;
+  ChainKernels chain_f32, chain_f64;
+  GridKernels grid_f32, grid_f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

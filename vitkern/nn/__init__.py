@@ -1,5 +1,6 @@
 """Modules over vitkern's ops, with the parameter names of the systems they serve."""
 
+from vitkern.nn.agent_attention import AgentAttention
 from vitkern.nn.attention import Attention
 from vitkern.nn.beit_attention import BeitAttention
 from vitkern.nn.decomposed_rel_pos_attention import DecomposedRelPosAttention
@@ -10,6 +11,7 @@ from vitkern.nn.lite_mla import LiteMLA
 from vitkern.nn.masked_cross_attention import MaskedCrossAttention
 from vitkern.nn.mdta import MDTA
 from vitkern.nn.sigmoid_attention import SigmoidAttention
+from vitkern.nn.spatial_decay_attention import PolylinePathAttention, RetentionAttention2d
 from vitkern.nn.talking_head_attention import TalkingHeadAttention
 from vitkern.nn.window_attention import WindowAttention, WindowAttentionV2
 from vitkern.nn.xca import XCA, ChannelAttention
@@ -17,6 +19,7 @@ from vitkern.nn.xca import XCA, ChannelAttention
 __all__ = [
     "MDTA",
     "XCA",
+    "AgentAttention",
     "Attention",
     "BeitAttention",
     "ChannelAttention",
@@ -28,6 +31,8 @@ __all__ = [
     "LinearAttention",
     "LiteMLA",
     "MaskedCrossAttention",
+    "PolylinePathAttention",
+    "RetentionAttention2d",
     "SigmoidAttention",
     "SimplifiedLinearAttention",
     "TalkingHeadAttention",

@@ -12,7 +12,7 @@ from vitkern.ops import _checks
 
 NAME = "attention"
 LARGEST = 2**31 - 1
-INTEGERS = ("index", "q_ids", "k_ids", "q_levels", "k_levels")
+INTEGERS = ("index", "q_ids", "k_ids", "q_levels", "k_levels", "order")
 FLAGS = ("allow", "open_rows")
 BIASES = (
     bias.RelativePosition,
@@ -212,7 +212,7 @@ def check_mask(m: Any, q: Tensor, k: Tensor) -> None:
     fields("mask", m, q.device)
     if isinstance(m, mask.Causal) and not -LARGEST <= _checks.integer(NAME, "mask Causal.offset", m.offset) <= LARGEST:
         raise ValueError(f"{NAME}: mask Causal.offset must lie in [-2^31, 2^31), got {m.offset}")
-    pairs = {mask.Segments: ("q_ids", "k_ids"), mask.BlockCausal: ("q_levels", "k_levels")}.get(type(m), ())
+    pairs = {mask.Segments: ("q_ids", "k_ids"), mask.BlockCausal: ("q_levels", "k_levels", "order")}.get(type(m), ())
     for name, of in zip(pairs, (q, k), strict=False):
         ids = getattr(m, name)
         if ids.dim() != 2 or ids.shape[0] not in (1, q.shape[0]) or ids.shape[1] != of.shape[1]:

@@ -46,6 +46,7 @@ class Op:
     outputs: tuple[str, ...] = ("out", "lse")
     autocast: bool = True  # whether autocast casts the batched tensors
     gradient_like: Callable[[Tensor], Tensor] = lambda t: t.new_empty(t.shape)  # an empty gradient of an argument
+    composed: Callable[..., Any] | None = None  # the backward in terms of the op's own forward, where it is one
 
     def register(self) -> None:
         """Defines the schemas and everything that is not a compiled kernel."""
@@ -61,7 +62,8 @@ class Op:
                 self._register_autocast(name)
         saved = [*(f"Tensor? d{name}" for name in self.outputs), *(f"Tensor {name}" for name in self.outputs[1:])]
         library.define(f"{self.name}_bwd({', '.join(saved)}, {arguments}, SymInt need) -> ({gradients})")
-        library.impl(f"{self.name}_bwd", self._reference_backward_kernel, "CompositeExplicitAutograd")
+        backward = self.composed or self._reference_backward_kernel
+        library.impl(f"{self.name}_bwd", backward, "CompositeExplicitAutograd")
         library.impl(f"{self.name}_bwd", partial(self.gpu.backward, self), "CUDA")
         torch.library.register_fake(f"vitkern::{self.name}_bwd", self._fake_backward, lib=library)
         _register_autograd(self.name, self._save, self._backward)

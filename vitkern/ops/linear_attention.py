@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern.feature_map import Polar
-from vitkern.ops import _call
+from vitkern.ops import _call, _linear_decay
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._linear_lowering import NAME, Lowered, apply_map, lower
 from vitkern.ops._op import Op
@@ -63,8 +63,12 @@ def linear_attention(
         cu_seqlens, cu_seqlens_k: int32 bounds ``[sequences + 1]`` of packed sequences, for the keys where they differ.
         window_size: one S and z for each window of the map; the windows divide it.
         rope, rope_order: a `vitkern.Rope`. ``"after"`` rotates the features, in the numerator alone; ``"before"`` q and k.
-        decay, causal, initial_state: not implemented yet.
-        return_state: also the sums, ``(S [B, Hk, F, Dv], z [B, Hk, F], n [B, Hk])`` in float32, of every sequence.
+        decay: one of `vitkern.decay` (``Retention``, ``Gated``, ``Manhattan``, ``Polyline``), or a list whose masks are averaged:
+            factors of numerator and denominator. Still linear in the tokens, forward and backward.
+        causal: True: a query sees the keys up to its own; an int L: up to the end of its block of L tokens (the frames of a video).
+        initial_state: what an earlier call returned, as if its tokens stood in front; with causal.
+        return_state: also the sums, ``(S [B, Hk, F, Dv], z [B, Hk, F], n [B, Hk])`` in float32, of every sequence; with causal
+            those behind the last token, of H heads.
         lepe: a `vitkern.DepthwiseValue`, added to the output.
         preset: what a published model means by linear attention: map, normalizer, eps, scale, order of the rotation.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
@@ -76,47 +80,45 @@ def linear_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    _check_unwritten(decay, causal, initial_state)
     lowered, custom = lower(
         q, k, v, feature_map, normalizer, eps, scale, key_mask, key_weight, offset, cu_seqlens, cu_seqlens_k, window_size,
         rope, rope_order, preset,
     )  # fmt: skip
+    placed = _linear_decay.lower(lowered, custom, decay, causal, initial_state, return_state, cu_seqlens_k)
     _check_lepe(lepe, q, v)
-    if return_state and isinstance(custom, Polar):
+    if isinstance(custom, Polar) and (return_state or initial_state is not None):
         raise NotImplementedError(f"{NAME}: return_state must be False with feature_map.Polar, which has two states")
-    out, state = _run(lowered, custom, backend)
+    out, state = _run(lowered, custom, placed, backend)
     if lepe is not None:
         values = v.to(out.dtype).flatten(1, -3)
         out = (out.flatten(1, -3) + lepe.of(values).repeat_interleave(q.shape[-2] // k.shape[-2], 2)).reshape(out.shape)
     return (out, state) if return_state else out
 
 
-def _check_unwritten(decay: Any, causal: Any, initial_state: Any) -> None:
-    for name, value in (("decay", decay), ("causal", causal), ("initial_state", initial_state)):
-        if value is not None and value is not False:
-            raise NotImplementedError(f"{NAME}: {name} is not implemented yet, got {value!r}")
-
-
-def _run(lowered: Lowered, custom: Any, backend: str | None) -> tuple[Tensor, Any]:
+def _run(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, backend: str | None) -> tuple[Tensor, Any]:
     device = lowered.q.device.type
     if torch.is_autocast_enabled(device):
         if lowered.q.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             lowered.q, lowered.k, lowered.v = (t.to(dtype) for t in (lowered.q, lowered.k, lowered.v))
         with torch.autocast(device, enabled=False):
-            return _run(lowered, custom, backend)
+            return _run(lowered, custom, placed, backend)
     wide = torch.promote_types(lowered.q.dtype, torch.float32)
     if custom is not None:
         apply_map(lowered, custom)
     lowered.tables = tuple(None if t is None else t.to(wide) for t in lowered.tables)  # type: ignore[assignment]
-    if isinstance(custom, Polar):
-        out = _two_halves(lowered, backend)
-        return out.reshape(*lowered.shape, out.shape[-1]), None
+    out, state = (_two_halves if isinstance(custom, Polar) else _one)(lowered, placed, backend)
+    return out.reshape(*lowered.shape, out.shape[-1]), state
+
+
+def _one(lowered: Lowered, placed: _linear_decay.Placed | None, backend: str | None) -> tuple[Tensor, Any]:
+    if placed is not None:
+        return _linear_decay.attend(lowered, placed, backend)
     out, state, _ = _call.run(OP, lowered.args, backend)
-    return out.reshape(*lowered.shape, out.shape[-1]), (state[..., :-1, :-1], state[..., :-1, -1], state[..., -1, -1])
+    return out, (state[..., :-1, :-1], state[..., :-1, -1], state[..., -1, -1])
 
 
-def _two_halves(lowered: Lowered, backend: str | None) -> Tensor:
+def _two_halves(lowered: Lowered, placed: _linear_decay.Placed | None, backend: str | None) -> tuple[Tensor, Any]:
     """PolaFormer: the halves of the features of q exchanged for the second half of v's channels."""
     q, v = lowered.q, lowered.v
     width, features = v.shape[-1] // 2, q.shape[-1] // 2
@@ -126,8 +128,8 @@ def _two_halves(lowered: Lowered, backend: str | None) -> Tensor:
         (torch.cat((q[..., features:], q[..., :features]), -1), v[..., width:]),
     ):
         lowered.q, lowered.v = queries, values
-        found.append(_call.run(OP, lowered.args, backend)[0])
-    return torch.cat(found, -1)
+        found.append(_one(lowered, placed, backend)[0])
+    return torch.cat(found, -1), None
 
 
 def _check_lepe(lepe: Any, q: Tensor, v: Tensor) -> None:
@@ -167,8 +169,13 @@ def _explain(
     initial_state: Any = None,
     **options: Any,
 ) -> _call.Found:
-    _check_unwritten(decay, causal, initial_state)
-    return _call.explanation(NAME, OP, lower(*args, **options)[0].args, backend)
+    lowered, custom = lower(*args, **options)
+    placed = _linear_decay.lower(
+        lowered, custom, decay, causal, initial_state, return_state, options.get("cu_seqlens_k")
+    )
+    if placed is not None:
+        return _linear_decay.explanation(lowered, placed, backend)
+    return _call.explanation(NAME, OP, lowered.args, backend)
 
 
 OP = Op(

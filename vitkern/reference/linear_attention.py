@@ -90,16 +90,7 @@ def one(
     half: bool,
     detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = ~valid[..., None, None]  # [S, Nk, 1, 1]
-    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # [S, Nk, Hk, .]
-    a = features(q, feature_map, rate) * scale  # [S, Nq, H, F]
-    lse = k.new_empty((k.shape[0], k.shape[2], 0))  # [S, Hk, 0]
-    if feature_map == "softmax":
-        b, lse = softmax_of_keys(k, valid)  # [S, Nk, Hk, F], [S, Hk, F]
-    else:
-        b = features(k, feature_map, rate).masked_fill(hidden, 0.0)  # [S, Nk, Hk, F]
-    if weight is not None:
-        b = b * weight.masked_fill(hidden[..., 0], 0.0)[..., None]  # [S, Nk, Hk, F]
+    a, b, v, lse = mapped(q, k, v, valid, weight, feature_map, rate, scale)
     turned_a, turned_b = turn(a, cos_q, sin_q, half), turn(b, cos_k, sin_k, half)  # [S, N, heads, F]
     s = torch.einsum("snhf,snhe->shfe", turned_b, v)  # [S, Hk, F, E]
     z, total, n = b.sum(1), v.sum(1), valid.sum(1).to(k.dtype)  # [S, Hk, F], [S, Hk, E], [S]
@@ -112,6 +103,53 @@ def one(
     last = torch.cat((total, n[:, None, None].expand(-1, k.shape[2], 1)), -1)  # [S, Hk, E + 1]
     state = torch.cat((torch.cat((s, z[..., None]), -1), last[:, :, None]), 2)  # [S, Hk, F + 1, E + 1]
     return out, state, lse
+
+
+def mapped(
+    q: Tensor,  # [S, Nq, H, D]
+    k: Tensor,  # [S, Nk, Hk, D]
+    v: Tensor,  # [S, Nk, Hk, E]
+    valid: Tensor,  # [S, Nk]
+    weight: Tensor | None,  # [S, Nk, Hk]
+    feature_map: str,
+    rate: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a [S, Nq, H, F], b [S, Nk, Hk, F], v with zeros where no key is, and the sums of the map "softmax"."""
+    hidden = ~valid[..., None, None]  # [S, Nk, 1, 1]
+    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # [S, Nk, Hk, .]
+    a = features(q, feature_map, rate) * scale  # [S, Nq, H, F]
+    lse = k.new_empty((k.shape[0], k.shape[2], 0))  # [S, Hk, 0]
+    if feature_map == "softmax":
+        b, lse = softmax_of_keys(k, valid)  # [S, Nk, Hk, F], [S, Hk, F]
+    else:
+        b = features(k, feature_map, rate).masked_fill(hidden, 0.0)  # [S, Nk, Hk, F]
+    if weight is not None:
+        b = b * weight.masked_fill(hidden[..., 0], 0.0)[..., None]  # [S, Nk, Hk, F]
+    return a, b, v, lse
+
+
+def weighted(
+    a: Tensor,  # [B, N, H, F]
+    b: Tensor,  # [B, N, H, F]
+    c: Tensor,  # [B, N, H, C]
+    m: Tensor,  # [B|1, H|1, N, N] or [B, H, N, N, F]: the decays from key j to query i, 0 where it must not be seen
+    start: Tensor | None,  # [B, H, F, C]: a state before the first token
+    reach: Tensor,  # [B|1, H|1, N, 1|F]: what is left of it at each token
+    end: int,  # the token that comes last
+) -> tuple[Tensor, Tensor]:
+    """The sums under decays by their definition: ``out [B, N, H, C]`` and the state ``[B, H, F, C]`` behind the last token."""
+    products = "bihf,bjhf,bhijf->bhij" if m.dim() == 5 else "bihf,bjhf,bhij->bhij"
+    out = torch.einsum("bhij,bjhc->bihc", torch.einsum(products, a, b, m.expand(len(a), a.shape[2], *m.shape[2:])), c)
+    if not a.shape[1]:
+        return out, c.new_zeros(len(a), *a.shape[2:], c.shape[3]) if start is None else start
+    left = m[:, :, end].expand(len(a), a.shape[2], *m.shape[3:])  # [B, H, N] or [B, H, N, F]
+    left = left if left.dim() == 4 else left[..., None].expand(*left.shape, a.shape[3])  # [B, H, N, F]
+    last = torch.einsum("bhjf,bjhf,bjhc->bhfc", left, b, c)  # [B, H, F, C]
+    if start is not None:
+        out = out + torch.einsum("bihf,bhfc->bihc", a * reach.transpose(1, 2), start)  # [B, N, H, C]
+        last = last + reach[:, :, end, :, None] * start  # [B, H, F, C]
+    return out, last
 
 
 def softmax_of_keys(k: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
