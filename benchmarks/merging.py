@@ -118,15 +118,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--r", default="0,4,8,13,16")
     parser.add_argument("--json", type=Path, help="results/cpu-<instruction set>/models/merging.json by default")
+    parser.add_argument("--resume", action="store_true", help="keeps the rows of an earlier run that --r does not name")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = timm.create_model(options.model, pretrained=False).eval()
     x = torch.randn(options.batch, 3, *model.patch_embed.img_size)
-    rows = [row(model, x, int(r)) for r in options.r.split(",")]
-    result = {"model": options.model, "batch": options.batch, "environment": measure.environment(), "rows": rows}
-    path = options.json or RESULTS / f"cpu-{result['environment']['instruction set']}" / "models" / "merging.json"
+    env = measure.environment()
+    path = options.json or RESULTS / f"cpu-{env['instruction set']}" / "models" / "merging.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+    rows = json.loads(path.read_text())["rows"] if options.resume else []
+    for r in map(int, options.r.split(",")):  # what is measured is written at once: a later run goes on with the rest
+        rows = sorted([*(old for old in rows if old["r"] != r), row(model, x, r)], key=lambda found: found["r"])
+        result = {"model": options.model, "batch": options.batch, "environment": env, "rows": rows}
+        path.write_text(json.dumps(result, indent=1))
+        path.with_suffix(".md").write_text(markdown(result))
     print(markdown(result))
 
 

@@ -8,6 +8,9 @@ import torch
 
 import vitkern
 from vitkern import merging
+from vitkern.bias import KeyBias
+from vitkern.merging import _blocks
+from vitkern.patch import _interface
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -91,6 +94,22 @@ def merge(x, metric, size, holds, r, prefix, reduce, order):
     return merged, total, (rows @ holds.to(x.dtype)).bool()
 
 
+@pytest.fixture(params=["op", "sdpa"])
+def calls(request, monkeypatch):
+    """Runs a test on vitkern.attention and on PyTorch's; the biases of the calls of vitkern.attention."""
+    biases = []
+
+    def counted(*args, bias=None, **options):
+        biases.append(bias)
+        return vitkern.attention(*args, bias=bias, **options)
+
+    for module in (_blocks, _interface):
+        monkeypatch.setattr(module, "attention", counted)
+    monkeypatch.setattr(_blocks, "LEAST_ROWS", 0 if request.param == "op" else 10**9)
+    yield biases
+    assert all(isinstance(b, KeyBias) for b in biases) and (request.param == "op" or not biases)
+
+
 TIMM = {
     "class token": (dict(), 1),
     "no class token": (dict(class_token=False, global_pool="avg"), 0),
@@ -101,7 +120,7 @@ TIMM = {
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_models_equal_the_dense_oracle(name):
+def test_timm_models_equal_the_dense_oracle(name, calls):
     options, prefix = TIMM[name]
     model = timm_model(**options)
     if name == "unfused":
@@ -122,6 +141,7 @@ def test_timm_models_equal_the_dense_oracle(name):
         report.undo()
         assert torch.equal(model(x), plain)
         assert not any("forward" in m.__dict__ or m._forward_hooks for m in model.modules())
+    assert len(calls) in (0, 0 if name == "unfused" else LAYERS - 1)  # nothing is known of sizes in the first block
 
 
 def hf_model(name):
@@ -144,7 +164,7 @@ def hf_model(name):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "DINOv2", "registers", "CLIP"])
-def test_transformers_models_equal_the_dense_oracle(name, attention):
+def test_transformers_models_equal_the_dense_oracle(name, attention, calls):
     model, prefix = hf_model(name)
     model.set_attn_implementation(attention)
     kinds = ("ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "CLIPEncoderLayer")
@@ -164,6 +184,7 @@ def test_transformers_models_equal_the_dense_oracle(name, attention):
         last.remove()
         report.undo()
         assert torch.equal(model(x).last_hidden_state, plain)
+    assert len(calls) in (0, 0 if attention == "eager" else LAYERS - 1)
 
 
 def test_only_the_vision_tower_of_clip_merges():
@@ -195,7 +216,27 @@ def test_nothing_to_merge_is_the_model_itself_and_gradients_flow():
     assert with_merging.tokens == [17 - 2, 15 - 4, 11 - 5]  # at most half of what is left
 
 
-def test_a_threshold_merges_another_number_in_every_image_and_padding_is_seen_by_nothing():
+def test_both_attentions_give_the_same_gradients_and_hooks_and_few_rows_keep_the_modules_own(monkeypatch):
+    x, found, ran = torch.randn(2, 3, 32, 32, dtype=torch.float64), [], []
+    monkeypatch.setattr(_blocks, "attention", lambda *a, **o: ran.append(1) or vitkern.attention(*a, **o))
+    for rows in (0, 2 * 13 * 3 + 1):  # the second of the blocks has 2 images of 13 tokens in 3 heads
+        monkeypatch.setattr(_blocks, "LEAST_ROWS", rows)
+        model = timm_model(qk_norm=True, scale_attn_norm=True)
+        for block in model.blocks:
+            block.attn.gate = torch.nn.Linear(24, 24, dtype=torch.float64)
+        merging.apply(model, r=R)
+        found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+        assert len(ran) == LAYERS - 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    monkeypatch.setattr(_blocks, "LEAST_ROWS", 0)
+    seen = []
+    model.blocks[1].attn.register_forward_hook(lambda m, i, o: seen.append(o))
+    model(x)
+    assert len(seen) == 1 and len(ran) == 2 * (LAYERS - 1) - 1
+
+
+def test_a_threshold_merges_another_number_in_every_image_and_padding_is_seen_by_nothing(calls):
     model = timm_model(class_token=False, global_pool="avg", pos_embed="none")
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     x[0] = x[0, :, :8, :8].repeat(1, 4, 4)  # sixteen equal patches
@@ -209,7 +250,7 @@ def test_a_threshold_merges_another_number_in_every_image_and_padding_is_seen_by
             torch.testing.assert_close(both[i : i + 1, : alone.shape[1]], alone)
 
 
-def test_a_ratio_other_metrics_and_no_size_bias():
+def test_a_ratio_other_metrics_and_no_size_bias(calls):
     model = timm_model()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     options = {"metric": "x", "prop_attn": False, "reduce": "max", "order": "position"}

@@ -71,14 +71,14 @@ class Tower:
         self.plan: MergePlan | None = None
         self.tokens = []
 
-    def bias(self, x: Tensor) -> Tensor | None:
-        """The logarithm of the sizes as an additive mask [B, 1, 1, N]; -inf hides what is not a token."""
+    def log_size(self, x: Tensor) -> Tensor | None:
+        """What is added to every score of a key, [B, N]: the logarithm of its size, -inf where there is no token."""
         if self.size is None or (self.mask is None and not self.options["prop_attn"]):
             return None
         size = self.size
         if not self.options["prop_attn"]:
             size = (size > 0).to(size.dtype)
-        return size.to(torch.promote_types(x.dtype, torch.float32)).log().to(x.dtype)[:, None, None, :]
+        return size.to(torch.promote_types(x.dtype, torch.float32)).log()
 
     def watch(self, block: nn.Module, kind: Kind) -> None:
         """Keeps the keys [B, N, H, D] of the block's attention as they are projected."""

@@ -60,7 +60,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -68,13 +68,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """An attention function of the interface: ``q, k, v [B, H, N, D]`` to ``([B, N, H, D], None)``.
 
-    A bool mask hides, a float one is added as it is. Without a mask a causal module is causal, as with "sdpa".
+    A bool mask hides, a float one or a typed bias is added as it is. Without a mask a causal module is causal, as with "sdpa".
     """
     for name in _UNKNOWN:
         if options.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__}: the vitkern attention function does not take {name}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    hides = attention_mask is not None and attention_mask.dtype == torch.bool
+    hides = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool
     mask = attention_mask if hides else Causal() if causal and attention_mask is None and query.shape[2] > 1 else None
     out = attention(
         query.transpose(1, 2),
@@ -88,21 +88,30 @@ def attend(
     return out, None
 
 
-def through_interface(module: nn.Module) -> Any:
-    """Serves a module that calls the attention function that its config names."""
+def register() -> None:
+    """Makes :func:`attend` known under its name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+
+
+def run_on_op(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, which finds vitkern under the name in its config."""
+    return type(module).forward(View(module, config=View(module.config, _attn_implementation=NAME)), *args, **kwargs)
+
+
+def through_interface(module: nn.Module) -> Any:
+    """Serves a module that calls the attention function that its config names."""
     reason = refusal()
     if reason:
         return reason
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+    register()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if weights_wanted(kwargs.get("output_attentions")):
             return type(self).forward(self, *args, **kwargs)
-        seen = View(self, config=View(self.config, _attn_implementation=NAME))
-        return type(self).forward(seen, *args, **kwargs)
+        return run_on_op(self, *args, **kwargs)
 
     return forward
 
