@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,8 @@ def apply(op: Op, *args: Any) -> Any:
         def backward(ctx: Any, *douts: Any) -> Any:
             everything, count = ctx.saved_tensors, len(op.tensors)
             need = op.need(lambda i: ctx.needs_input_grad[i])
-            found = op.gpu.backward(op, *douts, *everything[count:], *everything[:count], *ctx.options, need)
+            gradient = op.composed or partial(op.gpu.backward, op)
+            found = gradient(*douts, *everything[count:], *everything[:count], *ctx.options, need)
             grads = [None] * (count + len(ctx.options))
             for position, grad in zip(op.differentiable, _as_tuple(found), strict=True):
                 grads[position] = grad
@@ -55,7 +57,12 @@ def tokens_on_gpu(gpu: str) -> Iterator[None]:
     def reasons(op: Op | PlainOp, args: tuple[Any, ...]) -> dict[str, list[str]]:
         return {"reference": [], "triton": op.gpu.triton_refusals(args), "cuda": op.gpu.cuda_refusals(args)}
 
-    with mock.patch.object(_call, "run", run), mock.patch.object(_call, "reasons", reasons):
+    def overload(op: Op | PlainOp, suffix: str = "") -> Any:
+        """What a composed backward calls."""
+        return partial(op.gpu.forward, op)
+
+    calls = (mock.patch.object(kind, "overload", overload) for kind in (Op, PlainOp))
+    with mock.patch.object(_call, "run", run), mock.patch.object(_call, "reasons", reasons), next(calls), next(calls):
         yield
 
 

@@ -64,7 +64,7 @@ class Op:
         library.define(f"{self.name}_bwd({', '.join(saved)}, {arguments}, SymInt need) -> ({gradients})")
         backward = self.composed or self._reference_backward_kernel
         library.impl(f"{self.name}_bwd", backward, "CompositeExplicitAutograd")
-        library.impl(f"{self.name}_bwd", partial(self.gpu.backward, self), "CUDA")
+        library.impl(f"{self.name}_bwd", self.composed or partial(self.gpu.backward, self), "CUDA")
         torch.library.register_fake(f"vitkern::{self.name}_bwd", self._fake_backward, lib=library)
         _register_autograd(self.name, self._save, self._backward)
         _register_autograd(f"{self.name}_bwd", self._save_all, self._double_backward)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops import _call
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op, PlainOp
 from vitkern.reference.chain_sum import chain_links as links_definition
 from vitkern.reference.chain_sum import chain_sum as definition
@@ -106,6 +107,18 @@ def spans(tokens: int, cu_seqlens: Tensor | None, block: int, device: torch.devi
     return own, begin, stop
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import chain_sum as kernels
+
+    return kernels
+
+
+def _triton_links() -> Any:
+    from vitkern.triton_kernels import chain_links as kernels
+
+    return kernels
+
+
 OP = Op(
     NAME,
     ("Tensor a", "Tensor b", "Tensor c", "Tensor? log_decay", "Tensor? state", "Tensor? order", "Tensor? cu_seqlens"),
@@ -114,6 +127,7 @@ OP = Op(
     batched=5,
     definition=definition,
     fake=_fake,
+    gpu=Gpu(_triton),
     outputs=("out", "last"),
     autocast=False,
     composed=backward,
@@ -127,6 +141,7 @@ LINKS = PlainOp(
     batched=7,
     definition=links_definition,
     fake=_fake_links,
+    gpu=Gpu(_triton_links),
 )  # fmt: skip
 OP.register()
 LINKS.register()
