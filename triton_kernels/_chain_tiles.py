@@ -204,7 +204,8 @@ def step_links(
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """part [blocks of columns, B, N, H, 1] of the gradient of the links of a SHARED decay: what each step's pairs, its state and
-    the gradient behind it say; products in three TF32 parts do not fit into registers here. Grid and strides as in `steps`, dout too; part starts as zeros."""
+    the gradient behind it say; products in three TF32 parts do not fit into registers here. Grid and strides as in `steps`, dout
+    too; part starts as zeros."""
     blocks = (C + BLOCK_C - 1) // BLOCK_C
     matrix = tl.program_id(0) // blocks
     head = (matrix % heads).to(tl.int64)
