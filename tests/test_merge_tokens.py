@@ -162,8 +162,12 @@ def test_sizes_without_weights_carry_no_gradient(backend):
 def test_nothing_to_do_passes_through(backend):
     for shape in ((1, 1, 4), (0, 9, 4), (2, 5, 4)):
         x = torch.randn(shape)
-        plan = vitkern.merge_plan(vitkern.bipartite_match(x, protect=5, backend=backend), r=0, backend=backend)
-        assert torch.equal(vitkern.merge_tokens(x, plan, backend=backend)[0], x)
+        match = vitkern.bipartite_match(x, protect=5, backend=backend)
+        for r in (0, 3):  # three where nothing can merge; an empty batch of nine merges two of each
+            plan = vitkern.merge_plan(match, r=r, clip=True, backend=backend)
+            y, _ = vitkern.merge_tokens(x, plan, backend=backend)
+            assert torch.equal(y, x) or y.shape == (0, 7, 4)
+            assert torch.equal(vitkern.unmerge_tokens(y, plan, backend=backend), x)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
@@ -184,6 +188,11 @@ X, PLAN = torch.randn(2, 6, 4), MergePlan.from_map(torch.zeros(2, 6, dtype=torch
     [
         (
             lambda: vitkern.merge_tokens(X[:, :5], PLAN),
+            ValueError,
+            r"x must have the batch and length of the plan, \[2, 6\]",
+        ),
+        (
+            lambda: vitkern.merge_tokens(X[:1], PLAN),
             ValueError,
             r"x must have the batch and length of the plan, \[2, 6\]",
         ),

@@ -236,6 +236,14 @@ def test_both_attentions_give_the_same_gradients_and_hooks_and_few_rows_keep_the
     assert len(seen) == 1 and len(ran) == 2 * (LAYERS - 1) - 1
 
 
+def test_an_applied_model_compiles_whole(calls):
+    model, x = timm_model(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    merging.apply(model, r=R, trace=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_a_threshold_merges_another_number_in_every_image_and_padding_is_seen_by_nothing(calls):
     model = timm_model(class_token=False, global_pool="avg", pos_embed="none")
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -359,6 +367,7 @@ def test_published_destinations():
     [
         (dict(), "r must be given, or ratio, or threshold"),
         (dict(ratio=1.0), r"ratio must lie in \(0, 1\), got 1.0"),
+        (dict(ratio=0.0), r"ratio must lie in \(0, 1\), got 0.0"),
         (dict(r=2, metric="q"), "metric must be 'k', 'k_norm' or 'x', got 'q'"),
         (dict(r=2, pool="max"), "pool must be 'model' or 'size', got 'max'"),
         (dict(r=2, protect=-1), "protect must be at least 0, got -1"),

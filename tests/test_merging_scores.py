@@ -7,7 +7,7 @@ import torch
 from memory import grown
 
 import vitkern
-from vitkern import testing
+from vitkern import merging, testing
 from vitkern.merging import attention_rank, token_energy
 
 
@@ -106,6 +106,21 @@ def both(tokens):
 both(100)
 """
     assert grown(run, "both(16000)") < 300e6  # 1 GB for the whole matrix
+
+
+def test_scores_indices_and_applied_models_compile_whole():
+    x, q = torch.randn(2, 20, 8), torch.randn(2, 20, 2, 8)
+    calls = {
+        "token_energy": (lambda x: token_energy(x, 0.5), x),
+        "attention_rank": (lambda q: attention_rank(q, q, rounds=3), q),
+        "random2d_index": (lambda: merging.random2d_index((6, 8), (2, 2), seed=4),),
+        "kth_index": (lambda: merging.kth_index(20, 4),),
+        "frame_index": (lambda: merging.frame_index(5, 12, [0, 3]),),
+    }
+    for name, (run, *args) in calls.items():
+        torch._dynamo.reset()
+        got = torch.compile(run, fullgraph=True, backend="aot_eager")(*args)
+        torch.testing.assert_close(got, run(*args), msg=name)
 
 
 X, Q = torch.randn(2, 6, 4), torch.randn(2, 6, 2, 4)

@@ -3,6 +3,7 @@ tests/test_ops.py."""
 
 import pytest
 import torch
+from memory import grown
 
 import vitkern
 from vitkern import testing
@@ -104,6 +105,20 @@ def test_a_sample_does_not_depend_on_its_batch(backend):
     for b in range(4):
         one = vitkern.reconstruct_tokens(y[b : b + 1], x[b : b + 1], c[b : b + 1], k=5, backend=backend)
         assert torch.equal(one[0], whole[b])
+
+
+@pytest.mark.skipif("cpu" not in testing.backends(), reason="the CPU library is not built")
+def test_memory_grows_with_the_tokens_and_not_with_their_square():
+    setup = """
+def both(tokens):
+    y, c = (torch.randn(1, tokens // 4, 8, requires_grad=True) for _ in range(2))
+    x = torch.randn(1, tokens, 8, requires_grad=True)
+    vitkern.reconstruct_tokens(y, x, c, k=5).sum().backward()
+    assert x.grad.isfinite().all() and y.grad.isfinite().all()
+both(100)
+"""
+    more = grown(setup, "both(16384)")
+    assert more < 64e6, f"{more} bytes; a matrix would take {16384 * 4096 * 4}"
 
 
 Y, X, C = torch.randn(2, 5, 4), torch.randn(2, 9, 3), torch.randn(2, 5, 3)

@@ -1,4 +1,4 @@
-"""How important tokens are, by published formulas, in blocks of rows: nothing of size N x N is stored."""
+"""How important tokens are, by published formulas: nothing of size N x N is stored."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops import _checks
+from vitkern.ops.attention import attention
 
 BLOCK = 128  # rows whose similarities exist at one time
 
@@ -93,17 +94,14 @@ def attention_rank(
     _checks.on_device(name, "k", k, "q", q.device)
     _checks.integer(name, "rounds", rounds, 1)
     bounds = _bounds(name, variance)
-    acc = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-    factor = q.shape[3] ** -0.5 if scale is None else scale
-    left, right = (t.detach().to(acc).transpose(1, 2) for t in (q, k))  # [B, H, N, D]
     tokens = q.shape[1]
-    s = torch.full_like(left[..., 0], 1.0 / tokens)  # [B, H, N]
+    acc = torch.promote_types(q.dtype, k.dtype)
+    left, right = q.detach().to(acc), k.detach().to(acc)
+    s = left.new_full(q.shape[:3], 1.0 / tokens, dtype=torch.promote_types(acc, torch.float32))  # [B, N, H]
     for _ in range(rounds):
-        received = torch.zeros_like(s)  # [B, H, N]
-        for queries, weight in zip(left.split(BLOCK, 2), s.split(BLOCK, 2), strict=True):
-            p = (queries @ right.mT * factor).softmax(-1)  # [B, H, R, N]
-            received += (weight[:, :, None] @ p)[:, :, 0]  # [B, H, N]
-        s = received
+        _, stats = attention(left, right, None, scale=scale, return_stats=("key_mean",), query_weight=s)
+        s = stats.key_mean  # [B, N, H]
+    s = s.transpose(1, 2)  # [B, H, N]
     return _joined(s, tokens, bounds).float()
 
 
