@@ -7,7 +7,9 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+import vitkern  # noqa: E402
 from vitkern.demo import measure, merging, run  # noqa: E402
+from vitkern.demo.efficientvit import efficientvit, fused  # noqa: E402
 from vitkern.demo.report import write_report  # noqa: E402
 
 
@@ -21,7 +23,7 @@ def test_the_report_shows_what_was_measured(tmp_path):
     assert x.shape == (2, 3, 32, 32)
     exact = measure.logits(swin.double(), x.double()).detach().float()
     steps = []
-    line = measure.compare("Swin", swin.float(), x, exact, torch.float32, None, 0.0, steps.append)
+    line = measure.compare("Swin", swin.float(), x, exact, torch.float32, None, 0.0, steps.append, vitkern.patched)
     assert line.replaced == 2 and line.difference < 1e-5 and line.same_best and line.ratio > 0
     shape = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, image_size=32)
     deit = transformers.DeiTModel(transformers.DeiTConfig(patch_size=8, **shape)).eval()
@@ -32,3 +34,16 @@ def test_the_report_shows_what_was_measured(tmp_path):
     page = write_report(tmp_path, [line], [merged], {"Swin": "what was replaced"}, pictures, True).read_text()
     assert len(re.findall('<img class="groups"', page)) == 2 and "18 tokens in 12 groups" in page
     assert "what was replaced" in page and steps
+
+
+def test_efficientvit_is_the_same_with_the_op():
+    torch.manual_seed(0)
+    model, x = efficientvit().eval(), torch.randn(1, 3, 96, 64)
+    with torch.inference_mode():
+        exact = measure.logits(model.double(), x.double()).float()
+        before = measure.logits(model.float(), x)
+        line = measure.compare("EfficientViT", model.float(), x, exact, torch.float32, None, 0.0, len, fused)
+        assert line.replaced == 7 and 0 < line.difference < 1e-4 * line.scale
+        with fused(model) as report:
+            assert "7 modules run on linear_attention" in str(report)
+        assert torch.equal(before, measure.logits(model, x))

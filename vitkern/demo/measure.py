@@ -5,13 +5,12 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-import vitkern
 
 
 @dataclass
@@ -45,6 +44,8 @@ class Result:
 def logits(model: nn.Module, pixels: Tensor) -> Tensor:
     """Class scores of a model, the masks of one that segments, or its features where it has neither."""
     out = model(pixels)
+    if isinstance(out, Tensor):
+        return out.flatten(1)
     for name in ("logits", "masks_queries_logits", "pooler_output", "last_hidden_state"):
         found = getattr(out, name, None)
         if found is not None:
@@ -92,8 +93,9 @@ def compare(
     compiled: Callable[[Tensor], Any] | None,
     seconds: float,
     step: Callable[[str], None],
+    patch: Callable[[nn.Module], AbstractContextManager[Any]],
 ) -> Result:
-    """Runs the model in its own code, compiled (if given) and patched; `exact` are its class scores in float64."""
+    """Runs the model in its own code, compiled (if given) and inside `patch`; `exact` are its class scores in float64."""
     title = f"{name} {pixels.shape[-2]}x{pixels.shape[-1]} {str(dtype).removeprefix('torch.')}"
     model = model.to(dtype)
     pixels = pixels.to(dtype)
@@ -102,7 +104,7 @@ def compare(
         return logits(model, pixels)
 
     def patched() -> Tensor:
-        with vitkern.patched(model):
+        with patch(model):
             return logits(model, pixels)
 
     runs: dict[str, Callable[[], Any]] = {"eager": eager}
@@ -113,7 +115,7 @@ def compare(
             runs["compiled"] = lambda: compiled(pixels)
         runs["vitkern"] = patched
         step(f"{title}: checking")
-        with vitkern.patched(model) as report:
+        with patch(model) as report:
             replaced = len(report.replaced)
         want, got = eager().float(), patched().float()
         step(f"{title}: measuring")

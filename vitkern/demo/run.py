@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import vitkern
 from vitkern.demo import merging
+from vitkern.demo.efficientvit import efficientvit, fused
 from vitkern.demo.measure import Result, compare, logits
 from vitkern.demo.report import write_report
 
@@ -44,10 +46,11 @@ def pixels(pictures: list[tuple[str, Any]], size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model of the demo. One with a size runs on that only, in float32 and without torch.compile, which takes minutes."""
+    """A model of the demo. One with sizes runs on those only, in float32 and without torch.compile, which takes minutes."""
 
     make: Callable[[], nn.Module]
-    size: tuple[int, int] | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    patched: Callable[[nn.Module], AbstractContextManager[Any]] = vitkern.patched
 
 
 def models(name: str | None) -> dict[str, Subject]:
@@ -62,8 +65,9 @@ def models(name: str | None) -> dict[str, Subject]:
             "SwinV2-T": Subject(
                 lambda: transformers.Swinv2ForImageClassification(transformers.Swinv2Config(num_labels=1000))
             ),
-            "SAM encoder, 384 wide": Subject(sam, (512, 512)),
-            "Mask2Former, Swin-T": Subject(mask2former, (256, 320)),
+            "SAM encoder, 384 wide": Subject(sam, ((512, 512),)),
+            "Mask2Former, Swin-T": Subject(mask2former, ((256, 320),)),
+            "EfficientViT-B1": Subject(efficientvit, ((512, 512), (1024, 1024)), fused),
         }
     if Path(name).is_dir():
         load = transformers.AutoModelForImageClassification.from_pretrained
@@ -171,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     pictures = (pictures * options.batch)[: max(options.batch, len(options.image))]
     sizes = [tuple(int(n) for n in s.split("x")) for s in options.sizes.split(",")][: 1 if options.quick else None]
     dtypes = [DTYPES[d] for d in options.dtypes.split(",")]
-    made = {name: m for name, m in models(options.model).items() if not (options.quick and m.size)}
+    made = {name: m for name, m in models(options.model).items() if not (options.quick and m.sizes)}
     console = Console()
     wide = Console(width=max(console.width, 170))
     bar = Progress(
@@ -180,13 +184,13 @@ def main(argv: list[str] | None = None) -> int:
     results: list[Result] = []
     reports: dict[str, str] = {}
     with bar:
-        lines = {name: ([m.size], [torch.float32]) if m.size else (sizes, dtypes) for name, m in made.items()}
+        lines = {name: (list(m.sizes), [torch.float32]) if m.sizes else (sizes, dtypes) for name, m in made.items()}
         task = bar.add_task("starting", total=sum(len(s) * len(d) for s, d in lines.values()))
         for name, subject in made.items():
             torch.manual_seed(0)
             model = subject.make().eval()
             weights = {key: value.clone() for key, value in model.state_dict().items()}
-            with vitkern.patched(model) as report:
+            with subject.patched(model) as report:
                 reports[name] = str(report)
             bar.update(task, description=f"{name}: the result in float64")
             with torch.inference_mode():
@@ -194,13 +198,14 @@ def main(argv: list[str] | None = None) -> int:
             for dtype in lines[name][1]:
                 model.float().load_state_dict(weights)  # the last dtype may have rounded them
                 compiled = None
-                if not (options.no_compile or options.quick or subject.size):
+                if not (options.no_compile or options.quick or subject.sizes):
                     torch._dynamo.reset()
                     compiled = torch.compile(model, dynamic=False)
                 for size in lines[name][0]:
                     x = pixels(pictures, size)
                     step = lambda text: bar.update(task, description=text)  # noqa: E731
-                    results.append(compare(name, model, x, exact[size], dtype, compiled, options.seconds, step))
+                    run = compare(name, model, x, exact[size], dtype, compiled, options.seconds, step, subject.patched)
+                    results.append(run)
                     bar.advance(task)
                     compiled = None  # compiling takes about a minute: one size shows it
     wide.print(table(results))
