@@ -25,7 +25,7 @@ ScanView view_of(const Tensor& t) {
   char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
   const Dtype dtype = dtype_of(t, kOp);
   if (t.dim() == 3) return {data, dtype, s[0], s[1], 0, 0, s[2]};
-  if (t.dim() == 4) return {data, dtype, s[0], s[1], s[2], 0, s[3]};
+  if (t.dim() == 4) return {data, dtype, s[0], s[1], t.size(2) == 1 ? 0 : s[2], 0, s[3]};
   return {data, dtype, s[0], s[1], s[2], s[3], s[4]};
 }
 
@@ -42,23 +42,30 @@ struct Run {
   const ScanKernels& k = chosen<Acc>();
   std::vector<int32_t> lane;  // of every channel
   std::vector<int32_t> whole;
-  std::vector<Acc> a, d, bias, first, last;
+  std::vector<Acc> a, d, bias, weight, first, last;
 
   Run(const Tensor& u, const Tensor& delta, const Tensor& rate, const Tensor& b, const Tensor& c, const OptTensor& skip,
-      const OptTensor& z, const OptTensor& shift, const OptTensor& start, const Tensor& routes, const OptTensor& bounds, bool softplus,
-      const std::string& reduce) {
+      const OptTensor& z, const OptTensor& shift, const OptTensor& start, const OptTensor& factor, const Tensor& routes, const OptTensor& bounds,
+      bool softplus, const std::string& reduce) {
     using torch::headeronly::ScalarType;
-    check(u.dim() == 3 && delta.dim() == 4 && rate.dim() == 3 && b.dim() == 5 && c.dim() == 5 && routes.dim() == 2, kOp,
-          "u must be [N, L, C], delta [N, L, R, C], a [R, C, S], b and c [N, L, R, G, S], routes [R, L]");
+    check(u.dim() == 4 && delta.dim() == 4 && rate.dim() == 3 && b.dim() == 5 && c.dim() == 5 && routes.dim() == 2, kOp,
+          "u must be [N, L, 1 or R, C], delta [N, L, R, C], a [R, C, S], b and c [N, L, R, G, S], routes [R, L]");
     p.batch = u.size(0);
     p.length = int32_t(u.size(1));
-    p.channels = int32_t(u.size(2));
+    p.channels = int32_t(u.size(3));
     p.count = int32_t(rate.size(0));
     p.states = int32_t(rate.size(2));
     p.groups = int32_t(b.size(3));
     for (const Tensor* t : {&delta, &b, &c})
       check(t->size(0) == p.batch && t->size(1) == p.length && t->size(2) == p.count, kOp, "delta, b and c must have the tokens and routes");
-    check(delta.size(3) == p.channels && rate.size(1) == p.channels && b.size(4) == p.states && c.size(4) == p.states &&
+    p.own_u = u.size(2) > 1;
+    p.own_z = z && z->size(2) > 1;
+    check((!p.own_u || u.size(2) == p.count) && (!p.own_z || z->size(2) == p.count), kOp, "u and z must have one route or those of a");
+    if (factor) {
+      p.rank = int32_t(factor->size(2));
+      check(factor->size(0) == p.count && factor->size(1) == p.channels && p.rank >= 1, kOp, "delta_weight must be [R, C, K]");
+    }
+    check(delta.size(3) == (factor ? p.rank : p.channels) && rate.size(1) == p.channels && b.size(4) == p.states && c.size(4) == p.states &&
               c.size(3) == p.groups && p.groups >= 1 && p.channels % p.groups == 0 && p.states >= 1 && p.states <= 256,
           kOp, "channels, groups and states must fit each other");
     check(routes.scalar_type() == ScalarType::Int && routes.is_contiguous() && routes.size(0) == p.count && routes.size(1) == p.length,
@@ -104,13 +111,14 @@ struct Run {
     p.a = a.data();
     if (skip) p.d = (d = across(*skip)).data();
     if (shift) p.bias = (bias = across(*shift)).data();
+    if (factor) p.weight = (weight = across(*factor)).data();
     if (start) p.first = (first = across(*start)).data();
   }
 
   // [..., C, S] as [..., S][pitch], and [R, C] as [R][pitch].
   std::vector<Acc> across(const Tensor& given) const {
     const Tensor t = torch::stable::contiguous(given);
-    const int64_t states = t.dim() == 2 ? 1 : p.states, rows = t.numel() / std::max<int64_t>(1, p.channels * states);
+    const int64_t states = t.dim() == 2 ? 1 : t.size(t.dim() - 1), rows = t.numel() / std::max<int64_t>(1, p.channels * states);
     std::vector<Acc> laid(size_t(rows * states * p.pitch));
     const Dtype dtype = dtype_of(t, kOp);
     for (int64_t i = 0; i < rows; ++i)
@@ -145,11 +153,11 @@ struct Run {
 };
 
 std::tuple<Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, OptTensor d, OptTensor z,
-                                              OptTensor bias, OptTensor first, Tensor routes, OptTensor bounds, bool softplus,
-                                              std::string reduce, std::string /*gpu*/) {
+                                              OptTensor bias, OptTensor first, OptTensor weight, Tensor routes, OptTensor bounds,
+                                              bool softplus, std::string reduce, std::string /*gpu*/) {
   const auto run = [&](auto acc) {
     using Acc = decltype(acc);
-    Run<Acc> r(u, delta, a, b, c, d, z, bias, first, routes, bounds, softplus, reduce);
+    Run<Acc> r(u, delta, a, b, c, d, z, bias, first, weight, routes, bounds, softplus, reduce);
     ScanProblem& p = r.p;
     Tensor out = p.stack ? new_tensor({p.batch, p.length, p.count, p.channels}, p.u.dtype) : new_tensor({p.batch, p.length, p.channels}, p.u.dtype);
     p.out = view_of(out);
@@ -161,37 +169,40 @@ std::tuple<Tensor, Tensor> selective_scan_fwd(Tensor u, Tensor delta, Tensor a, 
   return dtype_of(u, kOp) == Dtype::f64 ? run(double()) : run(float());
 }
 
-// d [N, L, R, G, S] from the part of each block.
+// [N, L, R, G, S] from the part of each of a group's blocks, [N][G][blocks][L][R][S].
 template <typename Acc>
-Tensor group_sums(const ScanProblem& p, const std::vector<Acc>& parts, Dtype dtype) {
-  Tensor t = new_tensor({p.batch, p.length, p.count, p.groups, p.states}, dtype);
+Tensor block_sums(const ScanProblem& p, const std::vector<Acc>& parts, std::vector<int64_t> sizes, int64_t groups, int64_t blocks, int64_t states,
+                  Dtype dtype) {
+  Tensor t = new_tensor(sizes, dtype);
   void* data = const_cast<void*>(t.const_data_ptr());
-  const int64_t row = int64_t(p.count) * p.states, block = p.length * row;
+  const int64_t row = int64_t(p.count) * states, block = p.length * row;
   torch::stable::parallel_for(0, p.batch * p.length, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t at = 0; at < row * p.groups; ++at) {
-        const int64_t s = at % p.states, g = at / p.states % p.groups, r = at / p.states / p.groups;
-        const Acc* from = parts.data() + ((i / p.length * p.groups + g) * p.group_blocks) * block + i % p.length * row + r * p.states + s;
-        Acc sum = 0;
-        for (int32_t n = 0; n < p.group_blocks; ++n) sum += from[n * block];
-        set_scalar<Acc>(data, i * row * p.groups + at, dtype, sum);
-      }
+      for (int64_t r = 0, at = i * row * groups; r < p.count; ++r)
+        for (int64_t g = 0; g < groups; ++g) {
+          const Acc* from = parts.data() + (i / p.length * groups + g) * blocks * block + i % p.length * row + r * states;
+          for (int64_t s = 0; s < states; ++s, ++at) {
+            Acc sum = 0;
+            for (int64_t n = 0; n < blocks; ++n) sum += from[n * block + s];
+            set_scalar<Acc>(data, at, dtype, sum);
+          }
+        }
   });
   return t;
 }
 
-using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
+using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
 Gradients selective_scan_bwd(OptTensor dstate, OptTensor dout, Tensor /*out*/, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c,
-                             OptTensor d, OptTensor z, OptTensor bias, OptTensor first, Tensor routes, OptTensor bounds, bool softplus,
-                             std::string reduce, std::string /*gpu*/, int64_t need) {
+                             OptTensor d, OptTensor z, OptTensor bias, OptTensor first, OptTensor weight, Tensor routes, OptTensor bounds,
+                             bool softplus, std::string reduce, std::string /*gpu*/, int64_t need) {
   const auto run = [&](auto acc) {
     using Acc = decltype(acc);
-    Run<Acc> r(u, delta, a, b, c, d, z, bias, first, routes, bounds, softplus, reduce);
+    Run<Acc> r(u, delta, a, b, c, d, z, bias, first, weight, routes, bounds, softplus, reduce);
     ScanProblem& p = r.p;
-    OptTensor du, ddelta, da, db, dc, dd, dz, dbias, dfirst;
-    if (need & 1) p.du = view_of(*(du = new_tensor({p.batch, p.length, p.channels}, p.u.dtype)));
-    if (need & 2) p.ddelta = view_of(*(ddelta = new_tensor({p.batch, p.length, p.count, p.channels}, p.delta.dtype)));
-    if (need & 64 && z) p.dz = view_of(*(dz = new_tensor({p.batch, p.length, p.channels}, p.z.dtype)));
+    OptTensor du, ddelta, da, db, dc, dd, dz, dbias, dfirst, dweight;
+    if (need & 1) p.du = view_of(*(du = new_tensor({p.batch, p.length, u.size(2), p.channels}, p.u.dtype)));
+    if (need & 2 && !weight) p.ddelta = view_of(*(ddelta = new_tensor({p.batch, p.length, p.count, p.channels}, p.delta.dtype)));
+    if (need & 64 && z) p.dz = view_of(*(dz = new_tensor({p.batch, p.length, z->size(2), p.channels}, p.z.dtype)));
     if (!dout) {
       if (p.stack) dout = torch::stable::new_zeros(u, {p.batch, p.length, p.count, p.channels});
       else dout = torch::stable::new_zeros(u, {p.batch, p.length, p.channels});
@@ -199,6 +210,7 @@ Gradients selective_scan_bwd(OptTensor dstate, OptTensor dout, Tensor /*out*/, T
     p.dout = view_of(*dout);
     const int64_t rows = p.batch * p.count * p.pitch, blocks = int64_t(p.groups) * p.group_blocks;
     const size_t lanes = size_t(rows);
+    std::vector<Acc> factor(lanes * size_t(p.rank)), low(size_t(p.batch * blocks * p.length * p.count * p.rank));
     std::vector<Acc> rate(lanes * size_t(p.states)), skip(lanes), shift(lanes), begin(size_t(r.state_size())), end;
     std::vector<Acc> gain(size_t(p.batch * blocks * p.length * p.count * p.states)), read(gain.size());
     p.da = rate.data();
@@ -207,15 +219,20 @@ Gradients selective_scan_bwd(OptTensor dstate, OptTensor dout, Tensor /*out*/, T
     p.dfirst = begin.data();
     p.db = gain.data();
     p.dc = read.data();
+    p.dlow = low.data();
+    p.dweight = factor.data();
     if (dstate) p.dlast = (end = r.across(*dstate)).data();
     r.over_blocks(r.k.backward);
+    const std::vector<int64_t> of_states = {p.batch, p.length, p.count, p.groups, p.states};
+    if (need & 2 && weight) ddelta = block_sums<Acc>(p, low, {p.batch, p.length, p.count, p.rank}, 1, blocks, p.rank, p.delta.dtype);
     if (need & 4) da = r.together(rate, {p.count, p.channels, p.states}, p.batch, p.states, dtype_of(a, kOp));
-    if (need & 8) db = group_sums<Acc>(p, gain, p.b.dtype);
-    if (need & 16) dc = group_sums<Acc>(p, read, p.c.dtype);
+    if (need & 8) db = block_sums<Acc>(p, gain, of_states, p.groups, p.group_blocks, p.states, p.b.dtype);
+    if (need & 16) dc = block_sums<Acc>(p, read, of_states, p.groups, p.group_blocks, p.states, p.c.dtype);
     if (need & 32 && d) dd = r.together(skip, {p.count, p.channels}, p.batch, 1, dtype_of(*d, kOp));
     if (need & 128 && bias) dbias = r.together(shift, {p.count, p.channels}, p.batch, 1, dtype_of(*bias, kOp));
     if (need & 256 && first) dfirst = r.together(begin, r.state_sizes(), 1, p.states, dtype_of(*first, kOp));
-    return Gradients(du, ddelta, da, db, dc, dd, dz, dbias, dfirst);
+    if (need & 512 && weight) dweight = r.together(factor, {p.count, p.channels, p.rank}, p.batch, p.rank, dtype_of(*weight, kOp));
+    return Gradients(du, ddelta, da, db, dc, dd, dz, dbias, dfirst, dweight);
   };
   return dtype_of(u, kOp) == Dtype::f64 ? run(double()) : run(float());
 }

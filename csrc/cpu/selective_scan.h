@@ -6,7 +6,8 @@
 
 namespace vitkern {
 
-// u, z [N, L, C], delta [N, L, R, C], b, c [N, L, R, G, S]: strides in elements. data is null where the tensor is absent.
+// u, z [N, L, R or 1, C], delta [N, L, R, C or K], b, c [N, L, R, G, S]: strides in elements. data is null where the tensor is
+// absent; the stride over routes is 0 where they share one.
 struct ScanView {
   char* data;
   Dtype dtype;
@@ -22,13 +23,14 @@ struct ScanProblem {
   const int32_t *routes, *bounds;         // [R][L]; [W + 1], from 0 to L
   int64_t batch, pitch;
   int32_t length, channels, states, count, groups, windows, group_blocks;
-  bool softplus, stack;
+  int32_t rank;                           // of delta, 0: delta is given
+  bool softplus, stack, own_u, own_z;     // own: every route has one
   double factor;                          // of the sum over routes
-  const void *a, *d, *bias;               // Acc [R][S][pitch], [R][pitch]; d and bias: null for 0
+  const void *a, *d, *bias, *weight;      // Acc [R][S][pitch], [R][pitch] twice, [R][K][pitch]; all but a: null for none
   void *first, *last;                     // Acc [N][R][W][S][pitch]: the states before and behind the visits; first: null for 0
   void *dfirst, *dlast;                   // their gradients, or null
-  void *da, *dd, *dbias;                  // Acc [N][R][S][pitch], [N][R][pitch]
-  void *db, *dc;                          // Acc [N][blocks][L][R][S], the part of each block
+  void *da, *dd, *dbias, *dweight;        // Acc [N][R][S][pitch], [N][R][pitch] twice, [N][R][K][pitch]
+  void *db, *dc, *dlow;                   // Acc [N][blocks][L][R][S] twice and [..][K]: the part of each block
 };
 
 // One block of channels of one sample; `scratch` is aligned to 64 bytes and holds scratch_bytes(p).

@@ -42,15 +42,15 @@ def selective_scan(
         D, delta_bias: ``[C]``.
         z: a gate, the shape of u.
         route: ``"forward"``; ``"backward"`` visits the tokens from the last to the first; ``"both"`` adds the two. For ``"both"``
-            delta, B and C may have an axis of two routes behind L, and A, D and delta_bias one in front; else the routes share
-            them.
+            u, delta, B, C and z may have an axis of two routes behind L, and A, D and delta_bias one in front; else the routes
+            share them.
         cu_seqlens: int32 ``[W + 1]``: packed sequences, ``[T, C]`` and so on without the batch; each has a state of its own.
         initial_state: ``[B, C, S]``, for ``"both"`` ``[B, 2, C, S]``; of packed sequences W in place of B.
         return_state: whether the state behind the last visit is returned, of the same shape.
         backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run.
 
     Returns:
-        The shape and dtype of u; float32 inside and rounded once; with `return_state` the pair of it and the state in float32.
+        The shape (without an axis of routes) and dtype of u; float32 inside and rounded once; with `return_state` the pair of it and the state in float32.
         Gradients go to all floating-point arguments, through the state as well.
 
     Raises:
@@ -89,8 +89,7 @@ def _lower(
     lead = 1 if packed else 2
     for name, t in (("u", u), ("delta", delta), ("A", a), ("B", b), ("C", c)):
         _checks.parameter(NAME, name, t, u.device if isinstance(u, Tensor) else torch.device("cpu"), "u")
-    if u.dim() != lead + 1:
-        raise ValueError(f"{NAME}: u must have shape {'[T, C]' if packed else '[B, L, C]'}, got {list(u.shape)}")
+    u = _own(u, count, lead, "u")
     channels = u.shape[-1]
     bounds = _bounds(cu_seqlens, u)
     delta, b, c = (_routed(t, count, u, lead, n) for t, n in ((delta, "delta"), (b, "B"), (c, "C")))
@@ -102,7 +101,8 @@ def _lower(
     )
     if z is not None:
         _checks.parameter(NAME, "z", z, u.device, "u")
-        _checks.shape(NAME, "z", z, tuple(u.shape), "that of u")
+        z = _own(z, count, lead, "z")
+        _checks.shape(NAME, "z", z, (*u.shape[:lead], z.shape[lead], channels), "that of u")
     if packed:
         u, delta, b, c, z = (t if t is None else t[None] for t in (u, delta, b, c, z))
     windows = 1 if bounds is None else len(bounds) - 1
@@ -124,6 +124,7 @@ def _lower(
         z,
         delta_bias,
         initial_state,
+        None,
         _order(route, u, bounds),
         bounds,
         delta_softplus,
@@ -131,8 +132,8 @@ def _lower(
     )
 
 
-def lowered(name: str, u: Tensor, delta: Any, a: Any, b: Any, c: Any, d: Any, z: Any, delta_bias: Any, state: Any, routes: Tensor,
-            bounds: Any, softplus: Any, reduce: str) -> tuple[Any, ...]:  # fmt: skip
+def lowered(name: str, u: Tensor, delta: Any, a: Any, b: Any, c: Any, d: Any, z: Any, delta_bias: Any, state: Any, weight: Any,
+            routes: Tensor, bounds: Any, softplus: Any, reduce: str) -> tuple[Any, ...]:  # fmt: skip
     """The checks that both functions share: groups, states, and flags."""
     if b.shape != c.shape:
         raise ValueError(f"{name}: C must have the shape of B, {list(b.shape)}, got {list(c.shape)}")
@@ -146,7 +147,19 @@ def lowered(name: str, u: Tensor, delta: Any, a: Any, b: Any, c: Any, d: Any, z:
     for title, t in (("B", b), ("C", c), ("z", z)):
         if t is not None and t.dtype != u.dtype:
             raise TypeError(f"{name}: {title} must have the dtype of u ({u.dtype}), got {t.dtype}")
-    return (u, delta, a, b, c, d, z, delta_bias, state, routes, bounds, softplus, reduce)
+    return (u, delta, a, b, c, d, z, delta_bias, state, weight, routes, bounds, softplus, reduce)
+
+
+def _own(t: Tensor, count: int, lead: int, name: str) -> Tensor:
+    """[..., L, 1 or R, C] of u or z."""
+    if t.dim() == lead + 1:
+        return t.unsqueeze(lead)
+    if t.dim() == lead + 2 and count == 2 and t.shape[lead] == 2:
+        return t
+    wanted = "[T, C]" if lead == 1 else "[B, L, C]"
+    raise ValueError(
+        f"{NAME}: {name} must have shape {wanted}, with 2 routes behind {wanted[-5]} for route='both', got {list(t.shape)}"
+    )
 
 
 def _bounds(cu_seqlens: Any, u: Tensor) -> Tensor | None:
@@ -206,11 +219,11 @@ def _order(route: str, u: Tensor, bounds: Tensor | None) -> Tensor:
 
 
 def _fake(u: Tensor, delta: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    bounds, reduce = rest[7], rest[9]
+    bounds, reduce = rest[8], rest[10]
     wide = torch.promote_types(u.dtype, torch.float32)
     windows = 1 if bounds is None else bounds.shape[0] - 1
     state = u.new_empty((u.shape[0], a.shape[0], windows, *a.shape[1:]), dtype=wide)
-    return state, u.new_empty(delta.shape if reduce == "stack" else u.shape)
+    return state, u.new_empty((*delta.shape[:3 if reduce == "stack" else 2], u.shape[3]))
 
 
 def _explain(*args: Any, backend: str | None = None, return_state: bool = False, **options: Any) -> _call.Found:
@@ -222,10 +235,10 @@ OP = Op(
     NAME,
     (
         "Tensor u", "Tensor delta", "Tensor a", "Tensor b", "Tensor c", "Tensor? d", "Tensor? z", "Tensor? delta_bias",
-        "Tensor? initial_state", "Tensor routes", "Tensor? cu_seqlens",
+        "Tensor? initial_state", "Tensor? delta_weight", "Tensor routes", "Tensor? cu_seqlens",
     ),
     "bool softplus, str reduce, str gpu",
-    differentiable=(0, 1, 2, 3, 4, 5, 6, 7, 8),
+    differentiable=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
     batched=2,
     definition=definition,
     fake=_fake,

@@ -35,7 +35,8 @@ def selective_scan_2d(
 
     Args:
         u: ``[B, Hs, Ws, C]``.
-        delta: ``[B, Hs, Ws, R, C]``; with `delta_weight` ``[R, C, K]`` low-rank, ``[B, Hs, Ws, R, K]``: delta is then the product.
+        delta: ``[B, Hs, Ws, R, C]``; with `delta_weight` ``[R, C, K]`` low-rank, ``[B, Hs, Ws, R, K]``: delta is then the product,
+            made as it is read.
         A: ``[R, C, S]``; D, delta_bias: ``[R, C]``.
         B, C: ``[B, Hs, Ws, R, G, S]``; a channel c reads group ``c // (C / G)``. Without the axis G there is one group.
         routes: names among ``"row"`` (y Ws + x), ``"row_reverse"``, ``"col"`` (x Hs + y), ``"col_reverse"``, or int32
@@ -82,8 +83,6 @@ def _lower(
         rank = delta.shape[-1] if delta.dim() else 0
         _checks.shape(NAME, "delta_weight", delta_weight, (count, channels, rank), "[R, C, K]")
         _checks.shape(NAME, "delta", delta, (*axes, count, rank), "[B, Hs, Ws, R, K]")
-        wide = torch.promote_types(delta.dtype, torch.float32)
-        delta = torch.einsum("byxrk,rck->byxrc", delta.to(wide), delta_weight.to(wide))
     else:
         _checks.shape(NAME, "delta", delta, (*axes, count, channels), "[B, Hs, Ws, R, C]")
     b, c = (t.unsqueeze(-2) if t.dim() == 5 else t for t in (b, c))
@@ -103,9 +102,10 @@ def _lower(
             _checks.shape(NAME, name, t, want, text)
     if reduce not in REDUCE:
         raise ValueError(f"{NAME}: reduce must be 'sum', 'mean' or 'stack', got {reduce!r}")
-    flat = [None if t is None else t.flatten(1, 2) for t in (u, delta, b, c, z)]
+    u, delta, b, c, z = (None if t is None else t.flatten(1, 2) for t in (u, delta, b, c, z))
+    u, z = (None if t is None else t.unsqueeze(2) for t in (u, z))
     return lowered(
-        NAME, flat[0], flat[1], a, flat[2], flat[3], d, flat[4], delta_bias, None, order, None, delta_softplus, reduce
+        NAME, u, delta, a, b, c, d, z, delta_bias, None, delta_weight, order, None, delta_softplus, reduce
     )
 
 
