@@ -69,14 +69,17 @@ def test_vim_adds_a_turned_scan(backend):
 
 
 @ON
-def test_routes_may_have_their_own_parameters(backend):
+@pytest.mark.parametrize("shared", ["uz", "u", "z", ""])
+def test_routes_may_have_their_own_inputs(backend, shared):
     first, second = inputs(), inputs(seed=1)
-    own = {n: torch.stack((first[n], second[n]), 2 if n in ("delta", "B", "C") else 0) for n in first if n not in "uz"}
+    second |= {n: first[n] for n in shared}
+    rows = ("u", "delta", "B", "C", "z")
+    own = {n: torch.stack((first[n], second[n]), 2 if n in rows else 0) for n in first if n not in shared}
     own |= {n: t.unsqueeze(3) for n, t in own.items() if n in "BC"}
-    got = vitkern.selective_scan(first["u"], z=first["z"], route="both", backend=backend, **own)
-    second |= {"u": first["u"], "z": first["z"]}
-    turned = {n: t.flip(1) if n in ("u", "delta", "B", "C", "z") else t for n, t in second.items()}
-    agree(got, recurrence(**first) + recurrence(**turned).flip(1), [*first.values(), second["delta"], second["A"]])
+    got = vitkern.selective_scan(**{n: first[n] for n in shared}, **own, route="both", backend=backend)
+    turned = {n: t.flip(1) if n in rows else t for n, t in second.items()}
+    leaves = {id(t): t for t in (*first.values(), *second.values())}
+    agree(got, recurrence(**first) + recurrence(**turned).flip(1), list(leaves.values()))
 
 
 @ON
@@ -120,15 +123,23 @@ def test_reductions_and_routes_by_index(backend):
     u = torch.randn(1, 3, 4, 5, generator=g, dtype=torch.float64)
     delta = torch.rand(1, 3, 4, 2, 5, generator=g, dtype=torch.float64)
     A, B = -torch.rand(2, 5, 2, generator=g).double(), torch.randn(1, 3, 4, 2, 2, generator=g, dtype=torch.float64)
+    z = torch.randn(1, 3, 4, 5, generator=g, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (u, delta, A, B, z)]
     names = ("row_reverse", "col")
     pixel = torch.arange(12, dtype=torch.int32)
     index = (pixel.flip(0), pixel.view(3, 4).t().flatten())
-    stack = vitkern.selective_scan_2d(u, delta, A, B, B, routes=names, reduce="stack", backend=backend)
-    by_index = vitkern.selective_scan_2d(u, delta, A, B, B, routes=index, reduce="stack", backend=backend)
+    stack = vitkern.selective_scan_2d(u, delta, A, B, B, z=z, routes=names, reduce="stack", backend=backend)
+    by_index = vitkern.selective_scan_2d(u, delta, A, B, B, z=z, routes=index, reduce="stack", backend=backend)
     assert torch.equal(stack, by_index) and stack.shape == (1, 3, 4, 2, 5)
     for reduce, want in (("sum", stack.sum(3)), ("mean", stack.mean(3))):
-        got = vitkern.selective_scan_2d(u, delta, A, B, B, routes=names, reduce=reduce, backend=backend)
-        torch.testing.assert_close(got, want)
+        got = vitkern.selective_scan_2d(u, delta, A, B, B, z=z, routes=names, reduce=reduce, backend=backend)
+        agree(got, want, leaves)
+    alone = [
+        vitkern.selective_scan_2d(u, delta[..., r : r + 1, :], A[r : r + 1], B[..., r : r + 1, :], B[..., r : r + 1, :],
+                                  z=z, routes=names[r : r + 1], backend=backend)
+        for r in range(2)
+    ]  # fmt: skip
+    agree(stack, torch.stack(alone, 3), leaves)
 
 
 @ON

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops import _call, _checks
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.selective_scan import selective_scan as definition
 
@@ -47,7 +48,7 @@ def selective_scan(
         cu_seqlens: int32 ``[W + 1]``: packed sequences, ``[T, C]`` and so on without the batch; each has a state of its own.
         initial_state: ``[B, C, S]``, for ``"both"`` ``[B, 2, C, S]``; of packed sequences W in place of B.
         return_state: whether the state behind the last visit is returned, of the same shape.
-        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
 
     Returns:
         The shape (without an axis of routes) and dtype of u; float32 inside and rounded once; with `return_state` the pair of it and the state in float32.
@@ -231,6 +232,12 @@ def _explain(*args: Any, backend: str | None = None, return_state: bool = False,
     return _call.explanation(NAME, OP, _lower(*args, **given), backend)
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import selective_scan as kernels
+
+    return kernels
+
+
 OP = Op(
     NAME,
     (
@@ -242,6 +249,7 @@ OP = Op(
     batched=2,
     definition=definition,
     fake=_fake,
+    gpu=Gpu(_triton),
     outputs=("state", "out"),
     autocast=False,
 )  # fmt: skip

@@ -44,7 +44,7 @@ def selective_scan_2d(
         z: a gate, the shape of u.
         delta_softplus: whether delta + delta_bias goes through a softplus (itself above 20).
         reduce: ``"sum"`` or ``"mean"`` over the routes, in float32 and in their order; ``"stack"`` keeps them apart.
-        backend: ``"reference"`` or ``"cpu"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
 
     Returns:
         The shape and dtype of u, with ``"stack"`` ``[B, Hs, Ws, R, C]``. Gradients go to all floating-point arguments.

@@ -35,6 +35,7 @@ def make(
     *,
     route: str = "forward",
     routed: bool = False,
+    own: str = "",
     given: str = "",
     lengths: tuple[int, ...] | None = None,
     first: bool = False,
@@ -42,17 +43,18 @@ def make(
     transposed: bool = False,
     return_state: bool = False,
 ) -> Call:
-    """`routed`: everything but u has a route axis. `given`: which of D, z and delta_bias. `lengths` of packed sequences."""
+    """`routed`: everything but u and z has a route axis; `own`: which of these have one. `given`: which of D, z and delta_bias. `lengths` of packed sequences."""
     g = torch.Generator().manual_seed(number)
     axis, lead = ((2,), (2,)) if routed else ((), ())
     rows: tuple[int, ...] = (batch, length) if lengths is None else (sum(lengths),)
-    tensors = {"u": drawn(g, *rows[:-1], channels, rows[-1]) if transposed else drawn(g, *rows, channels)}
+    of_u, of_z = ((2,) if name in own else () for name in "uz")
+    tensors = {"u": drawn(g, *rows[:-1], *of_u, channels, rows[-1]) if transposed else drawn(g, *rows, *of_u, channels)}
     delta = drawn(g, *rows, *axis, channels)
     tensors["delta"] = delta if softplus else delta.abs()
     tensors |= {n: drawn(g, *rows, *axis, groups, states) for n in "BC"}
     tensors |= parameters(g, lead, channels, states, given)
     if "z" in given:
-        tensors["z"] = drawn(g, *rows, channels)
+        tensors["z"] = drawn(g, *rows, *of_z, channels)
     if lengths is not None:
         tensors["cu_seqlens"] = torch.tensor((0, *lengths)).cumsum(0).int()
     if first:
@@ -61,11 +63,11 @@ def make(
     options = {"route": route, "delta_softplus": softplus, "return_state": return_state}
 
     def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        u = t["u"].mT if transposed else t["u"]
+        u = t["u"].movedim(-1, len(rows) - 1) if transposed else t["u"]
         more = {n: v for n, v in t.items() if n not in ("u", "delta", "A", "B", "C")}
         return (u, t["delta"], t["A"], t["B"], t["C"]), options | more
 
-    facts = {"B": batch, "L": length, "C": channels, "S": states, "G": groups, "routed": routed, "given": given}
+    facts = {"B": batch, "L": length, "C": channels, "S": states, "G": groups, "routed": routed, "own": own, "given": given}
     facts |= {"lengths": lengths, "first": first, "transposed": transposed}
     return Call(label(number, facts | options), vitkern.selective_scan, build, tensors, PARAMETERS, False, number)
 
@@ -118,8 +120,6 @@ def draw(rng: random.Random) -> Call:
         routes = tuple(rng.choice(("row", "row_reverse", "col", "col_reverse")) for _ in range(rng.choice((1, 2, 4))))
         grid = (rng.choice((1, 3, 5)), rng.choice((1, 2, 9)))
         options: dict[str, Any] = {"rank": rng.choice((0, 0, 3)), "reduce": rng.choice(("sum", "mean", "stack"))}
-        if options["reduce"] == "stack":
-            given = given.replace("z", "")
         return make_2d(rng.randrange(2**31), rng.choice((1, 2)), grid, *shape, routes=routes, given=given, **options)
     route = rng.choice(("forward", "backward", "both"))
     return make(
@@ -129,6 +129,7 @@ def draw(rng: random.Random) -> Call:
         *shape,
         route=route,
         routed=route == "both" and rng.random() < 0.7,
+        own=rng.choice(("", "", "u", "z", "uz")) if route == "both" else "",
         given=given,
         lengths=rng.choice((None, None, (3, 0, 40), (1, 7))),
         first=rng.random() < 0.4,
@@ -151,6 +152,9 @@ def small() -> list[Call]:
         make(8, 1, 67, 40, 4, given="z", return_state=True),
         make(9, 0, 4),
         make(10, 1, 1, 1, 1),
+        make(11, 2, 3, 3, 2, route="both", own="u", given="D z", transposed=True),
+        make(12, 1, 5, 3, 2, route="both", routed=True, own="uz", given="D z", lengths=(2, 3)),
+        make_2d(13, 1, (2, 2), 3, 9, routes=("col", "row"), rank=9, reduce="stack", given="z D"),
     ]
 
 
