@@ -209,7 +209,7 @@ CALL = {"u": U, "delta": U, "A": torch.zeros(6, 3), "B": S, "C": S}
 @pytest.mark.parametrize(
     "changed, kind, sentence",
     [
-        ({"u": U[0]}, ValueError, r"u must have shape \[B, L, C\], with 2 routes behind L for route=.both., got \[5, 6\]"),
+        ({"u": U[0]}, ValueError, r"u must have shape \[B, L, C\], with 2 routes behind L for"),
         ({"delta": U[..., :5]}, ValueError, r"delta must have the channels of u \(6\), got 5"),
         ({"delta": U[:, :4]}, ValueError, r"delta must have the tokens of u, \[2, 5\], got \[2, 4, 6\]"),
         ({"A": torch.zeros(5, 3)}, ValueError, r"A must have shape \[C, S\] = \[6, 'S'\]"),
@@ -222,7 +222,11 @@ CALL = {"u": U, "delta": U, "A": torch.zeros(6, 3), "B": S, "C": S}
         ({"route": "up"}, ValueError, "route must be 'forward', 'backward' or 'both', got 'up'"),
         ({"delta_softplus": 1}, TypeError, "delta_softplus must be a bool, got 1"),
         ({"initial_state": torch.zeros(2, 6, 4)}, ValueError, "initial_state must have shape"),
-        ({"cu_seqlens": torch.zeros(2, dtype=torch.int32)}, ValueError, r"u must have shape \[T, C\], with 2 routes behind T for route=.both., got \[2, 5, 6\]"),
+        (
+            {"cu_seqlens": torch.zeros(2, dtype=torch.int32)},
+            ValueError,
+            r"u must have shape \[T, C\], with 2 routes behind T for",
+        ),
     ],
 )
 def test_refusals_are_sentences(changed, kind, sentence):

@@ -49,9 +49,7 @@ class Eager:
         case, u = self.case, inputs["u"]
         axis = len(case.grid) + 1
         given = {n: inputs[n] if case.routes > 1 else inputs[n].unsqueeze(axis) for n in ("delta", "B", "C")}
-        rates, skips, shifts = (
-            inputs[n] if case.routes > 1 else inputs[n][None] for n in ("A_log", "D", "delta_bias")
-        )
+        rates, skips, shifts = (inputs[n] if case.routes > 1 else inputs[n][None] for n in ("A_log", "D", "delta_bias"))
         delta = given["delta"].float()
         if case.rank:
             delta = torch.einsum("...rk,rck->...rc", delta, inputs["delta_weight"])

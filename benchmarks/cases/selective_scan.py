@@ -59,23 +59,25 @@ class Case:
         state and y are 6; three times that in the backward; the low-rank delta 2, 6 with backward."""
         visits = float(self.batch * math.prod(self.grid) * self.routes)
         pixels = visits / self.routes
-        elements = pixels * self.channels * (2 if self.rank else 3) + visits * ((self.rank or self.channels) + 2 * self.states)
+        elements = pixels * self.channels * (2 if self.rank else 3) + visits * (
+            (self.rank or self.channels) + 2 * self.states
+        )
         again = pixels * self.channels
         lowered = 2.0 * visits * self.channels * self.rank
         return {
             "bytes": moved(elements * 2 + elements + again if backward else elements, 1, dtype),
-            "flops": 6.0 * visits * self.channels * self.states * (4 if backward else 1) + lowered * (3 if backward else 1),
+            "flops": 6.0 * visits * self.channels * self.states * (4 if backward else 1)
+            + lowered * (3 if backward else 1),
             "exps": visits * self.channels * (self.states + 2) * (2 if backward else 1),
         }
 
 
 CASES = [
     Case("VMamba-T v0 stage 1", 1, (56, 56), 192, 16, 6),
-    Case("VMamba-T v0 stage 3", 2, (14, 14), 768, 16, 24),
-    Case("VMamba-T stage 1", 8, (56, 56), 96, 1, 6),
+    Case("VMamba-T stage 1", 2, (56, 56), 96, 1, 6),
     Case("VMamba-T stage 3", 8, (14, 14), 384, 1, 24),
-    Case("Vim-T", 4, (197,), 384, 16, routes=2),
-    Case("Mamba-130M", 1, (1024,), 1536, 16, routes=1),
+    Case("Vim-T", 2, (197,), 384, 16, routes=2),
+    Case("Mamba-130M", 1, (512,), 1536, 16, routes=1),
 ]
 GPU_CASES = [
     Case("VMamba-T v0 stage 1", 64, (56, 56), 192, 16, 6),

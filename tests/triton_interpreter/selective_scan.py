@@ -31,7 +31,21 @@ def test_small_calls(call):
 
 BLOCKS = [
     make(1, 1, 6, 5, 2, given="D z delta_bias", first=True, return_state=True),
-    make(2, 1, 1, 6, 2, 2, route="both", routed=True, own="uz", given="D z", lengths=(5, 0, 1), first=True, return_state=True),
+    make(
+        2,
+        1,
+        1,
+        6,
+        2,
+        2,
+        route="both",
+        routed=True,
+        own="uz",
+        given="D z",
+        lengths=(5, 0, 1),
+        first=True,
+        return_state=True,
+    ),
     make_2d(3, 1, (2, 2), 6, 3, 3, routes=("col", "row_reverse"), rank=3, given="D z delta_bias", reduce="mean"),
 ]
 

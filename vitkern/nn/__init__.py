@@ -12,12 +12,14 @@ from vitkern.nn.masked_cross_attention import MaskedCrossAttention
 from vitkern.nn.mdta import MDTA
 from vitkern.nn.sigmoid_attention import SigmoidAttention
 from vitkern.nn.spatial_decay_attention import PolylinePathAttention, RetentionAttention2d
+from vitkern.nn.ss2d import SS2D
 from vitkern.nn.talking_head_attention import TalkingHeadAttention
 from vitkern.nn.window_attention import WindowAttention, WindowAttentionV2
 from vitkern.nn.xca import XCA, ChannelAttention
 
 __all__ = [
     "MDTA",
+    "SS2D",
     "XCA",
     "AgentAttention",
     "Attention",

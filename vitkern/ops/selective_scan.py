@@ -51,8 +51,8 @@ def selective_scan(
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
 
     Returns:
-        The shape (without an axis of routes) and dtype of u; float32 inside and rounded once; with `return_state` the pair of it and the state in float32.
-        Gradients go to all floating-point arguments, through the state as well.
+        The shape (without an axis of routes) and dtype of u; float32 inside and rounded once; with `return_state` the pair of it
+        and the state in float32. Gradients go to all floating-point arguments, through the state as well.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
@@ -224,7 +224,7 @@ def _fake(u: Tensor, delta: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tens
     wide = torch.promote_types(u.dtype, torch.float32)
     windows = 1 if bounds is None else bounds.shape[0] - 1
     state = u.new_empty((u.shape[0], a.shape[0], windows, *a.shape[1:]), dtype=wide)
-    return state, u.new_empty((*delta.shape[:3 if reduce == "stack" else 2], u.shape[3]))
+    return state, u.new_empty((*delta.shape[: 3 if reduce == "stack" else 2], u.shape[3]))
 
 
 def _explain(*args: Any, backend: str | None = None, return_state: bool = False, **options: Any) -> _call.Found:

@@ -104,9 +104,7 @@ def _lower(
         raise ValueError(f"{NAME}: reduce must be 'sum', 'mean' or 'stack', got {reduce!r}")
     u, delta, b, c, z = (None if t is None else t.flatten(1, 2) for t in (u, delta, b, c, z))
     u, z = (None if t is None else t.unsqueeze(2) for t in (u, z))
-    return lowered(
-        NAME, u, delta, a, b, c, d, z, delta_bias, None, delta_weight, order, None, delta_softplus, reduce
-    )
+    return lowered(NAME, u, delta, a, b, c, d, z, delta_bias, None, delta_weight, order, None, delta_softplus, reduce)
 
 
 def _order(routes: Any, u: Tensor) -> Tensor:

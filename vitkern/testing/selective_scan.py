@@ -43,7 +43,8 @@ def make(
     transposed: bool = False,
     return_state: bool = False,
 ) -> Call:
-    """`routed`: everything but u and z has a route axis; `own`: which of these have one. `given`: which of D, z and delta_bias. `lengths` of packed sequences."""
+    """`routed`: everything but u and z has a route axis; `own`: which of these have one. `given`: which of D, z and delta_bias.
+    `lengths` of packed sequences."""
     g = torch.Generator().manual_seed(number)
     axis, lead = ((2,), (2,)) if routed else ((), ())
     rows: tuple[int, ...] = (batch, length) if lengths is None else (sum(lengths),)
@@ -67,7 +68,16 @@ def make(
         more = {n: v for n, v in t.items() if n not in ("u", "delta", "A", "B", "C")}
         return (u, t["delta"], t["A"], t["B"], t["C"]), options | more
 
-    facts = {"B": batch, "L": length, "C": channels, "S": states, "G": groups, "routed": routed, "own": own, "given": given}
+    facts = {
+        "B": batch,
+        "L": length,
+        "C": channels,
+        "S": states,
+        "G": groups,
+        "routed": routed,
+        "own": own,
+        "given": given,
+    }
     facts |= {"lengths": lengths, "first": first, "transposed": transposed}
     return Call(label(number, facts | options), vitkern.selective_scan, build, tensors, PARAMETERS, False, number)
 
