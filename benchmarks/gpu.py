@@ -28,6 +28,7 @@ SECTIONS = {  # section -> the ops that it checks; those with a file in benchmar
     "attention": ("attention",),
     "linear": ("linear_attention",),
     "channel": ("channel_attention",),
+    "scan": ("selective_scan",),
     "merge": (
         "bipartite_match",
         "merge_plan",
