@@ -181,6 +181,33 @@ def test_softplus_around_its_threshold(backend):
 
 
 @ON
+def test_decays_that_vanish_and_explode(backend):
+    rates = torch.tensor([-200.0, -88.5, -87.0, 0.0, 85.0, 100.0])
+    one, none = torch.ones(1, 1, 1), torch.zeros(1, 1, 6)
+    first = torch.ones(1, 1, 6)
+    _, state = vitkern.selective_scan(
+        one, one, rates[None], none, none, initial_state=first, return_state=True, backend=backend
+    )
+    torch.testing.assert_close(state[0, 0], rates.exp())
+
+
+@ON
+def test_what_an_earlier_call_left_is_not_read(backend):
+    """Blocks of channels are padded: their memory, last used for NaN, must count for nothing."""
+
+    def gradients(channels, fill):
+        g = torch.Generator().manual_seed(7)
+        u, delta = (torch.randn(1, 5, channels, generator=g).add(fill).requires_grad_() for _ in range(2))
+        B, C = (torch.randn(1, 5, 2, generator=g).add(fill).requires_grad_() for _ in range(2))
+        out = vitkern.selective_scan(u, delta, -torch.ones(channels, 2), B, C, delta_softplus=True, backend=backend)
+        return torch.autograd.grad(out.sum(), (u, delta, B, C))
+
+    for _ in range(3):
+        gradients(64, math.nan)
+        assert all(t.isfinite().all() for t in gradients(3, 0.0))
+
+
+@ON
 def test_groups_and_states_that_do_not_decay(backend):
     g = torch.Generator().manual_seed(4)
     u, delta = (torch.randn(2, 7, 6, generator=g, dtype=torch.float64) for _ in range(2))

@@ -146,7 +146,7 @@ struct Run {
   void over_blocks(void (*kernel)(const ScanProblem&, int64_t, int32_t, void*)) const {
     const int64_t blocks = int64_t(p.groups) * p.group_blocks, bytes = k.scratch_bytes(p);
     torch::stable::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(bytes);
+      Scratch scratch(bytes, false);
       for (int64_t t = begin; t < end; ++t) kernel(p, t / blocks, int32_t(t % blocks), scratch.data());
     });
   }
