@@ -8,7 +8,8 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-FILES = sorted((pathlib.Path(__file__).parent / "triton_interpreter").glob("*.py"))
+FOLDER = pathlib.Path(__file__).parent / "triton_interpreter"
+FILES = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "conftest.py"})
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda x: x.stem)

@@ -6,6 +6,7 @@
 #define VITKERN_ISA internals
 #include "../../csrc/common/window.h"
 #include "../../csrc/cpu/simd.inc"
+#include "../../csrc/cpu/stored.inc"
 #include "../../csrc/cpu/gemm.inc"
 #include "../../csrc/cpu/probes.inc"
 

@@ -163,9 +163,8 @@ def _state(given: Any, block: int, lowered: Lowered) -> tuple[Tensor, Tensor, Te
 def attend(lowered: Lowered, placed: Placed, backend: str | None) -> tuple[Tensor, Any]:
     """The output as the op gives it, and the state where the call is causal."""
     acc = torch.promote_types(lowered.q.dtype, torch.float32)
-    used = torch.ones_like(lowered.k[..., 0, 0], dtype=torch.bool) if lowered.key_mask is None else lowered.key_mask
     q, k, v = (sequences(t.to(acc)) for t in (lowered.q, lowered.k, lowered.v))  # [S, N, heads, width]
-    valid = sequences(used)  # [S, N]
+    valid = None if lowered.key_mask is None else sequences(lowered.key_mask)  # [S, N]
     weight = None if lowered.key_weight is None else sequences(lowered.key_weight.to(acc))  # [S, N, Hk]
     a, b, v, _ = mapped(q, k, v, valid, weight, lowered.feature_map, lowered.rate, lowered.scale)
     group = a.shape[2] // b.shape[2]
@@ -186,7 +185,8 @@ def attend(lowered: Lowered, placed: Placed, backend: str | None) -> tuple[Tenso
         num, s = summed(*turned, v, start[0])
         den, z = summed(a, b, one, z)
         z = z[..., 0]
-    count, total = summed.running(valid[..., None, None].to(acc), start[2])  # [S, N, 1|H, 1]
+    each = one[:, :, :1] if valid is None else valid[..., None, None].to(acc)  # [S, N, 1, 1]
+    count, total = summed.running(each, start[2])  # [S, N, 1|H, 1]
     values = num.new_zeros(1)
     if lowered.offset or lowered.normalizer == "subtract":
         values = summed.running(v, None)[0]

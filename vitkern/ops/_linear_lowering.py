@@ -132,7 +132,7 @@ class SoftmaxMap:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if side == "q":
             return x.softmax(-1)
-        return softmax_of_keys(x, torch.ones_like(x[..., 0, 0], dtype=torch.bool) if valid is None else valid)[0]
+        return softmax_of_keys(x, valid)[0]
 
 
 def apply_map(lowered: Lowered, custom: Any) -> None:

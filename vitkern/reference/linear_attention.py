@@ -109,23 +109,26 @@ def mapped(
     q: Tensor,  # [S, Nq, H, D]
     k: Tensor,  # [S, Nk, Hk, D]
     v: Tensor,  # [S, Nk, Hk, E]
-    valid: Tensor,  # [S, Nk]
+    valid: Tensor | None,  # [S, Nk]; None: all
     weight: Tensor | None,  # [S, Nk, Hk]
     feature_map: str,
     rate: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a [S, Nq, H, F], b [S, Nk, Hk, F], v with zeros where no key is, and the sums of the map "softmax"."""
-    hidden = ~valid[..., None, None]  # [S, Nk, 1, 1]
-    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # [S, Nk, Hk, .]
+    hidden = None if valid is None else ~valid[..., None, None]  # [S, Nk, 1, 1]
+    if hidden is not None:
+        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # [S, Nk, Hk, .]
     a = features(q, feature_map, rate) * scale  # [S, Nq, H, F]
     lse = k.new_empty((k.shape[0], k.shape[2], 0))  # [S, Hk, 0]
     if feature_map == "softmax":
         b, lse = softmax_of_keys(k, valid)  # [S, Nk, Hk, F], [S, Hk, F]
     else:
-        b = features(k, feature_map, rate).masked_fill(hidden, 0.0)  # [S, Nk, Hk, F]
+        b = features(k, feature_map, rate)  # [S, Nk, Hk, F]
     if weight is not None:
-        b = b * weight.masked_fill(hidden[..., 0], 0.0)[..., None]  # [S, Nk, Hk, F]
+        b = b * (weight if hidden is None else weight.masked_fill(hidden[..., 0], 0.0))[..., None]  # [S, Nk, Hk, F]
+    if hidden is not None:
+        b = b.masked_fill(hidden, 0.0)  # [S, Nk, Hk, F]
     return a, b, v, lse
 
 
@@ -152,9 +155,9 @@ def weighted(
     return out, last
 
 
-def softmax_of_keys(k: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_of_keys(k: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """The softmax of k [S, Nk, Hk, F] over the valid tokens [S, Nk] of each channel, and the log of its sum [S, Hk, F]."""
-    logits = k.masked_fill(~valid[..., None, None], -torch.inf)  # [S, Nk, Hk, F]
+    logits = k if valid is None else k.masked_fill(~valid[..., None, None], -torch.inf)  # [S, Nk, Hk, F]
     top = logits.detach().amax(1, keepdim=True) if k.shape[1] else k.sum(1, keepdim=True)  # [S, 1, Hk, F]
     top = top.masked_fill(top.isneginf(), 0.0)  # [S, 1, Hk, F]
     e = (logits - top).exp()  # [S, Nk, Hk, F]
