@@ -335,6 +335,10 @@ REFUSED = {
     "initial_state must be None without causal": {"initial_state": (torch.zeros(2, H, 4, 3),) * 3},
     "initial_state must be the triple": {"initial_state": torch.zeros(2), "causal": True},
     "S of initial_state must have shape": {"initial_state": (torch.zeros(2, H, 4, 2),) * 3, "causal": True},
+    "S of initial_state must have the 4 features": {
+        "initial_state": (torch.zeros(2, H, 5, 3), torch.zeros(2, H, 5), torch.zeros(2, H)),
+        "causal": True,
+    },
     "return_state must be False with decay": {"decay": decay.Retention(torch.zeros(H)), "return_state": True},
     "window_size must be None with decay": {"decay": decay.Retention(torch.zeros(H)), "window_size": 5},
     "take one decay, got 2": {"decay": [decay.Retention(torch.zeros(H))] * 2, "causal": True, "return_state": True},

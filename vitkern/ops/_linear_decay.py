@@ -174,6 +174,11 @@ def attend(lowered: Lowered, placed: Placed, backend: str | None) -> tuple[Tenso
     summed = _Sums(placed, lowered.cu_q, backend, a)
     one = torch.ones_like(v[..., :1])  # [S, N, H, 1]
     start = [None if placed.state is None else t.to(acc) for t in placed.state or (None,) * 3]  # type: ignore[union-attr]
+    for name, t in (("S", start[0]), ("z", start[1])):
+        if t is not None and t.shape[2] != a.shape[3]:
+            raise ValueError(
+                f"{NAME}: {name} of initial_state must have the {a.shape[3]} features of q, got {t.shape[2]}"
+            )
     z = None if start[1] is None else start[1][..., None]  # [S, H, F, 1]
     if cos_q is None:
         whole = None if start[0] is None else torch.cat((start[0], z), -1)
