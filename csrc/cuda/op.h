@@ -11,6 +11,8 @@
 #include <optional>
 #include <vector>
 
+#include "element.h"
+
 // VITKERN_REGISTER(CUDA or another dispatch key, m) { m.impl(...); }. The emulator's ops are of the CPU, and the library
 // they belong to is named when it is linked, so that one object serves every build.
 #ifdef VITKERN_EMULATED
@@ -47,6 +49,14 @@ struct DeviceStream {
 #endif
   void* stream = nullptr;
 };
+
+// The format of the elements of q, in an error the name of its op.
+inline Element element_of(const Tensor& q, const char* op) {
+  const ScalarType type = q.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+                  ": the CUDA kernel takes bfloat16 and float16");
+  return type == ScalarType::BFloat16 ? Element::bfloat16 : Element::float16;
+}
 
 // The data of a contiguous tensor of the given type and number of elements, or null where there is none.
 template <class T = void>

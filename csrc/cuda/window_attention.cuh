@@ -5,12 +5,11 @@
 // Rows and columns of the tile beyond N, D and Dv are zeroed once and never written again.
 #pragma once
 #include "../common/philox.h"
-#include "launch.cuh"
+#include "tiles.cuh"
 #include "window_attention.h"
 
 namespace vitkern {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // The tile: kWidth columns (D and Dv at most), kTiles groups of 8 keys.
 template <int kWidth_, int kTiles_>
 struct TileShape {
@@ -27,15 +26,6 @@ struct TileShape {
 
 // Per slot of a window: its region, and whether a pad stands there. Filled only for special windows.
 constexpr int kPadBit = 128;
-
-struct Lane {
-  int thread, warp, lane, g, t;  // g = lane / 4 and t = lane % 4: the place of a lane in a fragment
-};
-__device__ __forceinline__ Lane lane_of(int thread) {
-  const int lane = thread & 31;
-  return {thread, thread >> 5, lane, lane >> 2, lane & 3};
-}
-__device__ __forceinline__ Lane this_lane() { return lane_of(threadIdx.x); }
 
 __device__ __forceinline__ int64_t offset_of(const TokenView& x, int32_t image, const int32_t* at, int rank) {
   int64_t offset = int64_t(image) * x.batch;
@@ -58,21 +48,6 @@ __device__ __forceinline__ void for_own_chunks(const WindowParams& p, const Wind
     const bool real = token_at(p.map, cursor, place[row], at);
     visit(row, me.lane % S::kChunks, real, at);
   }
-}
-
-// 16 bytes to shared memory: asynchronous where the source is aligned, element by element where it is not, zeros
-// where there is no source.
-__device__ __forceinline__ void load_chunk(void* shared, const uint16_t* source, bool vector) {
-  if (source != nullptr && vector) {
-    copy16_async(shared, source);
-    return;
-  }
-  if (source == nullptr) {
-    *static_cast<uint4*>(shared) = make_uint4(0, 0, 0, 0);
-    return;
-  }
-#pragma unroll 1
-  for (int i = 0; i < 8; ++i) static_cast<uint16_t*>(shared)[i] = source[i];
 }
 
 // Starts to load one chunk of a map; a pad reads `pad`, a row of this head, or zeros.
@@ -99,14 +74,7 @@ __device__ __forceinline__ void store_rows(const WindowParams& p, const TokenVie
     if (!real || chunk * 8 >= width) return;
     uint16_t* target = static_cast<uint16_t*>(x.data) + offset_of(x, cursor.image, at, p.map.rank) + head * x.head +
                        chunk * 8;
-    if (x.vector) {
-      *reinterpret_cast<uint4*>(target) =
-          *reinterpret_cast<const uint4*>(matrix + row * S::kRowBytes + chunk * 16);
-    } else {
-      const uint16_t* source = reinterpret_cast<const uint16_t*>(matrix + row * S::kRowBytes + chunk * 16);
-#pragma unroll 1
-      for (int i = 0; i < 8; ++i) target[i] = source[i];
-    }
+    store_chunk(target, matrix + row * S::kRowBytes + chunk * 16, x.vector);
   });
 }
 

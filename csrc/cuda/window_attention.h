@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "../common/window.h"
+#include "element.h"
 
 namespace vitkern {
 
@@ -48,9 +49,6 @@ struct WindowBackwardParams {
   float* workspace;
   int64_t runs;               // of windows: blocks per key head
 };
-
-// Format of q, k, v and everything of their dtype.
-enum class Element : int32_t { bfloat16, float16 };
 
 // out and lse (null: not wanted) of p.
 void window_attention_forward(WindowParams p, Element element, void* stream);

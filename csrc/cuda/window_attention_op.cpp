@@ -33,13 +33,6 @@ TokenView token_view(const Tensor& x, size_t rank, bool channels, int64_t elemen
   return v;
 }
 
-Element element_of(const Tensor& q) {
-  const ScalarType type = q.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "window_attention: the CUDA kernel takes bfloat16 and float16");
-  return type == ScalarType::BFloat16 ? Element::bfloat16 : Element::float16;
-}
-
 struct Options {
   const Ints &window, &shift;
   bool roll_first, pad_visible;
@@ -150,7 +143,7 @@ void forward(Tensor q, Tensor k, Tensor v, MaybeTensor bias, MaybeTensor index, 
   p.out = token_view(out, window.size(), true, 2);
   if (lse.numel() > 0) p.lse = lse_view(lse, window.size());
   const DeviceStream device(q);
-  window_attention_forward(p, element_of(q), device.stream);
+  window_attention_forward(p, element_of(q, "window_attention"), device.stream);
 }
 
 void backward(Tensor dout, MaybeTensor dlse, Tensor lse, Tensor q, Tensor k, Tensor v, MaybeTensor bias,
@@ -185,7 +178,7 @@ void backward(Tensor dout, MaybeTensor dlse, Tensor lse, Tensor q, Tensor k, Ten
   STD_TORCH_CHECK(workspace.scalar_type() == f32 && workspace.is_contiguous() && workspace.numel() >= floats,
                   "window_attention: workspace must hold ", floats, " float32");
   p.workspace = static_cast<float*>(workspace.data_ptr());
-  window_attention_backward(p, element_of(q), device.stream);
+  window_attention_backward(p, element_of(q, "window_attention"), device.stream);
 }
 
 // On the current device.

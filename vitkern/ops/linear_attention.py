@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitkern.feature_map import Polar
 from vitkern.ops import _call, _linear_decay
-from vitkern.ops._gpu import Gpu
+from vitkern.ops._linear_gpu import GPU
 from vitkern.ops._linear_lowering import NAME, Lowered, apply_map, lower
 from vitkern.ops._op import Op
 from vitkern.ops.attention import checks as attention_checks
@@ -72,7 +72,8 @@ def linear_attention(
             those behind the last token, of H heads.
         lepe: a `vitkern.DepthwiseValue`, added to the output.
         preset: what a published model means by linear attention: map, normalizer, eps, scale, order of the rotation.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (its gradients are Triton's); raises with all
+            reasons if it cannot run.
 
     Returns:
         ``[B, Nq, H, Dv]`` (as q) in the dtype of v, with `return_state` ``(out, state)``. Gradients go to q, k, v, key_weight,
@@ -154,12 +155,6 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return v.new_empty((*q.shape[:6], channels)), state, lse
 
 
-def _triton() -> Any:
-    from vitkern.triton_kernels import linear_attention as kernels
-
-    return kernels
-
-
 def _explain(
     *args: Any,
     backend: str | None = None,
@@ -188,7 +183,7 @@ OP = Op(
     batched=5,
     definition=definition,
     fake=_fake,
-    gpu=Gpu(_triton),
+    gpu=GPU,
     outputs=("out", "state", "key_lse"),
     autocast=False,
 )  # fmt: skip

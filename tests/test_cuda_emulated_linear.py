@@ -1,0 +1,99 @@
+"""The CUDA kernels of linear_attention on the emulator: launches, refusals, planted faults. Cases and schedules are in
+cuda_emulator/linear_attention.py, which test_cuda_emulated.py runs under the sanitizers."""
+
+import re
+
+import pytest
+import torch
+from emulated import Edit, emulated
+from emulated_linear import CALLS, SUMS, check
+from gpu_path import tokens_on_gpu
+
+import vitkern
+from vitkern.ops import _cuda, _linear_gpu
+from vitkern.ops.linear_attention import OP
+from vitkern.testing.linear_attention import make
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return emulated()
+
+
+def test_two_launches_and_one_between_where_there_are_many_runs(kernels):
+    few, many = (make(1, 1, (20,), (n,), heads=1, **SUMS) for n in (16 * 64, 17 * 64 - 3))
+    for call, between in ((few, []), (many, ["linear_attention_add"])):
+        kernels.launched()
+        check(kernels, call, torch.bfloat16, (0,))
+        names = ["linear_attention_keys", *between, "linear_attention_queries"]
+        assert kernels.launched() == names * 2  # once against the oracle, once more for the bits
+
+
+def test_runs_come_from_the_shape_alone():
+    splits, tile = _linear_gpu.splits, _linear_gpu.TILE
+    assert splits(1, 8, 4096) == 16 and splits(1, 8, 0) == splits(0, 8, 5) == 1
+    assert splits(1, 16, 65536) == 32 and splits(2, 16, 32768) == 17 and splits(64, 16, 3136) == 1
+    for tokens in range(1, 3000, 37):
+        tiles = -(-tokens // tile)
+        runs = splits(1, 2, tokens)
+        assert (runs - 1) * -(-tiles // runs) < tiles  # none is empty
+
+
+def test_what_the_kernels_do_not_serve_is_refused(kernels):
+    def reasons(q, k=None, v=None, weight=None, cos=None, name="relu"):
+        args = (q, q if k is None else k, q if v is None else v, None, weight, cos, cos, cos, cos, None, None, name)
+        with kernels.active():
+            return _linear_gpu.refusals((*args, 0.0, "sum", 1e-6, 1.0, 0.0, False, False))
+
+    q = torch.zeros(1, 1, 1, 1, 5, 2, 16, dtype=torch.bfloat16)
+    wide = q.repeat_interleave(9, -1)
+    assert reasons(q) == []
+    for (reason,), words in (
+        (reasons(q.float()), "must be bfloat16 or float16, that of q is torch.float32"),
+        (reasons(q, v=q[..., :12]), "of v must be a multiple of 8 up to 128, it is 12"),
+        (reasons(wide, wide, q), "of q and k must be a multiple of 8 up to 128, it is 144"),
+        (reasons(q, k=q.mT.contiguous().mT), "last dimension of k must be contiguous, its stride is 2"),
+        (reasons(q, name="softmax"), "must be one of relu, .* silu_norm, it is softmax"),
+        (reasons(q, cos=q), "rope must be applied before the feature map"),
+        (reasons(q, weight=q[..., 0].double()), "key_weight must not be float64"),
+    ):
+        assert re.search(words, reason)
+    with pytest.raises(ValueError, match="cuda: the tensors are on cpu"):
+        vitkern.linear_attention(q[0, 0, 0], q[0, 0, 0], q[0, 0, 0], backend="cuda")
+    with kernels.active(), tokens_on_gpu("cuda"), pytest.raises(RuntimeError, match="multiples of 8 up to 128"):
+        x = q[..., :12]
+        _linear_gpu.forward(x, x, x, *(None,) * 8, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+    assert OP.gpu.cuda is not None and _cuda.ops is torch.ops.vitkern
+
+
+def test_bounds_beyond_the_tokens_stay_within_them(kernels):
+    x = torch.randn(1, 1, 1, 1, 20, 1, 8).bfloat16()
+    rest = ("relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+    found = []
+    with kernels.active():
+        for bounds in ([0, 7, 20], [-3, 7, 2**31 - 1]):
+            cu = torch.tensor(bounds, dtype=torch.int32)
+            found.append(_linear_gpu.forward(x, x, x, *(None,) * 6, cu, cu, *rest))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+FILE = "linear_attention.cu"
+FAULTS = {
+    "a tile read while it is written": ("__syncthreads();  // this tile is complete;", "// this tile", "tiles"),
+    "the sums of the second warps lost": ("sums.s[i / 4][i % 4] += others[i * kStep];", "", "tiles"),
+    "the low halves lost": ("if (!exact) mma_16x8x8_tf32(c", "if (false) mma_16x8x8_tf32(c", "tiles"),
+    "factors not waited for": ("__syncthreads();  // the factors are complete", "", "a wide head"),
+    "what is hidden": ("seen ? k + chunk * 8 : nullptr", "k + chunk * 8", "broken"),
+    "results not waited for": ("__syncwarp();  // the results are complete;", "//", "weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name, monkeypatch):
+    old, new, call = FAULTS[name]
+    monkeypatch.setattr(_linear_gpu, "WAVE", 1)
+    broken = emulated((Edit(FILE, old, new),))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(broken, CALLS[call], torch.bfloat16, range(8))
