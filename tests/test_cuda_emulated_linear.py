@@ -43,7 +43,7 @@ def test_runs_come_from_the_shape_alone():
 
 def test_what_the_kernels_do_not_serve_is_refused(kernels):
     def reasons(q, k=None, v=None, weight=None, cos=None, name="relu"):
-        args = (q, q if k is None else k, q if v is None else v, None, weight, cos, cos, cos, cos, None, None, name)
+        args = (q, q if k is None else k, q if v is None else v, None, weight, cos, cos, cos, cos, *(None,) * 5, name)
         with kernels.active():
             return _linear_gpu.refusals((*args, 0.0, "sum", 1e-6, 1.0, 0.0, False, False))
 
@@ -64,7 +64,7 @@ def test_what_the_kernels_do_not_serve_is_refused(kernels):
         vitkern.linear_attention(q[0, 0, 0], q[0, 0, 0], q[0, 0, 0], backend="cuda")
     with kernels.active(), tokens_on_gpu("cuda"), pytest.raises(RuntimeError, match="multiples of 8 up to 128"):
         x = q[..., :12]
-        _linear_gpu.forward(x, x, x, *(None,) * 8, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+        _linear_gpu.forward(x, x, x, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
     assert OP.gpu.cuda is not None and _cuda.ops is torch.ops.vitkern
 
 
@@ -75,7 +75,7 @@ def test_bounds_beyond_the_tokens_stay_within_them(kernels):
     with kernels.active():
         for bounds in ([0, 7, 20], [-3, 7, 2**31 - 1]):
             cu = torch.tensor(bounds, dtype=torch.int32)
-            found.append(_linear_gpu.forward(x, x, x, *(None,) * 6, cu, cu, *rest))
+            found.append(_linear_gpu.forward(x, x, x, *(None,) * 6, cu, cu, *(None,) * 3, *rest))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -34,6 +34,9 @@ class Call(NamedTuple):
     sin_k: Tensor | None
     cu_q: Tensor | None
     cu_k: Tensor | None
+    map0: Tensor | None
+    map1: Tensor | None
+    map2: Tensor | None
     feature_map: str
     rate: float
     normalizer: str
@@ -175,6 +178,8 @@ def supported(*args) -> list[str]:
         x = getattr(call, name)
         if x is not None and x.dtype not in DTYPES:
             why.append(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+    if call.feature_map not in FEATURES:
+        why.append(f"the feature map must be one of {', '.join(FEATURES)}, got {call.feature_map}")
     for name, width in (("D", call.q.shape[-1]), ("Dv", call.v.shape[-1])):
         if width > MAX_WIDTH:
             why.append(f"{name} must lie in 1..{MAX_WIDTH}, got {width}")

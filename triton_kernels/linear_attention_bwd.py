@@ -204,7 +204,7 @@ def _key_grads(
 
 
 def gradients(dout, dstate, dkey_lse, state, key_lse, *rest) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v, key_weight and the four tables."""
+    """The gradients of q, k, v, key_weight and the four tables; the maps known here have no parameters."""
     *args, need = rest
     call = Call(*args)
     sequences, heads, kv_heads = count(call), call.q.shape[5], call.k.shape[5]
@@ -215,7 +215,7 @@ def gradients(dout, dstate, dkey_lse, state, key_lse, *rest) -> tuple[Tensor | N
     tables = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need >> 4 + i & 1 and x is not None else None
               for i, x in enumerate(args[5:9])]
     if not sequences:
-        return (*new, *tables)
+        return (*new, *tables, None, None, None)
     turn_q, turn_k = (_turn(x, call, any(t is not None for t in pair))
                       for x, pair in ((call.q, tables[:2]), (call.k, tables[2:])))
     options = shared(call, backward=True)
@@ -238,7 +238,7 @@ def gradients(dout, dstate, dkey_lse, state, key_lse, *rest) -> tuple[Tensor | N
             _state_grads[(sequences * kv_heads, queries["parts"], tiles)](dstate_ptr=parts, **common)
             total = add_parts(parts, torch.float32) if queries["parts"] > 1 else parts[0]
     if not of_state:
-        return (*new, *_summed(turn_q, tables[:2], call), None, None)
+        return (*new, *_summed(turn_q, tables[:2], call), *(None,) * 5)
     if dstate is not None:
         total = total + dstate
     shift = (total[..., :-1, :] * state[..., :-1, :]).sum(-1).contiguous() if call.feature_map == "softmax" else total
@@ -248,7 +248,7 @@ def gradients(dout, dstate, dkey_lse, state, key_lse, *rest) -> tuple[Tensor | N
         strides_v=strides(call.v), strides_dk=strides(dk), strides_dv=strides(dv), strides_dw=strides(dweight), **of_keys(call),
         dcos_ptr=turn_k[0], dsin_ptr=turn_k[1], strides_turn=strides(turn_k[0]), **turning(call.cos_k, call.sin_k),
         **weighted(call), **keys, **options)
-    return (*new, *_summed(turn_q, tables[:2], call), *_summed(turn_k, tables[2:], call))
+    return (*new, *_summed(turn_q, tables[:2], call), *_summed(turn_k, tables[2:], call), None, None, None)
 
 
 def _turn(x: Tensor, call: Call, wanted: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -12,12 +12,18 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vitkern._export import exportable
+from vitkern.reference import linear_features
 
 NAMES = ("relu", "elu1", "identity", "leaky_relu", "softmax", "silu_norm")
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    """A parameter of H D elements as [H, D], in the dtype of x [S, N, H, D]."""
+    return t.to(x.dtype).reshape(x.shape[2:])
 
 
 @exportable
@@ -46,14 +52,7 @@ class Focused:
 
     def dense(self, x: Tensor, side: str, valid: Tensor | None = None) -> Tensor:
         x = _wide(x)
-        y = (x.relu() + 1e-6) / softplus(self.scale.to(x.dtype)).reshape(x.shape[2:])  # [S, N, H, D]
-        dims = (2, 3) if self.norm == "width" else (3,)
-        top = y.detach().amax(
-            dims, keepdim=True
-        )  # [S, N, 1|H, 1]: the power of what is far below it may underflow, not its norm
-        u = (y / top) ** self.power  # [S, N, H, D]
-        lengths = [torch.linalg.vector_norm(t, dim=dims, keepdim=True) for t in (y, u)]  # [S, N, 1|H, 1]
-        return u * (lengths[0] / lengths[1])
+        return linear_features.focused(x, softplus(_per_channel(self.scale, x)), self.power, self.norm == "width")
 
 
 @exportable
@@ -70,13 +69,7 @@ class Polar:
     def dense(self, x: Tensor, side: str, valid: Tensor | None = None) -> Tensor:
         """Of the queries ``[q+, q-]``; the other half of v takes its halves exchanged."""
         x = _wide(x)
-        y = x / softplus(self.scale.to(x.dtype)).reshape(x.shape[2:])  # [S, N, H, D]
-        power = self.power.to(x.dtype).reshape(x.shape[2:]).expand_as(y)  # [S, N, H, D]
-        parts = []
-        for part in (y, -y):
-            up = part > 0
-            parts.append(torch.where(up, part, 1.0).pow(torch.where(up, power, 1.0)).masked_fill(~up, 0.0))
-        return torch.cat(parts, -1)  # [S, N, H, 2 D]
+        return linear_features.polar(x, softplus(_per_channel(self.scale, x)), _per_channel(self.power, x))
 
 
 @exportable
@@ -94,15 +87,8 @@ class Hedgehog:
 
     def dense(self, x: Tensor, side: str, valid: Tensor | None = None) -> Tensor:
         x = _wide(x)
-        y = torch.einsum("snhd,hfd->snhf", x, self.weight.to(x.dtype))
-        if self.bias is not None:
-            y = y + self.bias.to(x.dtype)
-        both = torch.cat((y, -y), -1)  # [S, N, H, 2 F]
-        if self.form == "joint":
-            return (2 * both).softmax(-1)
-        if self.form == "split":
-            return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1).clamp(min=self.eps)
-        return (both - both.amax(-1, keepdim=True)).exp()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear_features.hedgehog(x, self.weight.to(x.dtype), bias, self.form, self.eps)
 
 
 @exportable
@@ -119,33 +105,7 @@ class Favor:
 
     def dense(self, x: Tensor, side: str, valid: Tensor | None = None) -> Tensor:
         x = _wide(x)
-        x = x * x.shape[-1] ** -0.25
-        y = x @ self.omega.to(x.dtype).mT  # [S, N, H, m]
-        if self.generalised:
-            return y.relu() + 1e-3
-        if side == "k":
-            among = y if valid is None else y.masked_fill(~valid[..., None, None], -torch.inf)
-            top = (
-                among.detach().amax((1, 3), keepdim=True) if y.shape[1] else y.sum((1, 3), keepdim=True)
-            )  # [S, 1, H, 1]
-            top = top.masked_fill(top.isinf(), 0.0)
-        else:
-            top = y.detach().amax(3, keepdim=True)  # [S, N, H, 1]
-        return ((y - x.square().sum(-1, keepdim=True) / 2 - top).exp() + self.eps) * len(self.omega) ** -0.5
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The sign, whose gradient passes where the argument lies in (-1, 1)."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        return torch.where(x.abs() < 1, g, 0.0)
+        return linear_features.favor(x, self.omega.to(x.dtype), self.eps, self.generalised, side, valid)[0]
 
 
 @exportable
@@ -156,7 +116,7 @@ class Sign:
     per_token: ClassVar[bool] = True
 
     def dense(self, x: Tensor, side: str, valid: Tensor | None = None) -> Tensor:
-        return _StraightThrough.apply(_wide(x))
+        return linear_features.straight_through(_wide(x))
 
 
 @exportable
@@ -174,14 +134,7 @@ class Hash:
     def dense(self, x: Tensor, side: str, valid: Tensor | None = None) -> Tensor:
         x = _wide(x)
         anchors, matrix, mean = (t.to(x.dtype) for t in (self.anchors, self.A, self.mean))
-        far = (x[..., None, :] - anchors).square().sum(-1)  # [S, N, H, M]
-        if valid is None:
-            spread = far.mean((1, 3), keepdim=True)  # [S, 1, H, 1]
-        else:
-            count = valid.sum(1).clamp(min=1).to(x.dtype)[:, None, None, None] * far.shape[3]
-            spread = far.masked_fill(~valid[..., None, None], 0.0).sum((1, 3), keepdim=True) / count  # [S, 1, H, 1]
-        kappa = (-far / (2 * spread)).exp() - mean  # [S, N, H, M]
-        return _StraightThrough.apply(torch.einsum("snhm,hmb->snhb", kappa, matrix.expand(x.shape[2], -1, -1)))
+        return linear_features.hashed(x, anchors, matrix, mean, valid)[0]
 
 
 OBJECTS = (Exp, Focused, Polar, Hedgehog, Favor, Sign, Hash)

@@ -24,15 +24,15 @@ constexpr const char* kOp = "linear_attention";
 
 #define VITKERN_LINEAR_ARGUMENTS                                                                                                     \
   Tensor q, Tensor k, Tensor v, OptTensor key_mask, OptTensor key_weight, OptTensor cos_q, OptTensor sin_q, OptTensor cos_k,          \
-      OptTensor sin_k, OptTensor cu_q, OptTensor cu_k, std::string feature_map, double rate, std::string normalizer, double eps,     \
-      double scale, double offset, bool half, bool detach, std::string /*gpu*/
+      OptTensor sin_k, OptTensor cu_q, OptTensor cu_k, OptTensor map0, OptTensor map1, OptTensor map2, std::string feature_map,       \
+      double rate, std::string normalizer, double eps, double scale, double offset, bool half, bool detach, std::string /*gpu*/
 #define VITKERN_LINEAR_OPTIONS                                                                                                      \
-  {q,           k,    v,          key_mask, key_weight, cos_q,  sin_q, cos_k, sin_k, cu_q, cu_k,                                      \
-   feature_map, rate, normalizer, eps,      scale,      offset, half,  detach}
+  {q,    k,    v,           key_mask, key_weight, cos_q, sin_q, cos_k,  sin_k, cu_q,  cu_k,                                           \
+   map0, map1, map2,        feature_map, rate,    normalizer, eps, scale, offset, half, detach}
 
 struct LinearArguments {
   const Tensor &q, &k, &v;
-  const OptTensor &key_mask, &key_weight, &cos_q, &sin_q, &cos_k, &sin_k, &cu_q, &cu_k;
+  const OptTensor &key_mask, &key_weight, &cos_q, &sin_q, &cos_k, &sin_k, &cu_q, &cu_k, &map0, &map1, &map2;
   const std::string& feature_map;
   double rate;
   const std::string& normalizer;
@@ -75,9 +75,12 @@ struct LinearCall {
           "k must have the head size of q, and its heads must divide those of q");
     p.batch = a.q.size(0);
     p.heads = int32_t(a.q.size(5)), p.kv_heads = int32_t(a.k.size(5));
-    p.depth = int32_t(a.q.size(6)), p.width = int32_t(a.v.size(6));
-    p.depth_pad = kernels->padded(p.depth), p.width_pad = kernels->padded(p.width);
+    p.depth = p.inner = int32_t(a.q.size(6)), p.width = int32_t(a.v.size(6));
+    p.inner_pad = kernels->padded(p.inner), p.depth_pad = kernels->padded(p.depth), p.width_pad = kernels->padded(p.width);
     p.state_size = (int64_t(p.depth) * p.width_pad + p.depth_pad + p.width_pad + 1 + 15) / 16 * 16;
+    // so many tokens that their rows of all heads stay in the second-level cache
+    const int64_t of_token = int64_t(wide ? 8 : 4) * p.heads * (p.inner_pad + p.width_pad);
+    p.block = int32_t(std::clamp<int64_t>(262144 / of_token / 8 * 8, 16, kLinearBlock));
     p.q_side = int32_t(a.q.size(4)), p.k_side = int32_t(a.k.size(4));
     p.q_tokens = int32_t(a.q.size(2)) * p.q_side, p.k_tokens = int32_t(a.k.size(2)) * p.k_side;
     p.feature = named<Feature>(kFeatures, a.feature_map, "feature_map is unknown");
@@ -163,8 +166,8 @@ struct LinearCall {
         while (parts[size_t(at) + 1] <= i) ++at;
         const LinearSequence& s = sequences[size_t(at)];
         const int64_t count = parts[size_t(at) + 1] - parts[size_t(at)], part = i - parts[size_t(at)];
-        const int64_t blocks = ((of_keys ? s.k_count : s.q_count) + kLinearBlock - 1) / kLinearBlock;
-        const int64_t begin = blocks * part / count * kLinearBlock, end = blocks * (part + 1) / count * kLinearBlock;
+        const int64_t blocks = ((of_keys ? s.k_count : s.q_count) + p.block - 1) / p.block;
+        const int64_t begin = blocks * part / count * p.block, end = blocks * (part + 1) / count * p.block;
         body(s, int32_t(begin), int32_t(std::min<int64_t>(end, of_keys ? s.k_count : s.q_count)), i, scratch.data());
       }
     });
@@ -337,7 +340,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(VITKERN_LINEAR_ARGUMENTS
   return {out, state, key_lse};
 }
 
-std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> linear_attention_bwd(
+std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>
+linear_attention_bwd(
     OptTensor dout, OptTensor dstate, OptTensor /*dkey_lse*/, Tensor state, Tensor key_lse, VITKERN_LINEAR_ARGUMENTS, int64_t need) {
   LinearCall c(VITKERN_LINEAR_OPTIONS);
   LinearProblem& p = c.p;
@@ -369,7 +373,7 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, Opt
       if (need >> (4 + i) & 1 && *given[i]) tables[size_t(i)] = table_sum(sums[size_t(i)], **given[i], i < 2 ? p.heads : p.kv_heads);
   };
   c.wide ? run(double()) : run(float());
-  return {dq, dk, dv, dweight, tables[0], tables[1], tables[2], tables[3]};
+  return {dq, dk, dv, dweight, tables[0], tables[1], tables[2], tables[3], std::nullopt, std::nullopt, std::nullopt};
 }
 
 }  // namespace

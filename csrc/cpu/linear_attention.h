@@ -34,7 +34,8 @@ struct LinearProblem {
   int64_t batch, sequences;     // of all rows
   int32_t rows, columns;        // windows, or packed sequences in columns
   int32_t q_side, k_side, q_tokens, k_tokens;  // of a window
-  int32_t heads, kv_heads, depth, width, depth_pad, width_pad;
+  int32_t heads, kv_heads, inner, depth, width, inner_pad, depth_pad, width_pad;  // channels of q, features, channels of v
+  int32_t block;                // tokens that are worked on at a time
   int64_t state_size;
   int32_t pairs;
   bool half, detach;
@@ -49,7 +50,7 @@ struct LinearSequence {
   int32_t q_first, q_count, k_first, k_count;
 };
 
-constexpr int32_t kLinearBlock = 64;
+constexpr int32_t kLinearBlock = 64;  // the longest
 
 // Work on tokens [first, last) of a sequence, all heads of them; `scratch` is aligned to 64 bytes, zero, and holds scratch_bytes(p). A state
 // or its gradient is one per key head; `lse` Acc [kv_heads][depth_pad] belongs to the map softmax.

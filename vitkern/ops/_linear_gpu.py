@@ -25,7 +25,7 @@ WAVE = 132  # blocks: one for each of the multiprocessors of a large GPU
 def refusals(args: tuple[Any, ...]) -> list[str]:
     """The limits of csrc/cuda/linear_attention.cu, each as a sentence where this call is beyond it."""
     q, k, v, _, weight, cos = args[:6]
-    feature_map = args[11]
+    feature_map = args[14]
     reasons = []
     if q.dtype not in DTYPES or v.dtype != q.dtype:
         reasons.append(f"the dtype must be bfloat16 or float16, that of q is {q.dtype}, that of v {v.dtype}")
@@ -56,8 +56,8 @@ def splits(sequences: int, heads: int, tokens: int) -> int:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Any, key_weight: Any, _cos_q: Any, _sin_q: Any, _cos_k: Any, _sin_k: Any,
-    cu_q: Any, cu_k: Any, feature_map: str, rate: float, normalizer: str, eps: float, scale: float, offset: float,
-    _half: bool, _detach: bool,
+    cu_q: Any, cu_k: Any, _map0: Any, _map1: Any, _map2: Any, feature_map: str, rate: float, normalizer: str, eps: float,
+    scale: float, offset: float, _half: bool, _detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     heads, kv_heads, width, channels = q.shape[5], k.shape[5], q.shape[6], v.shape[6]
     each = q.shape[1] * q.shape[3] if cu_q is None else cu_q.shape[0] - 1

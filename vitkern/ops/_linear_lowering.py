@@ -29,6 +29,7 @@ class Lowered:
     tables: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     cu_q: Tensor | None
     cu_k: Tensor | None
+    parameters: tuple[Tensor | None, Tensor | None, Tensor | None]  # of the feature map
     feature_map: str
     rate: float
     normalizer: str
@@ -42,7 +43,17 @@ class Lowered:
     @property
     def args(self) -> tuple[Any, ...]:
         """The arguments of the op but the last."""
-        own = (self.q, self.k, self.v, self.key_mask, self.key_weight, *self.tables, self.cu_q, self.cu_k)
+        own = (
+            self.q,
+            self.k,
+            self.v,
+            self.key_mask,
+            self.key_weight,
+            *self.tables,
+            self.cu_q,
+            self.cu_k,
+            *self.parameters,
+        )
         options = (self.feature_map, self.rate, self.normalizer, self.eps, self.scale, self.offset, self.half)
         return (*own, *options, self.detach)
 
@@ -113,7 +124,8 @@ def lower(
     if isinstance(feature_map, str) and feature_map == "softmax" and tables[0] is not None:
         custom = SoftmaxMap()  # with rotated keys the gradient of a column is not a product of states
     lowered = Lowered(
-        q, k, v_cut, key_mask, key_weight, tables, *bounds, feature_map if custom is None else "identity", rate, normalizer,
+        q, k, v_cut, key_mask, key_weight, tables, *bounds, (None,) * 3,
+        feature_map if custom is None else "identity", rate, normalizer,
         _finite("eps", eps), _finite("scale", scale), _finite("offset", offset), rope is not None and rope.layout == "half",
         chosen.detach, tuple(cut_q.shape[:-1]),
     )  # fmt: skip
@@ -133,28 +145,6 @@ class SoftmaxMap:
         if side == "q":
             return x.softmax(-1)
         return softmax_of_keys(x, valid)[0]
-
-
-def apply_map(lowered: Lowered, custom: Any) -> None:
-    """Puts the features of `custom` in place of q and k."""
-    q, k, mask = lowered.q, lowered.k, lowered.key_mask
-    if mask is not None:
-        k = k.masked_fill(~mask[..., None, None], 0.0)
-    lowered.q = _dense(custom, q, "q", None, lowered.cu_q)
-    lowered.k = _dense(custom, k, "k", mask, lowered.cu_k)
-
-
-def _dense(custom: Any, x: Tensor, side: str, mask: Tensor | None, cu: Tensor | None) -> Tensor:
-    batch, rows, wy, columns, wx = x.shape[:5]
-    flat, valid = sequences(x), None if mask is None else sequences(mask)
-    if cu is None or custom.per_token:
-        found = custom.dense(flat, side, valid)  # [S, N, H, F]
-    else:
-        bounds = zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)
-        found = torch.cat(
-            [custom.dense(flat[:, i:j], side, valid if valid is None else valid[:, i:j]) for i, j in bounds], 1
-        )
-    return found.unflatten(0, (batch, rows, columns)).unflatten(3, (wy, wx)).transpose(2, 3)
 
 
 def _rala_weight(lowered: Lowered) -> Tensor:

@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern import backends
 from vitkern.feature_map import Polar
 from vitkern.ops import _call, _linear_decay
 from vitkern.ops._linear_gpu import GPU
-from vitkern.ops._linear_lowering import NAME, Lowered, apply_map, lower
+from vitkern.ops._linear_lowering import NAME, Lowered, lower
+from vitkern.ops._linear_maps import apply_map, fused
 from vitkern.ops._op import Op
 from vitkern.ops.attention import checks as attention_checks
+from vitkern.reference import linear_features
 from vitkern.reference.linear_attention import linear_attention as definition
 
 
@@ -106,11 +109,20 @@ def _run(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, bac
         with torch.autocast(device, enabled=False):
             return _run(lowered, custom, placed, backend)
     wide = torch.promote_types(lowered.q.dtype, torch.float32)
-    if custom is not None:
+    halves = False
+    if custom is not None and not _fused(lowered, custom, placed, backend):
         apply_map(lowered, custom)
+        halves = isinstance(custom, Polar)
     lowered.tables = tuple(None if t is None else t.to(wide) for t in lowered.tables)  # type: ignore[assignment]
-    out, state = (_two_halves if isinstance(custom, Polar) else _one)(lowered, placed, backend)
+    out, state = (_two_halves if halves else _one)(lowered, placed, backend)
     return out.reshape(*lowered.shape, out.shape[-1]), state
+
+
+def _fused(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, backend: str | None) -> bool:
+    """Whether the op makes the features of `custom`: decays take features, and the kernels do not know these maps."""
+    if placed is not None or backends.forced(backend) != "reference":
+        return False
+    return fused(lowered, custom)
 
 
 def _one(lowered: Lowered, placed: _linear_decay.Placed | None, backend: str | None) -> tuple[Tensor, Any]:
@@ -147,12 +159,14 @@ def _check_lepe(lepe: Any, q: Tensor, v: Tensor) -> None:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     acc = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
-    cu, feature_map = rest[6], rest[8]
+    cu, map0, map1, feature_map = rest[6], rest[8], rest[9], rest[11]
     count = q.shape[0] * q.shape[1] * q.shape[3] if cu is None else q.shape[0] * (cu.shape[0] - 1)
     heads, width, channels = k.shape[5], k.shape[6], v.shape[6]
-    state = q.new_empty((count, heads, width + 1, channels + 1), dtype=acc)
-    lse = q.new_empty((count, heads, width if feature_map == "softmax" else 0), dtype=acc)
-    return v.new_empty((*q.shape[:6], channels)), state, lse
+    state = q.new_empty(
+        (count, heads, linear_features.width(feature_map, width, map0, map1) + 1, channels + 1), dtype=acc
+    )
+    kept = q.new_empty((count, heads, linear_features.kept_width(feature_map, width)), dtype=acc)
+    return v.new_empty((*q.shape[:6], channels)), state, kept
 
 
 def _explain(
@@ -171,20 +185,22 @@ def _explain(
     )
     if placed is not None:
         return _linear_decay.explanation(lowered, placed, backend)
+    if custom is not None:
+        _fused(lowered, custom, placed, backend)
     return _call.explanation(NAME, OP, lowered.args, backend)
 
 
 OP = Op(
     NAME,
     ("Tensor q", "Tensor k", "Tensor v", "Tensor? key_mask", "Tensor? key_weight", "Tensor? cos_q", "Tensor? sin_q",
-     "Tensor? cos_k", "Tensor? sin_k", "Tensor? cu_q", "Tensor? cu_k"),
+     "Tensor? cos_k", "Tensor? sin_k", "Tensor? cu_q", "Tensor? cu_k", "Tensor? map0", "Tensor? map1", "Tensor? map2"),
     "str feature_map, float rate, str normalizer, float eps, float scale, float offset, bool half, bool detach, str gpu",
-    differentiable=(0, 1, 2, 4, 5, 6, 7, 8),
+    differentiable=(0, 1, 2, 4, 5, 6, 7, 8, 11, 12, 13),
     batched=5,
     definition=definition,
     fake=_fake,
     gpu=GPU,
-    outputs=("out", "state", "key_lse"),
+    outputs=("out", "state", "kept"),
     autocast=False,
 )  # fmt: skip
 OP.register()

@@ -12,6 +12,8 @@ sequences stand one behind the other along wx.
 import torch
 from torch import Tensor
 
+from vitkern.reference import linear_features
+
 NORMALIZERS = ("sum", "mean", "none", "max", "abs_max", "subtract")
 
 
@@ -27,8 +29,11 @@ def linear_attention(
     sin_k: Tensor | None,
     cu_q: Tensor | None,  # [P + 1]
     cu_k: Tensor | None,
+    map0: Tensor | None,  # the parameters of the feature map, float32 (float64)
+    map1: Tensor | None,
+    map2: Tensor | None,
     feature_map: str,
-    rate: float,  # of the map "exp"
+    rate: float,  # of the map "exp", and the number of those of linear_features
     normalizer: str,
     eps: float,
     scale: float,
@@ -37,17 +42,19 @@ def linear_attention(
     detach: bool,  # of "abs_max": the divisor gets no gradient
     gpu: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``out`` like q of width E; ``state [S, Hk, F + 1, E + 1]``, S z over V n; ``key_lse [S, Hk, F]`` of the map "softmax",
-    else ``[S, Hk, 0]``: of each channel the log of the sum of the exponentials of its keys."""
+    """``out`` like q of width E; ``state [S, Hk, F + 1, E + 1]``, S z over V n; ``kept [S, Hk, K]``, what the map rests on of all
+    tokens: of "softmax" for each channel the log of the sum of the exponentials of its keys, of "favor" the largest key, of
+    "hash" the spreads of q and of k."""
     acc = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
-    rest = (feature_map, rate, normalizer, eps, scale, offset, half, detach)
+    parameters = tuple(None if t is None else t.to(acc) for t in (map0, map1, map2))
+    rest = (parameters, feature_map, rate, normalizer, eps, scale, offset, half, detach)
     used = torch.ones_like(k[..., 0, 0], dtype=torch.bool) if key_mask is None else key_mask  # [B, Wy, ky, Wx, kx]
     parts = [sequences(t.to(acc)) for t in (q, k, v)]  # [S, N, heads, width]
     valid = sequences(used)  # [S, Nk]
     weight = None if key_weight is None else sequences(key_weight.to(acc))  # [S, Nk, Hk]
     tables = [None if t is None else t.to(acc) for t in (cos_q, sin_q, cos_k, sin_k)]  # [S|1, N, H|1, R/2]
     if cu_q is None or cu_k is None:
-        o, state, lse = one(*parts, valid, weight, *tables, *rest)  # [S, Nq, H, E]
+        o, state, kept = one(*parts, valid, weight, *tables, *rest)  # [S, Nq, H, E]
     else:
         found = []
         bounds = zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True)
@@ -60,10 +67,10 @@ def linear_attention(
             w = None if weight is None else weight[:, k0:k1]  # [B, n, Hk]
             found.append(one(*some, valid[:, k0:k1], w, *turn, *rest))  # [B, n, H, E]
         o = torch.cat([f[0] for f in found], 1)  # [B, T, H, E]
-        state, lse = (torch.stack([f[i] for f in found], 1).flatten(0, 1) for i in (1, 2))  # [S, Hk, ...]
+        state, kept = (torch.stack([f[i] for f in found], 1).flatten(0, 1) for i in (1, 2))  # [S, Hk, ...]
     rows, wy, columns, wx = q.shape[1:5]
     o = o.to(v.dtype).unflatten(0, (q.shape[0], rows, columns)).unflatten(3, (wy, wx))  # [B, Wy, Wx, wy, wx, H, E]
-    return o.transpose(2, 3).contiguous(), state, lse
+    return o.transpose(2, 3).contiguous(), state, kept
 
 
 def sequences(x: Tensor) -> Tensor:
@@ -81,6 +88,7 @@ def one(
     sin_q: Tensor | None,
     cos_k: Tensor | None,
     sin_k: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
     feature_map: str,
     rate: float,
     normalizer: str,
@@ -90,19 +98,26 @@ def one(
     half: bool,
     detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, v, lse = mapped(q, k, v, valid, weight, feature_map, rate, scale)
+    a, b, v, kept = mapped(q, k, v, valid, weight, feature_map, rate, scale, parameters)
     turned_a, turned_b = turn(a, cos_q, sin_q, half), turn(b, cos_k, sin_k, half)  # [S, N, heads, F]
     s = torch.einsum("snhf,snhe->shfe", turned_b, v)  # [S, Hk, F, E]
     z, total, n = b.sum(1), v.sum(1), valid.sum(1).to(k.dtype)  # [S, Hk, F], [S, Hk, E], [S]
     group = q.shape[2] // k.shape[2]
-    num = torch.einsum("snhf,shfe->snhe", turned_a, s.repeat_interleave(group, 1))  # [S, Nq, H, E]
-    den = torch.einsum("snhf,shf->snh", a, z.repeat_interleave(group, 1))[..., None]  # [S, Nq, H, 1]
+    sums, each = s.repeat_interleave(group, 1), z.repeat_interleave(group, 1)  # [S, H, F, E], [S, H, F]
+    num = torch.einsum("snhf,shfe->snhe", turned_a, sums)  # [S, Nq, H, E]
+    den = torch.einsum("snhf,shf->snh", a, each)[..., None]  # [S, Nq, H, 1]
+    if feature_map == "polar":  # the second half of the channels of v takes the halves of q's features exchanged
+        half_e, half_f = v.shape[3] // 2, a.shape[3] // 2
+        num_b = torch.einsum("snhf,shfe->snhe", turned_a.roll(half_f, 3), sums[..., half_e:])  # [S, Nq, H, E - E // 2]
+        den_b = torch.einsum("snhf,shf->snh", a.roll(half_f, 3), each)[..., None]  # [S, Nq, H, 1]
+        num = torch.cat((num[..., :half_e], num_b), 3)  # [S, Nq, H, E]
+        den = torch.cat((den.expand_as(num[..., :half_e]), den_b.expand_as(num_b)), 3)  # [S, Nq, H, E]
     values = total.repeat_interleave(group, 1)[:, None]  # [S, 1, H, E]
     count = n[:, None, None, None]  # [S, 1, 1, 1]
     out = normalize(num + offset * values, den + offset * count, values, count, normalizer, eps, detach)
     last = torch.cat((total, n[:, None, None].expand(-1, k.shape[2], 1)), -1)  # [S, Hk, E + 1]
     state = torch.cat((torch.cat((s, z[..., None]), -1), last[:, :, None]), 2)  # [S, Hk, F + 1, E + 1]
-    return out, state, lse
+    return out, state, kept
 
 
 def mapped(
@@ -114,22 +129,29 @@ def mapped(
     feature_map: str,
     rate: float,
     scale: float,
+    parameters: tuple[Tensor | None, ...] = (None,) * 3,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a [S, Nq, H, F], b [S, Nk, Hk, F], v with zeros where no key is, and the sums of the map "softmax"."""
+    """a [S, Nq, H, F], b [S, Nk, Hk, F], v with zeros where no key is, and what the map rests on of all tokens, [S, Hk, K]."""
     hidden = None if valid is None else ~valid[..., None, None]  # [S, Nk, 1, 1]
     if hidden is not None:
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # [S, Nk, Hk, .]
-    a = features(q, feature_map, rate) * scale  # [S, Nq, H, F]
-    lse = k.new_empty((k.shape[0], k.shape[2], 0))  # [S, Hk, 0]
-    if feature_map == "softmax":
-        b, lse = softmax_of_keys(k, valid)  # [S, Nk, Hk, F], [S, Hk, F]
+    kept = k.new_empty((k.shape[0], k.shape[2], 0))  # [S, Hk, 0]
+    if feature_map in linear_features.NAMES:
+        a, of_q = linear_features.features(q, "q", None, feature_map, rate, *parameters)  # [S, Nq, H, F], [S, H, .]
+        b, of_k = linear_features.features(k, "k", valid, feature_map, rate, *parameters)  # [S, Nk, Hk, F], [S, Hk, .]
+        kept = torch.cat((of_q, of_k), 2) if feature_map == "hash" else of_k  # [S, Hk, K]
     else:
-        b = features(k, feature_map, rate)  # [S, Nk, Hk, F]
+        a = features(q, feature_map, rate)  # [S, Nq, H, F]
+        if feature_map == "softmax":
+            b, kept = softmax_of_keys(k, valid)  # [S, Nk, Hk, F], [S, Hk, F]
+        else:
+            b = features(k, feature_map, rate)  # [S, Nk, Hk, F]
+    a = a * scale  # [S, Nq, H, F]
     if weight is not None:
         b = b * (weight if hidden is None else weight.masked_fill(hidden[..., 0], 0.0))[..., None]  # [S, Nk, Hk, F]
     if hidden is not None:
         b = b.masked_fill(hidden, 0.0)  # [S, Nk, Hk, F]
-    return a, b, v, lse
+    return a, b, v, kept
 
 
 def weighted(
