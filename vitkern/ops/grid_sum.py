@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops import _call
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op, PlainOp
 from vitkern.reference.grid_sum import grid_links as links_definition
 from vitkern.reference.grid_sum import grid_sum as definition
@@ -50,6 +51,18 @@ def _fake_links(
     return row.new_empty(row.shape, dtype=acc), col.new_empty(col.shape, dtype=acc)
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import grid_sum as kernels
+
+    return kernels
+
+
+def _triton_links() -> Any:
+    from vitkern.triton_kernels import grid_links as kernels
+
+    return kernels
+
+
 OP = Op(
     NAME,
     ("Tensor a", "Tensor b", "Tensor c", "Tensor row", "Tensor col"),
@@ -58,6 +71,7 @@ OP = Op(
     batched=5,
     definition=definition,
     fake=_fake,
+    gpu=Gpu(_triton),
     outputs=("out",),
     autocast=False,
     composed=backward,
@@ -70,6 +84,7 @@ LINKS = PlainOp(
     batched=6,
     definition=links_definition,
     fake=_fake_links,
+    gpu=Gpu(_triton_links),
 )
 OP.register()
 LINKS.register()
