@@ -1,7 +1,7 @@
 """The kernels of grid_sum: the columns at strips of rows, then the rows.
 
-A state [F, C] is a sum of b c^T under decays. BLOCK_R rows make a strip. `strips` keeps, for each column at each strip, the state of
-the rows above, decayed into its first row, and of those below, decayed into its last. A program of `rows` has one row: column x'
+A state [F, C] is a sum of b c^T under decays. BLOCK_R rows make a strip. `strips` keeps, for each column at each strip, that of the
+rows above, decayed into its first row, and of those below, decayed into its last. A program of `rows` has one row: column x'
 gives it the state T[x'] of all rows, made of these two and the strip's own keys; a block of BLOCK_X queries takes each T[x'] of its
 block with the decays between, and the others from two states that run along the row. Links are summed forwards, never as a
 difference. No atomics.

@@ -36,7 +36,7 @@ def test_strips_blocks_and_tiles(turned, monkeypatch):
     for name, size in (("BLOCK_R", 2), ("BLOCK_X", 2), ("BLOCK_F", 2), ("BLOCK_C", 4)):
         monkeypatch.setattr(kernels, name, size)
     monkeypatch.setattr(grid_links, "BLOCK_X", 2)
-    call = make(20, 1, (3, 5), 1, 3, 5, turned=turned, swapped=turned)
+    call = make(20, 1, (3, 5), 1, 3, 4, turned=turned, swapped=turned)
     testing.assert_matches(replace(ENTRY, gradient=not turned), call, torch.float32, "triton")
 
 

@@ -212,7 +212,9 @@ def _found(placed: Placed, cu: Tensor | None, a: Tensor, backend: str | None) ->
     short = cu is None and a.shape[1] <= ALL_PAIRS and backends.needs_grad((a,))
     if short and backends.forced(backend) is None:
         backend = "reference"
-    return _call.explanation(NAME, (grid_sum if any(on_grid) else chain_sum).OP, (a, a, a), backend)
+    if any(on_grid):
+        return _call.explanation(NAME, grid_sum.OP, (a, a, a, a[..., 0], a[..., 0], False), backend)
+    return _call.explanation(NAME, chain_sum.OP, (a, a, a, None, None, None, None, False, False, False, 0), backend)
 
 
 class _Sums:
