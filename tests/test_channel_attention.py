@@ -225,6 +225,19 @@ def test_many_tokens_are_as_exact_as_eager(tokens_, backend):
     assert_close_to_oracle("out", got, exact, restormer(q, k, v, 1.0))
 
 
+@ON
+@pytest.mark.parametrize("width", [6, 100])
+def test_heads_that_share_keys_and_values(backend, width):
+    q, k, v, heat = (
+        torch.randn(s, dtype=torch.float64) for s in ((2, 40, 6, width), (2, 40, 2, 5), (2, 40, 2, 5), (6,))
+    )
+    given = [t.requires_grad_() for t in (q, k, v, heat)]
+    got = vitkern.channel_attention(q, k, v, temperature=heat, backend=backend)
+    a, b = F.normalize(q, dim=1), F.normalize(k, dim=1).repeat_interleave(3, 2)
+    p = (torch.einsum("bnhd,bnhe->bhde", a, b) * heat[:, None, None]).softmax(-1)
+    agree(got, torch.einsum("bhde,bnhe->bnhd", p, v.repeat_interleave(3, 2)), given)
+
+
 def test_nothing_and_an_empty_batch():
     for shape in ((0, 4, 2, 3), (2, 0, 2, 3), (2, 0, 5, 2, 3)):
         x = torch.randn(shape, requires_grad=True)
@@ -243,7 +256,9 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
     "changed, kind, sentence",
     [
         ({"q": X[0, 0]}, ValueError, r"q must have shape \[B, N, H, D\] or \[B, Hs, Ws, H, D\], got \[2, 4\]"),
-        ({"k": X[:, :5]}, ValueError, r"k must have the tokens and heads of q, \[2, 6, 2\], got \[2, 5, 2, 4\]"),
+        ({"k": X[:, :5]}, ValueError, r"k must have the tokens of q, \[2, 6\], got \[2, 5, 2, 4\]"),
+        ({"v": X[:, :, :1]}, ValueError, r"a number that divides those of q \(2\), got 2 and 1"),
+        ({"k": X.repeat(1, 1, 2, 1), "v": X.repeat(1, 1, 2, 1)}, ValueError, r"divides those of q \(2\), got 4 and 4"),
         ({"v": X[..., :3]}, ValueError, r"v must have the head size of k \(4\), got 3"),
         ({"k": X.double()}, TypeError, "k must have the dtype of q"),
         ({"q": X.int(), "k": X.int(), "v": X.int()}, TypeError, "q must be float32, float64, bfloat16 or float16"),

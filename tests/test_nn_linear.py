@@ -3,6 +3,7 @@
 import libraries  # noqa: F401
 import patch_cases
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -132,6 +133,26 @@ def test_other_features_of_timms_module_are_kept():
     model[0].kernel_func = nn.GELU()
     (kept,) = vitkern.patch(model).kept
     assert kept.reason == "kernel_func is GELU, the op's preset has ReLU"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_mobilevitv2_of_timm(train):
+    model = timm.create_model("mobilevitv2_050", num_classes=0)
+    report = patch_cases.check(patch_cases.randomize(model), (64, 96), replaced=9, train=train)
+    assert {r.op for r in report.replaced} == {"soft_merge"}
+
+
+def test_mobilevitv2_that_drops_weights_or_looks_at_another_map_keeps_its_forward():
+    from timm.models.mobilevit import LinearSelfAttention
+
+    model, x = patch_cases.randomize(nn.Sequential(LinearSelfAttention(6, attn_drop=0.5))), torch.randn(2, 6, 4, 5)
+    assert (
+        vitkern.patch(model.train()).kept[0].reason == "attn_drop is 0.5 in training, and soft_merge drops no weights"
+    )
+    with vitkern.patched(model.eval()) as report:
+        assert len(report.replaced) == 1
+        model.train()
+        assert not torch.equal(model(x), model(x)), "its own forward drops"
 
 
 def test_the_transformer_of_sana():

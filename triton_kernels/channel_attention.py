@@ -63,11 +63,19 @@ def _products(
         tl.store(squares_ptr + D + e, square_e, mask=e < tl.where(tile < tiles_e, E, 0))
 
 
+@triton.jit
+def _heat(temperature_ptr, stride, head, c, D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """The temperatures [ROWS] of rows c of a matrix."""
+    if temperature_ptr is None:
+        return tl.full([ROWS], 1.0, tl.float32)
+    return tl.load(temperature_ptr + (head * GROUPS + c // (D // GROUPS)) * stride, mask=c < D, other=1.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _weights(
     gram_ptr, squares_ptr, temperature_ptr, mix_ptr, p_ptr, temperature_stride, mix_stride, heads, scale, eps,
-    TOPK: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    TOPK: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """p [B W H, D, E] of ROWS rows of a matrix. Grid: blocks of rows (fastest) x matrices, on axis 0. All but the
     parameters are contiguous."""
@@ -78,13 +86,11 @@ def _weights(
     inside = (c < D)[:, None] & (e < E)[None, :]
     gram_ptr += matrix * D * E
     squares_ptr += matrix * (D + E)
-    heat = 1.0
-    if temperature_ptr is not None:
-        heat = tl.load(temperature_ptr + matrix % heads * temperature_stride).to(tl.float32)
+    heat = _heat(temperature_ptr, temperature_stride, matrix % heads, c, D, GROUPS, ROWS)
     over_c = inverse_length(squares_ptr, c, c < D, eps, NORMALIZE)
     over_e = inverse_length(squares_ptr + D, e, e < E, eps, NORMALIZE)
     at = c[:, None] * E + e[None, :]
-    logits = tl.load(gram_ptr + at, mask=inside, other=0.0) * scale * over_c[:, None] * over_e[None, :] * heat
+    logits = tl.load(gram_ptr + at, mask=inside, other=0.0) * scale * over_c[:, None] * over_e[None, :] * heat[:, None]
     every = (c >= 0)[:, None] & (e < E)[None, :]
     if len(TOPK) == 0:
         p = normalized(logits, every, NORM)
@@ -104,8 +110,8 @@ def _weights(
 def _slopes(
     gram_ptr, squares_ptr, temperature_ptr, mix_ptr, dp_ptr, dgram_ptr, dsquares_ptr, p_ptr, slope_ptr, twice_ptr, heat_ptr,
     share_ptr, temperature_stride, mix_stride, heads, scale, eps,
-    TOPK: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    TOPK: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Of one matrix from dp: p and slope (the gradient of gram) [D, E], twice (2 times that of squares) [D + E], and the
     gradients of the temperature and of TOPK's weights. Grid: matrices. All but the parameters are contiguous."""
@@ -113,20 +119,17 @@ def _slopes(
     gram_ptr += matrix * D * E
     squares_ptr += matrix * (D + E)
     twice_ptr += matrix * (D + E)
-    heat = 1.0
-    if temperature_ptr is not None:
-        heat = tl.load(temperature_ptr + matrix % heads * temperature_stride).to(tl.float32)
     e = tl.arange(0, BLOCK_E)
     over_e = inverse_length(squares_ptr + D, e, e < E, eps, NORMALIZE)
     columns = tl.zeros([BLOCK_E], tl.float32)
-    dheat = 0.0
     for start in range(0, D, ROWS):
         c = start + tl.arange(0, ROWS)
+        heat = _heat(temperature_ptr, temperature_stride, matrix % heads, c, D, GROUPS, ROWS)
         inside = (c < D)[:, None] & (e < E)[None, :]
         at = c[:, None] * E + e[None, :]
         over_c = inverse_length(squares_ptr, c, c < D, eps, NORMALIZE)
         base = tl.load(gram_ptr + at, mask=inside, other=0.0) * scale * over_c[:, None] * over_e[None, :]
-        logits = base * heat
+        logits = base * heat[:, None]
         dp = tl.load(dp_ptr + matrix * D * E + at, mask=inside, other=0.0)
         every = (c >= 0)[:, None] & (e < E)[None, :]
         p = tl.zeros([ROWS, BLOCK_E], tl.float32)
@@ -156,17 +159,17 @@ def _slopes(
                     own += tl.load(place)
                 tl.store(place, own)
         dlogits = tl.where(inside, dlogits, 0.0)
-        slope = dlogits * heat * scale * over_c[:, None] * over_e[None, :]
+        slope = dlogits * heat[:, None] * scale * over_c[:, None] * over_e[None, :]
         if dgram_ptr is not None:
             slope += tl.load(dgram_ptr + matrix * D * E + at, mask=inside, other=0.0)
         tl.store(slope_ptr + matrix * D * E + at, slope, mask=inside)
         tl.store(p_ptr + matrix * D * E + at, p, mask=inside)
-        dheat += tl.sum(dlogits * base)
+        if heat_ptr is not None:
+            tl.store(heat_ptr + matrix * D + c, tl.sum(dlogits * base, 1), mask=c < D)
         rho = dlogits * logits
         columns += tl.sum(rho, 0)
         store_twice(tl.sum(rho, 1), over_c, squares_ptr, dsquares_ptr, twice_ptr, matrix * (D + E), c, c < D, eps, NORMALIZE)
     store_twice(columns, over_e, squares_ptr, dsquares_ptr, twice_ptr, matrix * (D + E), D + e, e < E, eps, NORMALIZE)
-    tl.store(heat_ptr + matrix, dheat)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -299,7 +302,7 @@ class _Launch:
             "temperature_stride": 0 if temperature is None else temperature.stride(0),
             "mix_stride": 0 if topk_weight is None else topk_weight.stride(0), "TOPK": tuple(topk), "NORMALIZE": normalize,
             "NORM": NORMALIZERS.index(normalizer), "D": self.d, "E": self.e, "ROWS": max(8, 1024 // block), "BLOCK_E": block,
-            "num_warps": 4,
+            "GROUPS": 1 if temperature is None else temperature.shape[0] // self.heads, "num_warps": 4,
         }  # fmt: skip
 
 
@@ -327,7 +330,7 @@ def bwd(
     dout, dgram, dsquares, gram, squares, q, k, v, temperature, topk_weight, key_mask, cu_seqlens, order, normalize,
     normalizer, topk, window, scale, eps, need,
 ):  # fmt: skip
-    """dq, dk and dv as q, k and v lie, dtemperature [H] and dtopk_weight [T]; None where `need` does not ask."""
+    """dq, dk and dv as q, k and v lie, dtemperature [H G] and dtopk_weight [T]; None where `need` does not ask."""
     launch = _Launch(q, k, cu_seqlens, order, key_mask, window)
     dq, dk, dv = (blank(t) if need >> bit & 1 else None for bit, t in enumerate((q, k, v)))
     temperature_wanted, mix_wanted = need & 8 and temperature is not None, need & 16 and topk_weight is not None
@@ -339,7 +342,7 @@ def bwd(
     dout = q.new_zeros(()).expand(q.shape) if dout is None else dout
     dp, _ = launch.products(dout, v, False)
     p, slope, twice = torch.empty_like(dp), torch.empty_like(dp), torch.empty_like(squares)
-    heat = torch.empty((launch.matrices,), dtype=torch.float32, device=q.device)
+    heat = torch.empty((launch.matrices, launch.d), dtype=torch.float32, device=q.device) if temperature_wanted else None
     share = torch.empty((launch.matrices, len(topk)), dtype=torch.float32, device=q.device) if mix_wanted else None
     _slopes[(launch.matrices,)](
         gram_ptr=gram, squares_ptr=squares, dp_ptr=dp, dgram_ptr=None if dgram is None else dgram.contiguous(),
@@ -352,5 +355,8 @@ def bwd(
         launch.apply(q, slope, dk, True, own=k, factor=twice.view(-1)[launch.d :])
     if dv is not None:
         launch.apply(dout, p, dv, True)
-    dtemperature = add_parts(heat.view(-1, launch.heads), temperature.dtype) if temperature_wanted else None
+    dtemperature = None
+    if temperature_wanted:
+        rows = add_parts(heat.view(-1, launch.heads * launch.d), torch.float32)
+        dtemperature = rows.view(len(temperature), -1).sum(1).to(temperature.dtype)
     return dq, dk, dv, dtemperature, add_parts(share, topk_weight.dtype) if mix_wanted else None

@@ -60,7 +60,10 @@ struct Call {
           "a head must have 1 to 256 channels, those of v as many as those of k");
     check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kOp, "k and v must have the dtype of q");
     check(q.size(1) * q.size(2) < (int64_t(1) << 31), kOp, "a sample must have fewer than 2^31 tokens");
-    check(!temperature || (temperature->dim() == 1 && temperature->size(0) == q.size(3)), kOp, "temperature must have shape [H]");
+    p.groups = temperature && q.size(3) >= 1 ? int32_t(temperature->numel() / q.size(3)) : 1;
+    check(!temperature || (temperature->dim() == 1 && temperature->size(0) == p.groups * q.size(3) && p.groups >= 1 &&
+                           q.size(4) % p.groups == 0),
+          kOp, "temperature must have shape [H G], and G must divide the channels of q");
     check(!topk_weight || (topk_weight->dim() == 1 && topk_weight->size(0) == int64_t(kept.size())), kOp,
           "topk_weight must have one entry for each topk");
     p.q = view_of(q);
@@ -250,13 +253,13 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> channel_attent
     p.p = state.take(call.matrices() * p.d * p.pitch);
     p.slope = state.take(call.matrices() * p.d * p.pitch);
     p.slope_squares = state.take(call.matrices() * (p.d_pitch + p.pitch));
-    p.dtemperature = state.take(call.matrices());
+    p.dtemperature = state.take(call.matrices() * p.groups);
     p.dtopk_weight = state.take(call.matrices() * p.topk_count);
     call.over_chunks(k, k.back_products);
     call.over_matrices(k, k.slopes);
     if (dq || dk || dv) call.over_chunks(k, k.gradients);
     if (need & 8 && temperature)
-      dtemperature = summed<Acc>(p.dtemperature, p.batch * p.windows, p.heads, dtype_of(*temperature, kOp));
+      dtemperature = summed<Acc>(p.dtemperature, p.batch * p.windows, p.heads * p.groups, dtype_of(*temperature, kOp));
     if (need & 16 && topk_weight)
       dweight = summed<Acc>(p.dtopk_weight, call.matrices(), p.topk_count, dtype_of(*topk_weight, kOp));
   };

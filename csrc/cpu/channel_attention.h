@@ -31,7 +31,8 @@ struct ChannelProblem {
   ChannelNormalizer normalizer;
   int32_t topk_count;
   const int64_t* topk;
-  const void *temperature, *topk_weight;      // Acc [H], [T]; null for 1
+  const void *temperature, *topk_weight;      // Acc [H G], [T]; null for 1
+  int32_t groups;                             // G: rows of a matrix that have a temperature of their own, D / G each
   double scale, eps;
   int64_t d_pitch, pitch;                     // D and E to whole vectors
   void *gram, *squares;                       // Acc [B][W][H][D][E], [B][W][H][D + E], contiguous
@@ -39,7 +40,7 @@ struct ChannelProblem {
   void* p;                                    // Acc [B][W][H][D][pitch]: P
   const void *dgram, *dsquares;               // as gram and squares, or null
   void *slope, *slope_squares;                // Acc [B][W][H][D][pitch], [B][W][H][d_pitch + pitch]: d gram, 2 d squares
-  void *dtemperature, *dtopk_weight;          // Acc [B][W][H], [B][W][H][T]
+  void *dtemperature, *dtopk_weight;          // Acc [B][W][H G], [B][W][H][T]
 };
 
 // One chunk and the heads first..last, or one window and head. `scratch` is aligned to 64 bytes and holds scratch_bytes(p).

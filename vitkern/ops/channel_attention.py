@@ -43,6 +43,8 @@ def channel_attention(
 
     Args:
         q: ``[B, N, H, D]`` or a map ``[B, Hs, Ws, H, D]`` of any strides; k, v: the same with E channels a head; 1 to 256 each.
+            k and v may have fewer heads, Hk that divides H: heads ``h G`` to ``h G + G - 1`` of q, G = H / Hk, share head h
+            (k and v are copied for them where G D > 256).
         temperature: t, ``[H]`` or ``[H, 1, 1]``; 1 if None.
         normalize: divide by the norms; XCiT and Restormer do, DaViT and HiT-SR do not.
         normalizer: ``"softmax"``; ``"relu"``, ``max(L, 0)``; ``"none"``, L; ``"plus1"``, ``exp(L) / (1 + sum exp(L))``.
@@ -69,7 +71,8 @@ def channel_attention(
         q, k, v, temperature, normalize, normalizer, topk, topk_weight, scale, eps, key_mask, cu_seqlens, window_size, order
     )  # fmt: skip
     out = _call.run(OP, args, backend)[0]
-    return out if q.dim() == 5 else out[:, 0] if q.dim() == 4 else out[0, 0]
+    out = out if q.dim() == 5 else out[:, 0] if q.dim() == 4 else out[0, 0]
+    return out if out.shape[-2] == q.shape[-2] else out.unflatten(-1, (-1, q.shape[-1])).flatten(-3, -2)
 
 
 def _lower(
@@ -116,6 +119,11 @@ def _lower(
         _checks.on_device(NAME, "key_mask", key_mask, "q", q.device)
     window = _window(window_size, cu_seqlens, q)
     order = _order(order, window, cu_seqlens, q)
+    group = heads // k.shape[-2]
+    if group > 1 and group * q.shape[-1] > 256:
+        k, v = (t.repeat_interleave(group, -2) for t in (k, v))
+    elif group > 1:  # the rows of their matrices below each other
+        q = q.unflatten(-2, (-1, group)).flatten(-2)
     while q.dim() < 5:
         at = 0 if q.dim() == 3 else 1
         q, k, v = (t.unsqueeze(at) for t in (q, k, v))
@@ -133,10 +141,8 @@ def _check_tokens(q: Any, k: Any, v: Any, packed: bool) -> None:
         _checks.floating(NAME, name, t)
         if t.dim() not in ((3,) if packed else (4, 5)):
             raise ValueError(f"{NAME}: {name} must have shape {wanted}, got {list(t.shape)}")
-        if t.shape[:-1] != q.shape[:-1]:
-            raise ValueError(
-                f"{NAME}: {name} must have the tokens and heads of q, {list(q.shape[:-1])}, got {list(t.shape)}"
-            )
+        if t.shape[:-2] != q.shape[:-2]:
+            raise ValueError(f"{NAME}: {name} must have the tokens of q, {list(q.shape[:-2])}, got {list(t.shape)}")
         _checks.on_device(NAME, name, t, "q", q.device)
         if t.dtype != q.dtype:
             raise TypeError(f"{NAME}: {name} must have the dtype of q ({q.dtype}), got {t.dtype}")
@@ -146,6 +152,11 @@ def _check_tokens(q: Any, k: Any, v: Any, packed: bool) -> None:
         raise ValueError(f"{NAME}: v must have the head size of k ({k.shape[-1]}), got {v.shape[-1]}")
     if q.shape[-2] < 1:
         raise ValueError(f"{NAME}: q must have at least one head, got {list(q.shape)}")
+    if k.shape[-2] != v.shape[-2] or k.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"{NAME}: k and v must have as many heads as each other, and a number that divides those of q ({q.shape[-2]}), "
+            f"got {k.shape[-2]} and {v.shape[-2]}"
+        )
 
 
 def _kept(topk: Any, weight: Any, k: Tensor) -> list[int]:

@@ -6,21 +6,15 @@ from torch import Tensor, nn
 
 from vitkern.ops.channel_attention import channel_attention
 from vitkern.patch._attention import merged
-from vitkern.patch._windows import version_refusal
+from vitkern.patch._windows import undropped_refusal, version_refusal
+
+_OP = "channel_attention"
 
 
 def _refusal(module: nn.Module) -> str | None:
     import timm
 
-    return version_refusal("timm", timm.__version__, (1, 0, 29), series=2) or _dropout_refusal(module)
-
-
-def _dropout_refusal(module: Any) -> str | None:
-    """The weights of channels are never dropped, so a module that does so in training keeps its own forward there."""
-    drop = getattr(module, "attn_drop", None)
-    if drop is None or not drop.p or not module.training:
-        return None
-    return f"attn_drop is {drop.p} in training, and channel_attention drops no weights"
+    return version_refusal("timm", timm.__version__, (1, 0, 29), series=2) or undropped_refusal(module, _OP)
 
 
 def _split(module: Any, x: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -29,7 +23,7 @@ def _split(module: Any, x: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 def _cross_covariance(module: nn.Module) -> Any:
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _dropout_refusal(self):
+        if undropped_refusal(self, _OP):
             return type(self).forward(self, x)
         out = channel_attention(*_split(self, x, self.num_heads), temperature=self.temperature)
         return self.proj_drop(self.proj(merged(out)))
@@ -56,8 +50,8 @@ def _davit_v2(module: nn.Module) -> Any:
 
 _MODELS = "timm.models"
 TABLE = {
-    f"{_MODELS}.xcit.XCA": (_cross_covariance, "channel_attention"),
-    f"{_MODELS}.edgenext.CrossCovarianceAttn": (_cross_covariance, "channel_attention"),
-    f"{_MODELS}.davit.ChannelAttention": (_davit, "channel_attention"),
-    f"{_MODELS}.davit.ChannelAttentionV2": (_davit_v2, "channel_attention"),
+    f"{_MODELS}.xcit.XCA": (_cross_covariance, _OP),
+    f"{_MODELS}.edgenext.CrossCovarianceAttn": (_cross_covariance, _OP),
+    f"{_MODELS}.davit.ChannelAttention": (_davit, _OP),
+    f"{_MODELS}.davit.ChannelAttentionV2": (_davit_v2, _OP),
 }

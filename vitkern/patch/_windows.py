@@ -101,6 +101,14 @@ def without_key_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
     return torch.cat((q_bias, torch.zeros_like(v_bias), v_bias))
 
 
+def undropped_refusal(module: Any, op: str) -> str | None:
+    """Why a module that drops weights in training keeps its own forward there, where the op drops none."""
+    drop = getattr(module, "attn_drop", None)
+    if drop is None or not drop.p or not module.training:
+        return None
+    return f"attn_drop is {drop.p} in training, and {op} drops no weights"
+
+
 def dropout_rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 

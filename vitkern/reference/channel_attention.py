@@ -16,7 +16,7 @@ def channel_attention(
     q: Tensor,  # [B, Y, X, H, D]
     k: Tensor,  # [B, Y, X, H, E]
     v: Tensor,  # [B, Y, X, H, E]
-    temperature: Tensor | None,  # [H]
+    temperature: Tensor | None,  # [H G]: one for each D / G rows of a matrix
     topk_weight: Tensor | None,  # [T]
     key_mask: Tensor | None,  # [B, Y, X] bool
     cu_seqlens: Tensor | None,  # [W + 1] int32, with Y = 1
@@ -51,7 +51,10 @@ def channel_attention(
         safe = squares.where(squares > 0, 1.0).sqrt().where(squares > 0, 0.0).clamp(min=eps)  # [B, W, H, D + E]
         a, b = safe.split((q.shape[4], k.shape[4]), -1)  # [B, W, H, D], [B, W, H, E]
         base = base / (a[..., None] * b[..., None, :])  # [B, W, H, D, E]
-    logits = base if temperature is None else base * temperature.to(acc)[:, None, None]  # [B, W, H, D, E]
+    logits = base  # [B, W, H, D, E]
+    if temperature is not None and q.shape[3]:
+        own = temperature.to(acc).unflatten(0, (q.shape[3], -1))  # [H, G]
+        logits = base * own.repeat_interleave(q.shape[4] // own.shape[1], 1)[..., None]  # [B, W, H, D, E]
     p = weights(logits, topk, topk_weight, normalizer)  # [B, W, H, D, E]
     out = torch.einsum("bwhde,bwnhe->bwnhd", p, values)  # [B, W, L, H, D]
     if place is None:

@@ -40,6 +40,7 @@ def make(
     d: int = 8,
     e: int | None = None,
     *,
+    group: int = 1,
     layout: str = "plain",
     temperature: bool = True,
     masked: bool = False,
@@ -49,12 +50,16 @@ def make(
     expanded_gradient: bool = False,
     **options: Any,
 ) -> Call:
-    """`lengths` of packed sequences, with batch 1. `weights`: how many top-k softmaxes are mixed."""
+    """`lengths` of packed sequences, with batch 1. `group`: heads of q to one of k.
+    `weights`: how many top-k softmaxes are mixed."""
     g = torch.Generator().manual_seed(number)
     sides = {"q": d, "k": e or d, "v": e or d}
-    tensors = {name: leaf(g, layout, batch, axes, heads, width) for name, width in sides.items()}
+    tensors = {
+        name: leaf(g, layout, batch, axes, heads * group if name == "q" else heads, width)
+        for name, width in sides.items()
+    }
     if temperature:
-        tensors["temperature"] = torch.rand(heads, 1, 1, generator=g, dtype=torch.float64) + 0.5
+        tensors["temperature"] = torch.rand(heads * group, 1, 1, generator=g, dtype=torch.float64) + 0.5
     if masked:
         tensors["key_mask"] = torch.rand((batch, *axes), generator=g) < 0.7
     if lengths is not None:
@@ -74,7 +79,7 @@ def make(
             given |= {"key_mask": t["key_mask"][0]} if masked else {}
         return (q, k, v), options | given
 
-    facts = {"B": batch, "axes": axes, "H": heads, "D": d, "E": e, "layout": layout, "masked": masked}
+    facts = {"B": batch, "axes": axes, "H": heads, "G": group, "D": d, "E": e, "layout": layout, "masked": masked}
     facts |= {"lengths": lengths, "ordered": ordered, "weights": weights, "temperature": temperature}
     text = label(number, facts | options)
     parameters = frozenset(("temperature", "topk_weight"))
@@ -111,6 +116,7 @@ def draw(rng: random.Random) -> Call:
         rng.choice((1, 2, 3, 8)),
         d,
         e,
+        group=rng.choice((1, 1, 1, 2, 3)),
         layout=rng.choice(LAYOUTS if lengths is None else LAYOUTS[:3]),
         temperature=rng.random() < 0.7,
         masked=rng.random() < 0.3,
@@ -140,6 +146,8 @@ def small() -> list[Call]:
         make(13, 1, (1100,), 3, 40, 33, layout="packed"),
         make(14, 1, (40,), 1, 200, 130),
         make(15, 1, (1,), 1, 1, expanded_gradient=True),
+        make(16, 2, (9,), 2, 6, 5, group=2, masked=True),
+        make(17, 1, (3, 4), 1, 5, group=3, layout="channels", topk=2, window_size=2, normalize=False, scale=0.3),
     ]
 
 
