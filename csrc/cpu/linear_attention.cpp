@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "linear_attention_maps.h"
 #include "tensors.h"
 
 namespace vitkern {
@@ -19,7 +20,6 @@ namespace vitkern {
 namespace {
 
 using torch::stable::Tensor;
-using OptTensor = std::optional<Tensor>;
 constexpr const char* kOp = "linear_attention";
 
 #define VITKERN_LINEAR_ARGUMENTS                                                                                                     \
@@ -48,7 +48,9 @@ LinearMap as_map(const Tensor& t, int64_t axes, Dtype dtype, int64_t element) {
 }
 LinearMap as_map(const Tensor& t, int64_t axes = 7) { return as_map(t, axes, dtype_of(t, kOp), size_of(dtype_of(t, kOp))); }
 
-const std::vector<std::string> kFeatures = {"relu", "elu1", "identity", "leaky_relu", "exp", "softmax", "silu_norm"};
+const std::vector<std::string> kFeatures = {"relu",          "elu1",         "identity", "leaky_relu",     "exp",            "softmax",
+                                            "silu_norm",     "sign",         "focused_width", "focused_head", "polar",     "hedgehog_joint",
+                                            "hedgehog_split", "hedgehog_exp", "favor",    "favor_relu",     "hash"};
 const std::vector<std::string> kDivisors = {"sum", "mean", "none", "max", "abs_max", "subtract"};
 template <typename Enum>
 Enum named(const std::vector<std::string>& names, const std::string& name, const char* sentence) {
@@ -75,15 +77,18 @@ struct LinearCall {
           "k must have the head size of q, and its heads must divide those of q");
     p.batch = a.q.size(0);
     p.heads = int32_t(a.q.size(5)), p.kv_heads = int32_t(a.k.size(5));
-    p.depth = p.inner = int32_t(a.q.size(6)), p.width = int32_t(a.v.size(6));
+    p.feature = named<Feature>(kFeatures, a.feature_map, "feature_map is unknown");
+    p.inner = int32_t(a.q.size(6)), p.width = int32_t(a.v.size(6));
+    p.depth = linear_depth(p.feature, p.inner, a.map0, a.map1);
     p.inner_pad = kernels->padded(p.inner), p.depth_pad = kernels->padded(p.depth), p.width_pad = kernels->padded(p.width);
-    p.state_size = (int64_t(p.depth) * p.width_pad + p.depth_pad + p.width_pad + 1 + 15) / 16 * 16;
+    const int32_t exchanged = p.feature == Feature::polar ? p.depth_pad : 0;
+    p.state_size = (int64_t(p.depth) * p.width_pad + p.depth_pad + p.width_pad + 1 + exchanged + 15) / 16 * 16;
+    p.kept_size = p.feature == Feature::softmax ? p.depth_pad : p.feature == Feature::favor ? 1 : p.feature == Feature::hash ? 2 : 0;
     // so many tokens that their rows of all heads stay in the second-level cache
     const int64_t of_token = int64_t(wide ? 8 : 4) * p.heads * (p.inner_pad + p.width_pad);
     p.block = int32_t(std::clamp<int64_t>(262144 / of_token / 8 * 8, 16, kLinearBlock));
     p.q_side = int32_t(a.q.size(4)), p.k_side = int32_t(a.k.size(4));
     p.q_tokens = int32_t(a.q.size(2)) * p.q_side, p.k_tokens = int32_t(a.k.size(2)) * p.k_side;
-    p.feature = named<Feature>(kFeatures, a.feature_map, "feature_map is unknown");
     p.divisor = named<Divisor>(kDivisors, a.normalizer, "normalizer is unknown");
     p.rate = a.rate, p.eps = a.eps, p.scale = a.scale, p.offset = a.offset, p.half = a.half, p.detach = a.detach;
     if (a.key_mask) {
@@ -132,6 +137,7 @@ struct LinearCall {
     if (!a.cos_q) return;
     check(bool(a.sin_q) && bool(a.cos_k) && bool(a.sin_k), kOp, "the four tables of rope come together");
     p.pairs = int32_t(a.cos_q->size(3));
+    check(p.feature != Feature::polar, kOp, "the features of polar are not rotated");
     check(2 * p.pairs <= p.depth, kOp, "rope turns at most all channels");
     const auto table = [&](const Tensor& t, int64_t tokens, int64_t heads) {
       check(t.dim() == 4 && dtype_of(t, kOp) == (wide ? Dtype::f64 : Dtype::f32) && t.size(3) == p.pairs &&
@@ -158,9 +164,21 @@ struct LinearCall {
   // body(sequence, first, last, number of the part, scratch) for all parts of all sequences.
   template <typename Body>
   void over(const std::vector<int64_t>& parts, bool of_keys, Body body) const {
+    over(parts, of_keys, parts.back(), [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, int64_t, void* scratch) {
+      body(s, first, last, i, scratch);
+    });
+  }
+  // body(..., number of the part, slot, scratch): the parts of a slot run one after the other.
+  template <typename Body>
+  void over(const std::vector<int64_t>& parts, bool of_keys, int64_t slots, Body body) const {
     const int64_t bytes = kernels->scratch_bytes(p);
-    torch::stable::parallel_for(0, parts.back(), 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, slots, 1, [&](int64_t slot, int64_t end) {
       Scratch scratch(bytes);
+      for (; slot < end; ++slot) some(parts, of_keys, parts.back() * slot / slots, parts.back() * (slot + 1) / slots, slot, scratch.data(), body);
+    });
+  }
+  template <typename Body>
+  void some(const std::vector<int64_t>& parts, bool of_keys, int64_t first, int64_t last, int64_t slot, void* scratch, Body& body) const {
       int64_t at = std::upper_bound(parts.begin(), parts.end(), first) - parts.begin() - 1;
       for (int64_t i = first; i < last; ++i) {
         while (parts[size_t(at) + 1] <= i) ++at;
@@ -168,9 +186,8 @@ struct LinearCall {
         const int64_t count = parts[size_t(at) + 1] - parts[size_t(at)], part = i - parts[size_t(at)];
         const int64_t blocks = ((of_keys ? s.k_count : s.q_count) + p.block - 1) / p.block;
         const int64_t begin = blocks * part / count * p.block, end = blocks * (part + 1) / count * p.block;
-        body(s, int32_t(begin), int32_t(std::min<int64_t>(end, of_keys ? s.k_count : s.q_count)), i, scratch.data());
+        body(s, int32_t(begin), int32_t(std::min<int64_t>(end, of_keys ? s.k_count : s.q_count)), i, slot, scratch);
       }
-    });
   }
 };
 
@@ -178,27 +195,56 @@ template <typename Acc>
 struct Run {
   LinearCall& c;
   const LinearProblem& p;
-  int64_t of_states, of_lse, of_across;  // of one sequence
-  std::vector<Acc> lse, states;
+  LinearPacks<Acc> packs;
+  int64_t of_states, of_kept, of_across, of_sums;  // of one sequence; of one slot of the gradients of the parameters
+  std::vector<Acc> kept, states, sums;
 
-  explicit Run(LinearCall& call) : c(call), p(call.p) {
+  Run(LinearCall& call, const LinearArguments& a)
+      : c(call), p(call.p), packs(call.p, a.map0, a.map1, a.map2, call.kernels->padded) {
     of_states = p.kv_heads * p.state_size;
-    of_lse = int64_t(p.kv_heads) * p.depth_pad;
+    of_kept = p.kv_heads * p.kept_size;
     of_across = int64_t(p.kv_heads) * p.width * p.depth_pad;
+    of_sums = p.map.heads * (p.map.rows_size + p.map.second_size + p.map.third_size);
+    if (p.pairs) check(2 * p.pairs <= p.depth, kOp, "rope turns at most all features");
   }
-  const Acc* lse_of(const LinearSequence& s) const { return lse.empty() ? nullptr : lse.data() + s.number * of_lse; }
+  const Acc* kept_of(const LinearSequence& s) const { return kept.data() + s.number * of_kept; }
 
+  // What the map rests on of all tokens, for every sequence.
+  void keep() {
+    kept.assign(size_t(p.sequences * of_kept), Acc(0));
+    if (p.feature == Feature::softmax) normalize_keys();
+    if (p.feature == Feature::favor || p.feature == Feature::hash) map_sums(true);
+    if (p.feature == Feature::hash) map_sums(false);
+  }
+  void map_sums(bool of_keys) {
+    const std::vector<int64_t>& parts = of_keys ? c.k_parts : c.q_parts;
+    const int64_t heads = of_keys ? p.kv_heads : p.heads;
+    std::vector<Acc> found(size_t(parts.back() * heads * 2));
+    c.over(parts, of_keys, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
+      c.kernels->map_sums(p, s, first, last, of_keys, found.data() + i * heads * 2, scratch);
+    });
+    for (int64_t s = 0; s < p.sequences; ++s)
+      for (int64_t h = 0; h < heads; ++h) {
+        Acc value = 0, count = 0;
+        for (int64_t i = parts[size_t(s)]; i < parts[size_t(s) + 1]; ++i) {
+          const Acc *one = found.data() + (i * heads + h) * 2;
+          if (p.feature == Feature::hash) value += one[0];
+          else if (one[1] > 0) value = count > 0 ? std::max(value, one[0]) : one[0];
+          count += one[1];
+        }
+        if (p.feature == Feature::hash) kept[size_t(s * of_kept + 2 * h + of_keys)] = value / (std::max(count, Acc(1)) * Acc(p.map.middle));
+        else kept[size_t(s * of_kept + h)] = std::isinf(value) ? Acc(0) : value;
+      }
+  }
   // lse from the largest and the sums of the parts
   void normalize_keys() {
-    if (p.feature != Feature::softmax) return;
-    const int64_t parts = c.k_parts.back();
+    const int64_t parts = c.k_parts.back(), of_lse = of_kept;
     std::vector<Acc> largest(size_t(parts * of_lse)), sum(size_t(parts * of_lse));
     c.over(c.k_parts, true, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
       Acc* top = largest.data() + i * of_lse;
       std::fill(top, top + of_lse, -std::numeric_limits<Acc>::infinity());
       c.kernels->key_sums(p, s, first, last, top, sum.data() + i * of_lse, scratch);
     });
-    lse.assign(size_t(p.sequences * of_lse), Acc(0));
     for (int64_t s = 0; s < p.sequences; ++s)
       for (int64_t d = 0; d < of_lse; ++d) {
         if (d % p.depth_pad >= p.depth) continue;
@@ -207,7 +253,7 @@ struct Run {
         for (int64_t i = c.k_parts[size_t(s)]; i < c.k_parts[size_t(s) + 1]; ++i)
           if (largest[size_t(i * of_lse + d)] > -std::numeric_limits<Acc>::infinity())
             total += sum[size_t(i * of_lse + d)] * std::exp(largest[size_t(i * of_lse + d)] - top);
-        lse[size_t(s * of_lse + d)] = total == 0 ? -std::numeric_limits<Acc>::infinity() : top + std::log(total);
+        kept[size_t(s * of_lse + d)] = total == 0 ? -std::numeric_limits<Acc>::infinity() : top + std::log(total);
       }
   }
 
@@ -237,21 +283,42 @@ struct Run {
     return ((s * p.kv_heads + head) * (p.depth + 1) + f) * (p.width + 1) + e;
   }
 
-  void forward(Tensor& state, Tensor& key_lse) {
-    normalize_keys();
+  // Of "polar", whose second half of the channels of v takes the halves of the features exchanged: the rows of S in these channels, and z
+  // once more. With `back` the gradients of both come home.
+  void exchange(Acc* whole, bool back) const {
+    if (p.feature != Feature::polar) return;
+    const int64_t half = p.depth / 2;
+    Acc *z = whole + place(0, p.width), *exchanged = whole + place(p.depth, p.width) + 1;
+    for (int64_t f = 0; f < half; ++f)
+      for (int64_t e = p.width / 2; e < p.width; ++e) std::swap(whole[place(f, e)], whole[place(f + half, e)]);
+    for (int64_t f = 0; f < p.depth; ++f) {
+      if (back) z[f] += exchanged[(f + half) % p.depth];
+      else exchanged[f] = z[(f + half) % p.depth];
+    }
+  }
+  // A tensor of `kept` has depth numbers a head of "softmax", the kernels' rows are whole vectors.
+  template <typename Body>
+  void each_kept(int64_t count, Body body) const {
+    const int64_t width = p.feature == Feature::softmax ? p.depth : p.kept_size;
+    for (int64_t i = 0; i < count; ++i) body(i, size_t(i / width * p.kept_size + i % width));
+  }
+
+  void forward(Tensor& state, Tensor& tensor_kept) {
+    keep();
     states.assign(size_t(c.k_parts.back() * of_states), Acc(0));
     c.over(c.k_parts, true, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
-      c.kernels->keys(p, s, first, last, lse_of(s), states.data() + i * of_states, scratch);
+      c.kernels->keys(p, s, first, last, kept_of(s), states.data() + i * of_states, scratch);
     });
     Acc* out = static_cast<Acc*>(state.mutable_data_ptr());
     add_parts(states, c.k_parts, [&](int64_t s, int64_t head, Acc* whole) {
       for (int64_t f = 0; f <= p.depth; ++f)
         for (int64_t e = 0; e <= p.width; ++e) out[tensor_at(s, head, f, e)] = whole[place(f, e)];
+      exchange(whole, false);
     });
-    Acc* logs = static_cast<Acc*>(key_lse.mutable_data_ptr());
-    for (int64_t i = 0; i < key_lse.numel(); ++i) logs[i] = lse[size_t(i / p.depth * p.depth_pad + i % p.depth)];
+    Acc* logs = static_cast<Acc*>(tensor_kept.mutable_data_ptr());
+    each_kept(tensor_kept.numel(), [&](int64_t i, size_t at) { logs[i] = kept[at]; });
     c.over(c.q_parts, false, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t, void* scratch) {
-      c.kernels->queries(p, s, first, last, states.data() + c.k_parts[size_t(s.number)] * of_states, scratch);
+      c.kernels->queries(p, s, first, last, kept_of(s), states.data() + c.k_parts[size_t(s.number)] * of_states, scratch);
     });
   }
 
@@ -261,34 +328,72 @@ struct Run {
       for (int64_t f = 0; f < p.depth; ++f) dst[e * p.depth_pad + f] = state[f * p.width_pad + e];
   }
 
-  void backward(const Tensor& state, const Tensor& key_lse, const OptTensor& dstate, bool of_keys) {
-    const Acc *saved = static_cast<const Acc*>(state.const_data_ptr()), *logs = static_cast<const Acc*>(key_lse.const_data_ptr());
+  // body(sequence, first, last, part, sums, spread, scratch) for all parts: gradients of parameters go to as many sums as the shape has
+  // parts, at most 32. What the spread of "hash" gets is known once all tokens were seen: then they are seen twice, and shift is what it
+  // leaves for each distance; count(sequence): how many tokens it was taken over.
+  template <typename Body, typename Count, typename Again>
+  void with_sums(const std::vector<int64_t>& parts, bool of_keys, bool of_x, bool of_map, std::vector<Acc>& shift, Count count, Again again,
+                 Body body) {
+    const int64_t slots = std::min<int64_t>(parts.back(), 32), heads = of_keys ? p.kv_heads : p.heads;
+    const size_t before = sums.size();
+    if (of_map) sums.resize(before + size_t(slots * of_sums));
+    if (p.feature == Feature::hash && (of_x || of_map)) {
+      std::vector<Acc> found(size_t(parts.back() * heads));
+      c.over(parts, of_keys, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
+        body(s, first, last, i, nullptr, found.data() + i * heads, scratch);
+      });
+      shift.assign(size_t(p.sequences * heads), Acc(0));
+      for (int64_t s = 0; s < p.sequences; ++s)
+        for (int64_t h = 0; h < heads; ++h) {
+          for (int64_t i = parts[size_t(s)]; i < parts[size_t(s) + 1]; ++i) shift[size_t(s * heads + h)] += found[size_t(i * heads + h)];
+          shift[size_t(s * heads + h)] /= std::max(count(s), Acc(1)) * Acc(p.map.middle);
+        }
+      again();
+    }
+    if (!of_map)
+      return c.over(parts, of_keys, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
+        body(s, first, last, i, nullptr, nullptr, scratch);
+      });
+    c.over(parts, of_keys, slots, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, int64_t slot, void* scratch) {
+      body(s, first, last, i, sums.data() + before + size_t(slot * of_sums), nullptr, scratch);
+    });
+  }
+
+  void backward(const Tensor& state, const Tensor& tensor_kept, const OptTensor& dstate, bool of_keys, bool of_map) {
+    const Acc *saved = static_cast<const Acc*>(state.const_data_ptr()), *logs = static_cast<const Acc*>(tensor_kept.const_data_ptr());
     const Acc* upstream = dstate ? static_cast<const Acc*>(dstate->const_data_ptr()) : nullptr;
-    if (key_lse.numel()) lse.assign(size_t(p.sequences * of_lse), Acc(0));
-    for (int64_t i = 0; i < key_lse.numel(); ++i) lse[size_t(i / p.depth * p.depth_pad + i % p.depth)] = logs[i];
-    std::vector<Acc> transposed(size_t(p.sequences * of_across)), shift(lse.size());
+    kept.assign(size_t(p.sequences * of_kept), Acc(0));
+    each_kept(tensor_kept.numel(), [&](int64_t i, size_t at) { kept[at] = logs[i]; });
+    std::vector<Acc> transposed(size_t(p.sequences * of_across)), shift(p.feature == Feature::softmax ? kept.size() : 0), shift_of_q;
     states.assign(size_t(p.sequences * of_states), Acc(0));
     torch::stable::parallel_for(0, p.sequences * p.kv_heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
         Acc* whole = states.data() + t * p.state_size;
         for (int64_t f = 0; f <= p.depth; ++f)
           for (int64_t e = 0; e <= p.width; ++e) whole[place(f, e)] = saved[tensor_at(t / p.kv_heads, t % p.kv_heads, f, e)];
+        exchange(whole, false);
         across(whole, transposed.data() + t * p.width * p.depth_pad);
       }
     });
     std::vector<Acc> dstates(size_t(c.q_parts.back() * of_states));
+    const auto shift_at = [](const std::vector<Acc>& all, int64_t at) { return all.empty() ? nullptr : all.data() + at; };
     if (p.dout.data)
-      c.over(c.q_parts, false, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, void* scratch) {
-        c.kernels->query_grads(p, s, first, last, states.data() + s.number * of_states, transposed.data() + s.number * of_across,
-                               dstates.data() + i * of_states, scratch);
-      });
+      with_sums(
+          c.q_parts, false, p.dq.data, of_map, shift_of_q, [&](int64_t s) { return Acc(c.sequences[size_t(s)].q_count); },
+          [&] { std::fill(dstates.begin(), dstates.end(), Acc(0)); },
+          [&](const LinearSequence& s, int32_t first, int32_t last, int64_t i, Acc* to, Acc* spread, void* scratch) {
+            c.kernels->query_grads(p, s, first, last, kept_of(s), shift_at(shift_of_q, s.number * p.heads),
+                                   states.data() + s.number * of_states, transposed.data() + s.number * of_across,
+                                   dstates.data() + i * of_states, to, spread, scratch);
+          });
     if (!of_keys) return;
     add_parts(dstates, c.q_parts, [&](int64_t s, int64_t head, Acc* whole) {
+      exchange(whole, true);
       if (upstream)
         for (int64_t f = 0; f <= p.depth; ++f)
           for (int64_t e = 0; e <= p.width; ++e) whole[place(f, e)] += upstream[tensor_at(s, head, f, e)];
       across(whole, transposed.data() + (s * p.kv_heads + head) * p.width * p.depth_pad);
-      if (lse.empty()) return;
+      if (p.feature != Feature::softmax) return;
       const Acc* from = states.data() + s * of_states + head * p.state_size;
       for (int64_t f = 0; f < p.depth; ++f) {
         Acc sum = 0;
@@ -296,10 +401,25 @@ struct Run {
         shift[size_t((s * p.kv_heads + head) * p.depth_pad + f)] = sum;
       }
     });
-    c.over(c.k_parts, true, [&](const LinearSequence& s, int32_t first, int32_t last, int64_t, void* scratch) {
-      c.kernels->key_grads(p, s, first, last, lse_of(s), lse.empty() ? nullptr : shift.data() + s.number * of_lse,
-                           dstates.data() + c.q_parts[size_t(s.number)] * of_states, transposed.data() + s.number * of_across, scratch);
-    });
+    with_sums(
+        c.k_parts, true, p.dk.data, of_map, shift, [&](int64_t s) { return saved[tensor_at(s, 0, p.depth, p.width)]; }, [] {},
+        [&](const LinearSequence& s, int32_t first, int32_t last, int64_t, Acc* to, Acc* spread, void* scratch) {
+          const int64_t of_shift = p.feature == Feature::softmax ? of_kept : p.kv_heads;
+          c.kernels->key_grads(p, s, first, last, kept_of(s), shift_at(shift, s.number * of_shift),
+                               dstates.data() + c.q_parts[size_t(s.number)] * of_states, transposed.data() + s.number * of_across, to,
+                               spread, scratch);
+        });
+  }
+
+  // The gradient of parameter i.
+  OptTensor of_parameter(int64_t i, const OptTensor& like) const {
+    if (!like) return std::nullopt;
+    const LinearParameters& m = p.map;
+    if (i == 0) return packs.gradient(p, sums, *like, 0, p.inner, p.inner_pad, packs.factor);
+    const bool hash = p.feature == Feature::hash, polar = p.feature == Feature::polar;
+    if (i == 2) return packs.gradient(p, sums, *like, m.rows_size + m.second_size, m.middle, m.middle_pad, Acc(1));
+    return packs.gradient(p, sums, *like, m.rows_size, hash ? p.depth : polar ? p.inner : m.middle,
+                          hash ? p.depth_pad : polar ? p.inner_pad : m.middle_pad, Acc(1));
   }
 };
 
@@ -326,24 +446,26 @@ Tensor table_sum(const std::vector<Acc>& parts, const Tensor& table, int64_t hea
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(VITKERN_LINEAR_ARGUMENTS) {
-  LinearCall c(VITKERN_LINEAR_OPTIONS);
+  const LinearArguments given = VITKERN_LINEAR_OPTIONS;
+  LinearCall c(given);
   LinearProblem& p = c.p;
   const Dtype acc = c.wide ? Dtype::f64 : Dtype::f32;
   std::vector<int64_t> sizes = sizes_of(q);
   sizes[6] = p.width;
   Tensor out = new_tensor(sizes, p.v.dtype);
   Tensor state = new_tensor({p.sequences, p.kv_heads, p.depth + 1, p.width + 1}, acc);
-  Tensor key_lse = new_tensor({p.sequences, p.kv_heads, p.feature == Feature::softmax ? p.depth : 0}, acc);
+  Tensor kept = new_tensor({p.sequences, p.kv_heads, p.feature == Feature::softmax ? p.depth : p.kept_size}, acc);
   p.out = as_map(out);
-  if (c.wide) Run<double>(c).forward(state, key_lse);
-  else Run<float>(c).forward(state, key_lse);
-  return {out, state, key_lse};
+  if (c.wide) Run<double>(c, given).forward(state, kept);
+  else Run<float>(c, given).forward(state, kept);
+  return {out, state, kept};
 }
 
 std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>
 linear_attention_bwd(
-    OptTensor dout, OptTensor dstate, OptTensor /*dkey_lse*/, Tensor state, Tensor key_lse, VITKERN_LINEAR_ARGUMENTS, int64_t need) {
-  LinearCall c(VITKERN_LINEAR_OPTIONS);
+    OptTensor dout, OptTensor dstate, OptTensor /*dkept*/, Tensor state, Tensor kept, VITKERN_LINEAR_ARGUMENTS, int64_t need) {
+  const LinearArguments given = VITKERN_LINEAR_OPTIONS;
+  LinearCall c(given);
   LinearProblem& p = c.p;
   OptTensor dq, dk, dv, dweight;
   if (need & 1) p.dq = as_map(*(dq = new_tensor(sizes_of(q), p.q.dtype)));
@@ -352,9 +474,9 @@ linear_attention_bwd(
   if (need & 8 && key_weight) p.dweight = as_map(*(dweight = new_tensor(sizes_of(k, 6), p.weight.dtype)), 6);
   if (dout) p.dout = as_map(*dout);
   else if (dq && dq->numel()) std::memset(dq->mutable_data_ptr(), 0, size_t(dq->numel() * size_of(p.q.dtype)));
-  check(state.is_contiguous() && key_lse.is_contiguous(), kOp, "what the forward saved must be contiguous");
+  check(state.is_contiguous() && kept.is_contiguous(), kOp, "what the forward saved must be contiguous");
   if (dstate && !dstate->is_contiguous()) dstate = torch::stable::contiguous(*dstate);
-  std::vector<OptTensor> tables(4);
+  std::vector<OptTensor> tables(4), parameters(3);
   const auto run = [&](auto acc) {
     using Acc = decltype(acc);
     std::vector<std::vector<Acc>> sums(4);
@@ -367,13 +489,17 @@ linear_attention_bwd(
         *into[i] = sums[size_t(i)].data();
       }
     }
-    Run<Acc>(c).backward(state, key_lse, dstate, dk || dv || dweight || p.dcos_k);
-    const OptTensor* given[] = {&cos_q, &sin_q, &cos_k, &sin_k};
+    Run<Acc> task(c, given);
+    const bool of_map = need >> 8 & 7 && map0;
+    task.backward(state, kept, dstate, dk || dv || dweight || p.dcos_k || of_map, of_map);
+    const OptTensor *turns[] = {&cos_q, &sin_q, &cos_k, &sin_k}, *maps[] = {&map0, &map1, &map2};
     for (int64_t i = 0; i < 4; ++i)
-      if (need >> (4 + i) & 1 && *given[i]) tables[size_t(i)] = table_sum(sums[size_t(i)], **given[i], i < 2 ? p.heads : p.kv_heads);
+      if (need >> (4 + i) & 1 && *turns[i]) tables[size_t(i)] = table_sum(sums[size_t(i)], **turns[i], i < 2 ? p.heads : p.kv_heads);
+    for (int64_t i = 0; i < 3; ++i)
+      if (need >> (8 + i) & 1) parameters[size_t(i)] = task.of_parameter(i, *maps[i]);
   };
   c.wide ? run(double()) : run(float());
-  return {dq, dk, dv, dweight, tables[0], tables[1], tables[2], tables[3], std::nullopt, std::nullopt, std::nullopt};
+  return {dq, dk, dv, dweight, tables[0], tables[1], tables[2], tables[3], parameters[0], parameters[1], parameters[2]};
 }
 
 }  // namespace

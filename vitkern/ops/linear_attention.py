@@ -119,8 +119,8 @@ def _run(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, bac
 
 
 def _fused(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, backend: str | None) -> bool:
-    """Whether the op makes the features of `custom`: decays take features, and the kernels do not know these maps."""
-    if placed is not None or backends.forced(backend) != "reference":
+    """Whether the op makes the features of `custom`: decays take features, and no GPU kernel knows these maps."""
+    if placed is not None or (lowered.q.device.type != "cpu" and backends.forced(backend) != "reference"):
         return False
     return fused(lowered, custom)
 

@@ -11,8 +11,19 @@ from vitkern import feature_map
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
 
-POSITIVE = ("relu", "elu1", "softmax", "silu_norm", "exp", "focused")
-SIGNED = ("identity", "leaky_relu")
+LEARNED = (
+    "focused",
+    "focused_head",
+    "polar",
+    "hedgehog_joint",
+    "hedgehog_split",
+    "hedgehog_exp",
+    "favor",
+    "favor_relu",
+)
+STEPS = ("sign", "hash")  # their gradient is not the derivative
+POSITIVE = ("relu", "elu1", "softmax", "silu_norm", "exp", *LEARNED)
+SIGNED = ("identity", "leaky_relu", *STEPS)
 PRESETS = (
     "efficientvit",
     "timm",
@@ -62,8 +73,8 @@ def make(
     if weight != "none":
         shape = (batch, *keys, kv_heads if weight == "heads" else 1)
         tensors["weight"] = torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
-    if name == "focused":
-        tensors["scale"] = torch.randn(1, 1, heads * d, generator=g, dtype=torch.float64)
+    parameters = _parameters(name, heads, d, g)
+    tensors |= parameters
     if rope != "none":
         pairs, tokens = max(d // 4, 1), torch.Size(queries).numel()
         angles = torch.randn(1, tokens, heads if kv_heads == heads else 1, pairs, generator=g, dtype=torch.float64)
@@ -80,12 +91,8 @@ def make(
             args = [x[0] for x in args]
             more = {n: None if x is None else x[0] for n, x in more.items()}
             more |= {"cu_seqlens": t["cu_q"], "cu_seqlens_k": t["cu_k"]}
-        if name == "focused":
-            more["feature_map"] = feature_map.Focused(t["scale"])
-        elif name == "exp":
-            more["feature_map"] = feature_map.Exp(0.5)
-        elif name is not None:
-            more["feature_map"] = name
+        if name is not None:
+            more["feature_map"] = _map(name, t)
         if rope != "none":
             style, order = rope.split()
             more |= {"rope": vitkern.Rope(t["cos"], t["sin"], style), "rope_order": order}
@@ -103,8 +110,44 @@ def make(
         "masked": masked,
     }
     facts |= {"weight": weight, "rope": rope, "layout": layout, "lengths": lengths}
-    named = frozenset(("weight", "scale", "cos", "sin"))
+    named = frozenset(("weight", "cos", "sin", *parameters))
     return Call(label(seed, facts | options), vitkern.linear_attention, build, tensors, named, expanded_gradient, seed)
+
+
+def _parameters(name: str | None, heads: int, d: int, g: torch.Generator) -> dict[str, Tensor]:
+    """The tensors of a feature map, of shapes that are no whole vectors."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    if name in ("focused", "focused_head"):
+        return {"scale": 1 + 0.5 * normal(1, 1, heads * d)}
+    if name == "polar":
+        return {"scale": 1 + 0.5 * normal(1, 1, heads * d), "power": 1 + 2 * normal(heads, d).sigmoid()}
+    if name is not None and name.startswith("hedgehog"):
+        made = {"map_weight": normal(heads, 5, d) * d**-0.5}
+        return made if name == "hedgehog_split" else made | {"bias": normal(heads, 5) * 0.5}
+    if name is not None and name.startswith("favor"):
+        return {"omega": normal(11, d) * 0.5}
+    if name == "hash":
+        own = 1 if heads == 3 else heads
+        return {"anchors": normal(own, 6, d), "A": normal(own, 6, 3), "mean": normal(own, 6) * 0.1 + 0.5}
+    return {}
+
+
+def _map(name: str, t: dict[str, Tensor]) -> Any:
+    """The feature map of a name, from its tensors."""
+    if name in ("focused", "focused_head"):
+        return feature_map.Focused(t["scale"], norm="head" if name == "focused_head" else "width")
+    if name == "polar":
+        return feature_map.Polar(t["scale"], t["power"])
+    if name.startswith("hedgehog"):
+        return feature_map.Hedgehog(t["map_weight"], t.get("bias"), name.removeprefix("hedgehog_"))
+    if name.startswith("favor"):
+        return feature_map.Favor(t["omega"], generalised=name == "favor_relu")
+    if name == "hash":
+        return feature_map.Hash(t["anchors"], t["A"], t["mean"])
+    return {"exp": feature_map.Exp(0.5), "sign": feature_map.Sign()}.get(name, name)
 
 
 def draw(rng: random.Random) -> Call:
@@ -136,16 +179,20 @@ def draw(rng: random.Random) -> Call:
     elif kind == "packed":
         pairs = [(n, rng.choice((n, n, 5))) for n in rng.choices((0, 1, 17, 64, 100), k=4)]
         lengths = (*pairs, (3, 4))
-    if name == "focused" or options.get("preset") == "rala":
+    if name in (*LEARNED, "hash") and not str(name).startswith("favor") or options.get("preset") == "rala":
         kv_heads = heads
+    dv = rng.choice((d, d, 1, 17, 40))
+    if name == "polar":
+        options.pop("return_state", None)
+        dv = max(dv, 2)
     rope = "none"
-    if kind in ("plain", "grid") and d > 1 and rng.random() < 0.3:
+    if kind in ("plain", "grid") and d > 1 and name not in STEPS and rng.random() < 0.3:
         rope = f"{rng.choice(('interleaved', 'half'))} {rng.choice(('before', 'after'))}"
     if options.get("preset") == "rala" and lengths:
         options = {"preset": "mlla"}
     return make(
         rng.randrange(2**31), rng.choice((1, 2, 3)), queries, keys, heads=heads, kv_heads=kv_heads, d=d,
-        dv=rng.choice((d, d, 1, 17, 40)), name=name, masked=rng.random() < 0.3,
+        dv=dv, name=name, masked=rng.random() < 0.3,
         weight=rng.choice(("none", "none", "heads", "shared")),
         rope=rope, layout=rng.choice(("plain", "packed", "channels", "heads", "batch")), lengths=lengths,
         expanded_gradient=rng.random() < 0.2, **options,
@@ -179,6 +226,16 @@ def small() -> list[Call]:
         make(13, 1, (600,), d=16, name="identity", normalizer="none", rope="half before"),
         make(14, 1, (70,), name=None, preset="retnet", heads=1, d=33),
         make(15, 1, (70,), name=None, preset="rala", masked=True),
+        make(16, 2, (5,), heads=3, name="focused", masked=True, weight="heads"),
+        make(17, 2, (70,), heads=2, d=5, dv=7, name="polar", normalizer="mean", masked=True),
+        make(18, 2, (7,), d=5, dv=3, name="hedgehog_joint", layout="channels"),
+        make(19, 1, (9,), (6,), name="hedgehog_split", masked=True),
+        make(20, 2, (7,), name="hedgehog_exp", rope="half after", offset=0.5),
+        make(21, 2, (7,), (90,), heads=4, kv_heads=2, name="favor", masked=True, return_state=True),
+        make(22, 1, (), lengths=((3, 3), (0, 2), (5, 80), (1, 0)), name="favor_relu"),
+        make(23, 2, (9,), name="sign", normalizer="abs_max"),
+        make(24, 1, (), lengths=((3, 3), (70, 2), (5, 80)), heads=3, name="hash", normalizer="none", masked=True),
+        make(25, 2, (4, 6), name="hash", window_size=(2, 3), normalizer="subtract"),
     ]
 
 
