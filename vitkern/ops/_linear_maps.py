@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vitkern import feature_map as maps
-from vitkern.ops._linear_lowering import Lowered
+from vitkern.ops._linear_lowering import NAME, Lowered
+from vitkern.reference import linear_features
 from vitkern.reference.linear_attention import sequences
 
 
@@ -22,6 +23,10 @@ def fused(lowered: Lowered, custom: Any) -> bool:
     given = [None if t is None else t.to(wide) for t in parameters]
     if isinstance(custom, (maps.Focused, maps.Polar)):
         given[0] = softplus(given[0])
+    width = linear_features.width(lowered.feature_map, lowered.q.shape[6], *(*given, None, None)[:2])
+    cos = lowered.tables[0]
+    if cos is not None and 2 * cos.shape[3] > width:
+        raise ValueError(f"{NAME}: rope turns at most the {width} features of the map, got {2 * cos.shape[3]}")
     lowered.parameters = (*given, *(None,) * (3 - len(given)))  # type: ignore[assignment]
     return True
 

@@ -187,7 +187,8 @@ def draw(rng: random.Random) -> Call:
         dv = max(dv, 2)
     rope = "none"
     if kind in ("plain", "grid") and d > 1 and name not in STEPS and rng.random() < 0.3:
-        rope = f"{rng.choice(('interleaved', 'half'))} {rng.choice(('before', 'after'))}"
+        orders = ("before",) if str(name).startswith(("hedgehog", "favor")) else ("before", "after")
+        rope = f"{rng.choice(('interleaved', 'half'))} {rng.choice(orders)}"
     if options.get("preset") == "rala" and lengths:
         options = {"preset": "mlla"}
     return make(
