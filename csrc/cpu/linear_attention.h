@@ -28,7 +28,7 @@ enum class Feature : int32_t {
 enum class Divisor : int32_t { sum, mean, none, max, abs_max, subtract };
 
 // The parameters of a map, Acc with rows in whole vectors, those of each of `heads` (or of all) one behind the other; what is not there
-// is null. rows [middle][inner_pad]: the divisors of "focused" and "polar", the weights of "hedgehog", the vectors of "favor" (times
+// is null. rows [middle][inner_pad]: one over the divisors of "focused" and "polar", the weights of "hedgehog", the vectors of "favor" (times
 // D^-1/4), the anchors of "hash"; across: the same as [inner][middle_pad]. second: the powers of "polar" [inner_pad], the bias of
 // "hedgehog" [middle_pad], the matrix of "hash" [middle][depth_pad], across [depth][middle_pad]. third: the mean of "hash" [middle_pad].
 struct LinearParameters {

@@ -34,6 +34,7 @@ struct LinearPacks {
     check(m.heads == 1 || (m.heads == p.heads && p.heads == p.kv_heads), op, "the parameters must have the heads of q and of k");
     if (favor) factor = Acc(std::pow(double(p.inner), -0.25));
     rows = pack(*map0, m.heads, m.middle, p.inner, p.inner_pad, Acc(per_channel ? 1 : 0), factor);
+    for (Acc& row : rows) row = per_channel ? 1 / row : row;
     if (!per_channel) across = turned(rows, m.heads, m.middle, p.inner, p.inner_pad, m.middle_pad);
     if (map1 && p.feature == Feature::polar) second = pack(*map1, m.heads, 1, p.inner, p.inner_pad, Acc(1));
     else if (map1 && hash) second = pack(*map1, m.heads, m.middle, p.depth, p.depth_pad);
