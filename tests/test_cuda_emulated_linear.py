@@ -79,21 +79,21 @@ def test_bounds_beyond_the_tokens_stay_within_them(kernels):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-FILE = "linear_attention.cu"
+SUMS_FILE, FILE = "linear_attention_sums.cuh", "linear_attention.cu"
 FAULTS = {
-    "a tile read while it is written": ("__syncthreads();  // this tile is complete;", "// this tile", "tiles"),
-    "the sums of the second warps lost": ("sums.s[i / 4][i % 4] += others[i * kStep];", "", "tiles"),
-    "the low halves lost": ("if (!exact) mma_16x8x8_tf32(c", "if (false) mma_16x8x8_tf32(c", "tiles"),
-    "factors not waited for": ("__syncthreads();  // the factors are complete", "", "a wide head"),
-    "what is hidden": ("seen ? k + chunk * 8 : nullptr", "k + chunk * 8", "broken"),
-    "results not waited for": ("__syncwarp();  // the results are complete;", "//", "weights"),
+    "a tile read while it is written": (SUMS_FILE, "__syncthreads();  // this tile is complete;", "// this tile", "tiles"),
+    "the sums of the second warps lost": (SUMS_FILE, "sums.s[i / 4][i % 4] += others[i * kStep];", "", "tiles"),
+    "the low halves lost": (SUMS_FILE, "if (!exact) mma_16x8x8_tf32(c", "if (false) mma_16x8x8_tf32(c", "tiles"),
+    "factors not waited for": (SUMS_FILE, "__syncthreads();  // the factors are complete", "", "a wide head"),
+    "what is hidden": (SUMS_FILE, "seen ? x + left_at + chunk * 8 : nullptr", "x + left_at + chunk * 8", "broken"),
+    "results not waited for": (FILE, "__syncwarp();  // the results are complete;", "//", "weights"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(name, monkeypatch):
-    old, new, call = FAULTS[name]
+    file, old, new, call = FAULTS[name]
     monkeypatch.setattr(_linear_gpu, "WAVE", 1)
-    broken = emulated((Edit(FILE, old, new),))
+    broken = emulated((Edit(file, old, new),))
     with pytest.raises((AssertionError, RuntimeError)):
         check(broken, CALLS[call], torch.bfloat16, range(8))

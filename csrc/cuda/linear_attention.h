@@ -44,7 +44,22 @@ struct LinearParams {
   float* state;  // [sequences][key heads][d + 1][e + 1]
 };
 
+struct LinearBackwardParams {
+  LinearParams p;  // out is not used, state is an input, parts have a slot for each of query_splits
+  SequenceView dout, dq, dk, dv;
+  SequenceView dweight;  // float32; of dq, dk, dv and dweight data may be null: not wanted
+  // Of each query what multiplies its row of dout in dS, its features in dz, its row of dout in the gradient of the
+  // values' sum: three maps of float32 like those of the heads of q, `apart` floats from each other.
+  SequenceView factors;
+  int64_t apart;
+  const float* dstate;  // as state, or null
+  bool detach;          // the divisor has no gradient
+};
+
 // out and state of p.
 void linear_attention_forward(const LinearParams& p, Element element, void* stream);
+
+// dq, dk, dv and dweight of b.
+void linear_attention_backward(const LinearBackwardParams& b, Element element, void* stream);
 
 }  // namespace vitkern
