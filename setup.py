@@ -52,6 +52,7 @@ CUDA_SOURCES = [
     "csrc/cuda/window_attention_reduce.cu",
     "csrc/cuda/window_attention_op.cpp",
     "csrc/cuda/linear_attention.cu",
+    "csrc/cuda/linear_attention_bwd.cu",
     "csrc/cuda/linear_attention_op.cpp",
     "csrc/cuda/bipartite_match.cu",
     "csrc/cuda/merge_plan.cu",

@@ -26,6 +26,7 @@ SOURCES = (
     "window_attention_reduce.cu",
     "window_attention_op.cpp",
     "linear_attention.cu",
+    "linear_attention_bwd.cu",
     "linear_attention_op.cpp",
     "bipartite_match.cu",
     "merge_plan.cu",

@@ -22,13 +22,48 @@ def kernels():
     return emulated()
 
 
-def test_two_launches_and_one_between_where_there_are_many_runs(kernels):
-    few, many = (make(1, 1, (20,), (n,), heads=1, **SUMS) for n in (16 * 64, 17 * 64 - 3))
-    for call, between in ((few, []), (many, ["linear_attention_add"])):
+def test_two_launches_forward_three_backward_and_one_more_where_there_are_many_runs(kernels):
+    short, few, many = 20, 16 * 64, 17 * 64 - 3
+    for queries, keys in ((short, few), (short, many), (many, short)):
         kernels.launched()
-        check(kernels, call, torch.bfloat16, (0,))
-        names = ["linear_attention_keys", *between, "linear_attention_queries"]
-        assert kernels.launched() == names * 2  # once against the oracle, once more for the bits
+        check(kernels, make(1, 1, (queries,), (keys,), heads=1, **SUMS), torch.bfloat16, (0,))
+        names = ["keys", "add", "queries", "query_gradients", "query_sums", "add", "key_gradients"]
+        if keys != many:
+            names.pop(1)
+        if queries != many:
+            names.pop(-2)
+        # once against the oracle, once more for the bits
+        assert kernels.launched() == [f"linear_attention_{name}" for name in names] * 2
+
+
+def test_each_gradient_alone(kernels):
+    q, k, v = (torch.randn(1, 40, 2, 8).bfloat16() for _ in "qkv")
+    tensors = [q, k, v, torch.rand(1, 40, 2).bfloat16()]
+
+    def run(wanted):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        with kernels.active(), tokens_on_gpu("cuda"):
+            out = vitkern.linear_attention(*leaves[:3], key_weight=leaves[3], feature_map="silu_norm")
+            return torch.autograd.grad(out.float().square().sum(), [leaves[i] for i in wanted])
+
+    every = run(range(4))
+    for i in range(4):
+        assert torch.equal(run([i])[0], every[i])
+
+
+@pytest.mark.parametrize("of", ["the state", "one number"])
+def test_gradients_that_are_not_given_or_not_stored(kernels, of):
+    """Of the sums alone, and of an output whose gradient is expanded."""
+    found = []
+    for backend in ("cuda", "reference"):
+        leaves = [torch.randn(1, 20, 1, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        leaves = [t.bfloat16().requires_grad_() for t in leaves]
+        with kernels.active(), tokens_on_gpu("cuda"):
+            out, state = vitkern.linear_attention(*leaves, feature_map="elu1", return_state=True, backend=backend)
+            loss = out.sum() if of == "one number" else state[0].square().sum() + state[1].sum()
+            found.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=0.02, atol=0.02)
 
 
 def test_runs_come_from_the_shape_alone():
@@ -80,12 +115,17 @@ def test_bounds_beyond_the_tokens_stay_within_them(kernels):
 
 
 SUMS_FILE, FILE = "linear_attention_sums.cuh", "linear_attention.cu"
+BACK = "linear_attention_bwd.cu"
 FAULTS = {
     "a tile read while it is written": (SUMS_FILE, "__syncthreads();  // this tile is complete;", "// this tile", "tiles"),
-    "the sums of the second warps lost": (SUMS_FILE, "sums.s[i / 4][i % 4] += others[i * kStep];", "", "tiles"),
     "the low halves lost": (SUMS_FILE, "if (!exact) mma_16x8x8_tf32(c", "if (false) mma_16x8x8_tf32(c", "tiles"),
     "factors not waited for": (SUMS_FILE, "__syncthreads();  // the factors are complete", "", "a wide head"),
     "what is hidden": (SUMS_FILE, "seen ? x + left_at + chunk * 8 : nullptr", "x + left_at + chunk * 8", "broken"),
+    "the gradients of the second head": (SUMS_FILE, "head * p.group + tile / of_head", "head * p.group", "weights"),
+    "dout before it is there": (
+        BACK, "copy_wait_all();\n    __syncwarp();  // both rows are complete\n    float n", "float n", "tiles",
+    ),
+    "gradients of what is hidden": (BACK, "seen[h] ? pack2", "true ? pack2", "the mean taken off"),
     "results not waited for": (FILE, "__syncwarp();  // the results are complete;", "//", "weights"),
 }  # fmt: skip
 

@@ -260,4 +260,85 @@ __device__ __forceinline__ void multiply_features(const LinearParams& p, const u
   }
 }
 
+// g += the products of a warp's 16 rows y with the rows of S: [16, d].
+template <class T, class S>
+__device__ __forceinline__ void multiply_values(const LinearParams& p, const unsigned char* y, const float* s,
+                                                const Lane& me, float (&g)[S::kGroups][4]) {
+#pragma unroll 1
+  for (int step = 0; step * 16 < p.e; ++step) {
+    uint32_t pairs[4];
+    load_matrix_x4(pairs, y + (me.lane & 15) * S::kRowBytes + (me.lane >> 4) * 16 + step * 32);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int value = step * 16 + 8 * j;
+      if (value >= p.e) break;
+      const float2 low = unpack2<T>(pairs[2 * j]), high = unpack2<T>(pairs[2 * j + 1]);
+      const uint32_t a[4] = {__float_as_uint(low.x), __float_as_uint(high.x), __float_as_uint(low.y),
+                             __float_as_uint(high.y)};
+#pragma unroll
+      for (int n = 0; n < S::kGroups; ++n) {
+        if (n * 8 >= p.d) break;
+        const float2 two = *reinterpret_cast<const float2*>(s + (n * 8 + me.g) * S::kPitch + value + 2 * me.t);
+        const Pair first = pair_of(two.x), second = pair_of(two.y);
+        mma_16x8x8_tf32(g[n], a, first.high, second.high);
+        mma_16x8x8_tf32(g[n], a, first.low, second.low);
+      }
+    }
+  }
+}
+
+// The gradient of x where g is that of its feature; of silu_norm `inverse` is 1 over the norm of the features, `along`
+// the product of all features with their gradients.
+__device__ __forceinline__ float feature_gradient(const LinearParams& p, float x, float g, float inverse, float along) {
+  switch (p.map) {
+    case FeatureMap::relu: return x > 0.0f ? g : 0.0f;
+    case FeatureMap::elu1: return x > 0.0f ? g : g * exp2_approx(x * kLog2E);
+    case FeatureMap::leaky_relu: return x > 0.0f ? g : 0.01f * g;
+    case FeatureMap::exp: return p.rate * exp2_approx(x * (p.rate * kLog2E)) * g;
+    case FeatureMap::silu_norm: {
+      const float gate = 1.0f / (1.0f + exp2_approx(-x * kLog2E));
+      return (g - (x * gate + 0.5f) * inverse * along) * inverse * (gate * (1.0f + x * (1.0f - gate)));
+    }
+    default: return g;
+  }
+}
+
+// The products of the features of a warp's rows g and g + 8 with their gradients.
+template <class T, class S>
+__device__ __forceinline__ void features_by_gradients(const LinearParams& p, unsigned char* rows, const Lane& me,
+                                                      const float (&g)[S::kGroups][4], const float (&inverse)[2],
+                                                      float (&along)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    along[h] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < S::kGroups; ++n) {
+      if (n * 8 >= p.d) break;
+      const float2 two = unpack2<T>(word_of<S>(rows, n, h, me));
+      float x[2] = {two.x, two.y};
+      features(p, x);
+      along[h] += x[0] * g[n][2 * h] + x[1] * g[n][2 * h + 1];
+    }
+    along[h] = row_sum(along[h]) * inverse[h];
+  }
+}
+
+// The gradients of a warp's rows in place of the rows, rounded to T.
+template <class T, class S>
+__device__ __forceinline__ void put_gradients(const LinearParams& p, unsigned char* rows, const Lane& me,
+                                              const float (&g)[S::kGroups][4], const float (&inverse)[2],
+                                              const float (&along)[2]) {
+#pragma unroll
+  for (int n = 0; n < S::kGroups; ++n) {
+    if (n * 8 >= p.d) break;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t& word = word_of<S>(rows, n, h, me);
+      const float2 x = unpack2<T>(word);
+      word = pack2<T>(feature_gradient(p, x.x, g[n][2 * h], inverse[h], along[h]),
+                      feature_gradient(p, x.y, g[n][2 * h + 1], inverse[h], along[h]));
+    }
+  }
+}
+
 }  // namespace vitkern

@@ -1,5 +1,6 @@
-"""linear_attention on CUDA devices: Triton, and CUDA C++ for the forward of what it serves."""
+"""linear_attention on CUDA devices: Triton, and CUDA C++ for what it serves."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,16 @@ from vitkern import backends
 from vitkern.ops import _cuda
 from vitkern.ops._gpu import Cuda, Gpu
 
+_OPTIONS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_weight, Tensor? cu_q, Tensor? cu_k, SymInt map, float rate, "
+    "SymInt divisor, float eps, float scale, float offset"
+)
 _cuda.define(
-    "_linear_attention_cuda_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_weight, Tensor? cu_q, "
-    "Tensor? cu_k, SymInt map, float rate, SymInt divisor, float eps, float scale, float offset, SymInt query_splits, "
-    "Tensor(a!) parts, Tensor(b!) out, Tensor(c!) state) -> ()"
+    f"_linear_attention_cuda_fwd({_OPTIONS}, SymInt splits, SymInt query_splits, Tensor(a!) parts, Tensor(b!) out, "
+    "Tensor(c!) state) -> ()",
+    f"_linear_attention_cuda_bwd(Tensor dout, Tensor? dstate, Tensor state, {_OPTIONS}, bool detach, SymInt splits, "
+    "SymInt query_splits, Tensor(a!) factors, Tensor(b!) parts, Tensor(c!)? dq, Tensor(d!)? dk, Tensor(e!)? dv, "
+    "Tensor(f!)? dweight) -> ()",
 )
 DTYPES = (torch.bfloat16, torch.float16)
 MAPS = ("relu", "elu1", "identity", "leaky_relu", "exp", "silu_norm")
@@ -41,8 +48,8 @@ def refusals(args: tuple[Any, ...]) -> list[str]:
         reasons.append("rope must be applied before the feature map, it is applied after")
     if weight is not None and weight.dtype == torch.float64:
         reasons.append("key_weight must not be float64")
-    missing = (backends.triton_missing(), backends.load("_cuda"))  # the gradients are Triton's
-    return reasons + [reason for reason in missing if reason]
+    missing = backends.load("_cuda")
+    return [*reasons, missing] if missing else reasons
 
 
 def splits(sequences: int, heads: int, tokens: int) -> int:
@@ -54,36 +61,96 @@ def splits(sequences: int, heads: int, tokens: int) -> int:
     return -(-tiles // each)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Any, key_weight: Any, _cos_q: Any, _sin_q: Any, _cos_k: Any, _sin_k: Any,
-    cu_q: Any, cu_k: Any, _map0: Any, _map1: Any, _map2: Any, feature_map: str, rate: float, normalizer: str, eps: float,
-    scale: float, offset: float, _half: bool, _detach: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    heads, kv_heads, width, channels = q.shape[5], k.shape[5], q.shape[6], v.shape[6]
-    each = q.shape[1] * q.shape[3] if cu_q is None else cu_q.shape[0] - 1
-    sequences = q.shape[0] * each
-    # of packed sequences the lengths are not known here: runs as of sequences of equal lengths
-    tokens = [t.shape[2] * t.shape[4] // (1 if cu_q is None else max(each, 1)) for t in (q, k)]
-    out = v.new_empty((*q.shape[:6], channels))
-    state = q.new_empty((sequences, kv_heads, width + 1, channels + 1), dtype=torch.float32)
-    slots = (splits(sequences, kv_heads, tokens[1]), sequences * kv_heads, (width + 1) * (channels + 4))
-    _cuda.ops._linear_attention_cuda_fwd(
-        q, k, v, key_mask, None if key_weight is None else key_weight.float(), cu_q, cu_k, MAPS.index(feature_map), rate,
-        DIVISORS.index(normalizer), eps, scale, offset, splits(sequences, heads, tokens[0]),
-        q.new_empty(slots, dtype=torch.float32), out, state,
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of the op, in its order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    key_weight: Tensor | None
+    cos_q: None
+    sin_q: None
+    cos_k: None
+    sin_k: None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    map0: None
+    map1: None
+    map2: None
+    feature_map: str
+    rate: float
+    normalizer: str
+    eps: float
+    scale: float
+    offset: float
+    half: bool
+    detach: bool
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] * self._each
+
+    @property
+    def _each(self) -> int:
+        return self.q.shape[1] * self.q.shape[3] if self.cu_q is None else self.cu_q.shape[0] - 1
+
+    @property
+    def splits(self) -> tuple[int, int]:
+        """Runs of the keys, and of the queries; of packed sequences as if all had the same length."""
+        each = 1 if self.cu_q is None else max(self._each, 1)
+        keys, queries = (splits(self.sequences, t.shape[5], t.shape[2] * t.shape[4] // each) for t in (self.k, self.q))
+        return keys, queries
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        weight = None if self.key_weight is None else self.key_weight.float()
+        tensors = (self.q, self.k, self.v, self.key_mask, weight, self.cu_q, self.cu_k)
+        divisor = (DIVISORS.index(self.normalizer), self.eps, self.scale, self.offset)
+        return (*tensors, MAPS.index(self.feature_map), self.rate, *divisor)
+
+    def parts(self, runs: int) -> Tensor:
+        slot = (self.q.shape[6] + 1) * (self.v.shape[6] + 4)
+        return self.q.new_empty((runs, self.sequences * self.k.shape[5], slot), dtype=torch.float32)
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(*args)
+    q, v, lead = call.q, call.v, (call.sequences, call.k.shape[5])
+    out = v.new_empty((*q.shape[:6], v.shape[6]))
+    state, kept = (
+        q.new_empty((*lead, *rest), dtype=torch.float32) for rest in ((q.shape[6] + 1, v.shape[6] + 1), (0,))
+    )
+    runs = call.splits
+    _cuda.ops._linear_attention_cuda_fwd(*call.options, *runs, call.parts(runs[0]), out, state)
+    return out, state, kept
+
+
+def backward(
+    dout: Any, dstate: Any, _dkept: Any, state: Tensor, _kept: Tensor, *args: Any
+) -> tuple[Tensor | None, ...]:
+    *inputs, need = args
+    call = _Call(*inputs)
+    q, k, v, weight = call.q, call.k, call.v, call.key_weight
+    if dout is None:
+        dout = v.new_zeros((*q.shape[:6], v.shape[6]))
+    elif dout.stride(6) != 1:
+        dout = dout.contiguous()
+    dq, dk, dv = (t.new_empty(t.shape) if need >> bit & 1 else None for bit, t in enumerate((q, k, v)))
+    dweight = weight.new_empty(weight.shape, dtype=torch.float32) if need & 8 and weight is not None else None
+    runs = call.splits
+    _cuda.ops._linear_attention_cuda_bwd(
+        dout, None if dstate is None else dstate.float().contiguous(), state, *call.options, call.detach, *runs,
+        q.new_empty((3, *q.shape[:6]), dtype=torch.float32), call.parts(runs[1]), dq, dk, dv, dweight,
     )  # fmt: skip
-    return out, state, q.new_empty((sequences, kv_heads, 0), dtype=torch.float32)
+    return dq, dk, dv, None if dweight is None or weight is None else dweight.to(weight.dtype), *(None,) * 7
 
 
 def triton() -> Any:
     from vitkern.triton_kernels import linear_attention as kernels
 
     return kernels
-
-
-def backward(*args: Any) -> tuple[Tensor | None, ...]:
-    """The gradients, by the Triton kernels: the states are the same."""
-    return triton().bwd(*args)
 
 
 GPU = Gpu(triton, Cuda(refusals, forward, backward))

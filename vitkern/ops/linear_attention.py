@@ -75,8 +75,7 @@ def linear_attention(
             those behind the last token, of H heads.
         lepe: a `vitkern.DepthwiseValue`, added to the output.
         preset: what a published model means by linear attention: map, normalizer, eps, scale, order of the rotation.
-        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"`` (its gradients are Triton's); raises with all
-            reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
         ``[B, Nq, H, Dv]`` (as q) in the dtype of v, with `return_state` ``(out, state)``. Gradients go to q, k, v, key_weight,
