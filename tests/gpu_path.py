@@ -1,7 +1,7 @@
 """The public functions through their GPU implementations, on CPU tensors: what the dispatcher does for CUDA tensors."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import vitkern
 from vitkern import Stats
 from vitkern.ops import _call
+from vitkern.ops import linear_attention as linear_file
 from vitkern.ops import window_attention as op_file
 from vitkern.ops._op import Op, PlainOp, _as_tuple
 from vitkern.testing import Call
@@ -61,8 +62,21 @@ def tokens_on_gpu(gpu: str) -> Iterator[None]:
         """What a composed backward calls."""
         return partial(op.gpu.forward, op)
 
-    calls = (mock.patch.object(kind, "overload", overload) for kind in (Op, PlainOp))
-    with mock.patch.object(_call, "run", run), mock.patch.object(_call, "reasons", reasons), next(calls), next(calls):
+    fused = linear_file._fused
+
+    def in_the_op(lowered: Any, custom: Any, placed: Any, backend: str | None) -> bool:
+        """Maps with parameters: the definition makes them, no GPU kernel does."""
+        return backend == "reference" and fused(lowered, custom, placed, backend)
+
+    with ExitStack() as patches:
+        for kind in (Op, PlainOp):
+            patches.enter_context(mock.patch.object(kind, "overload", overload))
+        for module, name, made in (
+            (_call, "run", run),
+            (_call, "reasons", reasons),
+            (linear_file, "_fused", in_the_op),
+        ):
+            patches.enter_context(mock.patch.object(module, name, made))
         yield
 
 
