@@ -125,11 +125,15 @@ def test_sizes_as_weights_are_repeated_tokens(backend):
 
 @ON
 @pytest.mark.parametrize("axis, normalize", KINDS)
-@pytest.mark.parametrize("renormalize", [None, 1e-6])
-def test_masked_tokens_are_as_if_they_were_not_there(backend, axis, normalize, renormalize):
-    x, logits = tokens(2, 70, 9), torch.randn(2, 70, 5, dtype=torch.float64).abs().requires_grad_()
+@pytest.mark.parametrize(
+    "renormalize, slots, across", [(None, 5, False), (1e-6, 5, False), (1e-6, 1, False), (None, 1, True)]
+)
+def test_masked_tokens_are_as_if_they_were_not_there(backend, axis, normalize, renormalize, slots, across):
+    x, logits = tokens(2, 70, 9), torch.randn(2, 70, slots, dtype=torch.float64).abs().requires_grad_()
     mask = torch.rand(2, 70) < 0.6
     bad = [torch.where(mask[..., None], t, torch.nan) for t in (x, logits)]
+    if across:
+        bad[0] = bad[0].mT.contiguous().mT
     options = {"axis": axis, "normalize": normalize, "renormalize": renormalize, "backend": backend}
     got = vitkern.soft_merge(*bad, mask=mask, **options)
     alone = [vitkern.soft_merge(x[b : b + 1, mask[b]], logits[b : b + 1, mask[b]], **options) for b in range(2)]

@@ -92,6 +92,12 @@ def small() -> list[Call]:
         make(10, 0, 8, 4, 8),
         make(11, 2, 150, 3, 20, normalize="sinkhorn", transposed=True),
         make(12, 1, 70, 66, 260, weight="zeros"),
+        make(13, 2, 70, 1, 8, axis="slot", normalize="none", masked=True, layout="channels", renormalize=1e-6),
+        make(14, 2, 70, 1, 20, normalize="l2", masked=True, layout="channels"),
+        make(15, 2, 9, 1, 300, weight="zeros", renormalize=2.0),
+        make(16, 2, 9, 1, 8, normalize="l2", masked=True, scale=1e-14),
+        make(17, 2, 600, 1, 5, layout="channels", weight="sizes"),
+        make(18, 1, 9, 1, 8, normalize="sigmoid", masked=True),
     ]
 
 
