@@ -142,7 +142,7 @@ def _map(name: str, t: dict[str, Tensor]) -> Any:
     if name == "polar":
         return feature_map.Polar(t["scale"], t["power"])
     if name.startswith("hedgehog"):
-        return feature_map.Hedgehog(t["map_weight"], t.get("bias"), name.removeprefix("hedgehog_"))
+        return feature_map.Hedgehog(t["map_weight"], t.get("bias"), name.removeprefix("hedgehog_"), eps=0.1)
     if name.startswith("favor"):
         return feature_map.Favor(t["omega"], generalised=name == "favor_relu")
     if name == "hash":
