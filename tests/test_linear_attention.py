@@ -157,6 +157,21 @@ def test_peak_memory_is_linear_in_the_tokens():
             ValueError,
             r"needs Hedgehog\(form='exp'\), got 'joint'",
         ),
+        (
+            {"feature_map": maps.Hedgehog(torch.ones(3, 8, 8), form="sum")},
+            ValueError,
+            r"form of Hedgehog must be one of \('joint', 'split', 'exp'\), got 'sum'",
+        ),
+        (
+            {"feature_map": maps.Focused(torch.ones(24), norm="token")},
+            ValueError,
+            r"norm of Focused must be one of \('width', 'head'\), got 'token'",
+        ),
+        (
+            {"feature_map": maps.Favor(torch.ones(2, 8)), "rope": vitkern.Rope(*torch.ones(2, 1, 35, 1, 2))},
+            ValueError,
+            "rope turns at most the 2 features of the map, got 4",
+        ),
         ({"feature_map": maps.Focused(3.0)}, TypeError, "feature_map Focused.scale must be a tensor, got float"),
         ({"lepe": 3}, TypeError, "linear_attention: lepe must be a vitkern.DepthwiseValue or None, got int"),
         ({"normalizer": "softmax"}, ValueError, "normalizer must be one of 'sum', .* got 'softmax'"),
