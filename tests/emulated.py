@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,12 @@ class Emulated:
 
 
 emulated = functools.cache(Emulated)  # ops are registered once
+
+
+def part(items: Iterable) -> list:
+    """This process's share of some cases: the suites run in several processes at a time."""
+    mine, parts = map(int, os.environ.get("VITKERN_PART", "0/1").split("/"))
+    return list(items)[mine::parts]
 
 
 def check_schedules(build: Emulated, entry: Entry, call: Call, dtype: torch.dtype, seeds: Iterable[int]) -> None:

@@ -2,31 +2,14 @@
 test_cuda_emulated.py runs this file under the sanitizers, in parts; without them it is for debugging.
 """
 
-import os
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from emulated import emulated
+from emulated import part
 from emulated_linear import CALLS, check, draw
 
 from vitkern.ops import _linear_gpu
-
-PART, PARTS = map(int, os.environ.get("VITKERN_PART", "0/1").split("/"))
-torch.set_num_threads(1)
-
-
-def part(items):
-    return list(items)[PART::PARTS]
-
-
-@pytest.fixture(scope="module")
-def build():
-    return emulated(sanitize="libasan" in os.environ.get("LD_PRELOAD", ""))
 
 
 @pytest.mark.parametrize("name", part(CALLS))

@@ -2,15 +2,9 @@
 under the sanitizers, in parts; without them (`pytest tests/cuda_emulator/window_attention.py`) it is for debugging.
 """
 
-import os
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from emulated import check_schedules, emulated
+from emulated import check_schedules, part
 from emulated_window import CASES, check
 from gpu_path import lowered, on_gpu
 
@@ -19,17 +13,6 @@ from vitkern.ops import _window_gpu
 
 SEEDS = range(8)
 DTYPES = (torch.bfloat16, torch.float16)
-PART, PARTS = map(int, os.environ.get("VITKERN_PART", "0/1").split("/"))
-torch.set_num_threads(1)
-
-
-def part(items):
-    return list(items)[PART::PARTS]
-
-
-@pytest.fixture(scope="module")
-def build():
-    return emulated(sanitize="libasan" in os.environ.get("LD_PRELOAD", ""))
 
 
 @pytest.mark.parametrize("name", part(CASES))
