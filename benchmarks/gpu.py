@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import vitkern  # noqa: E402
-from benchmarks.measure import environment  # noqa: E402
+from benchmarks.measure import environment, supported  # noqa: E402
 from vitkern import testing  # noqa: E402
 
 SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
@@ -166,9 +166,9 @@ def timed(case: Any, direction: str, cases: Any, baselines: Any, bandwidth: floa
     leaves = [t for t in inputs.values() if t.requires_grad]
     upstream = torch.randn_like(case.run(inputs)) if backward else None
     runs = {b: (lambda b=b: case.run(inputs, b)) for b in testing.backends("cuda")}
-    for name in ("eager", "sdpa"):
-        if name in cases.BASELINES:
-            runs[name] = lambda other=baselines.make(name, case, "cuda", torch.bfloat16): other(inputs)
+    ready = [name for name in cases.BASELINES if name not in ("compiled", "flex")]
+    for name in supported(baselines, ready, case, "cuda", backward):
+        runs[name] = lambda other=baselines.make(name, case, "cuda", torch.bfloat16): other(inputs)
     floor = case.work(torch.bfloat16, backward)["bytes"] / bandwidth
     row: dict[str, Any] = {"case": str(case), "pass": direction, "floor": floor, "seconds": {}}
     for name, run in runs.items():

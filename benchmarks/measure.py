@@ -50,6 +50,12 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, budget: float 
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+def supported(baselines: Any, names: list[str], case: Any, device: str, backward: bool) -> list[str]:
+    """The baselines that can run a case: all of a module that does not say."""
+    can = getattr(baselines, "supports", None)
+    return [name for name in names if can is None or can(name, case, device, backward)]
+
+
 def product_rate(dtype: torch.dtype) -> float:
     """Operations a second of a 2048^3 product; of a 256^3 one where that would take more than two seconds."""
     rate = 0.0

@@ -50,9 +50,8 @@ def measure_case(
     if wrong:
         return row | {"wrong": wrong}
     runs = {"vitkern": case.run}
-    for name in names:
-        if baselines.supports(name, "cpu", backward):
-            runs[name] = baselines.make(name, case, "cpu", dtype)
+    for name in measure.supported(baselines, names, case, "cpu", backward):
+        runs[name] = baselines.make(name, case, "cpu", dtype)
     if backward:
         timed = {n: (lambda run=run: torch.autograd.grad(run(inputs), leaves, upstream)) for n, run in runs.items()}
     else:
@@ -202,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     for case, dtype, backward in track(chosen, description="benchmark", console=Console(stderr=True)):
         torch._dynamo.reset()
         rows.append(finish(measure_case(cases, baselines, case, dtype, backward, names), ceilings))
+    names = [name for name in names if any(name in r.get("seconds", {}) for r in rows)]
     Console(width=200).print(table(rows, names))
     result = {
         "environment": measure.environment(),

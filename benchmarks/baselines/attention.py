@@ -100,6 +100,6 @@ def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     return (Eager if case.mixed else fused)(case)
 
 
-def supports(name: str, device: str, backward: bool) -> bool:
+def supports(name: str, case: Case, device: str, backward: bool) -> bool:
     """FlexAttention has no backward on the CPU."""
     return not (name == "flex" and device == "cpu" and backward)

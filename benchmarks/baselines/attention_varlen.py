@@ -36,7 +36,3 @@ class Padded(Loop):
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
     return {"loop of sdpa": Loop, "padded sdpa": Padded}[name](case)
-
-
-def supports(name: str, device: str, backward: bool) -> bool:
-    return True

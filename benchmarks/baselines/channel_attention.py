@@ -34,7 +34,3 @@ def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
     eager = Eager(case, fused=name == "sdpa")
     return torch.compile(eager.__call__, dynamic=False) if name == "compiled" else eager
-
-
-def supports(name: str, device: str, backward: bool) -> bool:
-    return True

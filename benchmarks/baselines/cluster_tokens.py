@@ -62,7 +62,3 @@ def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     if name == "compiled" and case.method != "agglomerative":
         return torch.compile(Eager(case).__call__, dynamic=False)
     return Eager(case)
-
-
-def supports(name: str, device: str, backward: bool) -> bool:
-    return not backward

@@ -24,7 +24,3 @@ class Eager:
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
     return torch.compile(Eager(case).__call__, dynamic=False) if name == "compiled" else Eager(case)
-
-
-def supports(name: str, device: str, backward: bool) -> bool:
-    return not backward

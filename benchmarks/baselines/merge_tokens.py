@@ -37,7 +37,3 @@ class Eager:
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
     return torch.compile(Eager(case, device).__call__, dynamic=False) if name == "compiled" else Eager(case, device)
-
-
-def supports(name: str, device: str, backward: bool) -> bool:
-    return True

@@ -22,7 +22,3 @@ class Eager:
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
     return torch.compile(Eager().__call__, dynamic=False) if name == "compiled" else Eager()
-
-
-def supports(name: str, device: str, backward: bool) -> bool:
-    return True

@@ -79,7 +79,3 @@ class Eager:
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
     return Eager(case, torch.compile(steps, dynamic=False)) if name == "compiled" else Eager(case)
-
-
-def supports(name: str, device: str, backward: bool) -> bool:
-    return True

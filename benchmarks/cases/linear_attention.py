@@ -9,7 +9,7 @@ import vitkern
 
 from ._random import moved, tensors
 
-BASELINES = ("eager", "compiled")
+BASELINES = ("eager", "compiled", "sdpa", "fla", "flash_bla")
 EXPONENTIALS = {"relu": 0, "elu1": 1}
 
 
@@ -24,9 +24,11 @@ class Case:
     width: int
     feature_map: str = "relu"
     channels: bool = False
+    causal: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.feature_map}, N={self.tokens}, H={self.heads}, D={self.width}, batch {self.batch}"
+        form = f"{self.feature_map}, causal" if self.causal else self.feature_map
+        return f"{self.model}, {form}, N={self.tokens}, H={self.heads}, D={self.width}, batch {self.batch}"
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu", grad: bool = False) -> dict[str, Any]:
         shape = (self.batch, self.heads, self.width, self.tokens)
@@ -40,7 +42,8 @@ class Case:
         return [t.permute(0, 3, 1, 2) for t in parts] if self.channels else parts
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
-        return vitkern.linear_attention(*self.qkv(inputs), feature_map=self.feature_map, eps=1e-6, backend=backend)
+        options = {"feature_map": self.feature_map, "eps": 1e-6, "causal": self.causal}
+        return vitkern.linear_attention(*self.qkv(inputs), **options, backend=backend)
 
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
         """Bytes: q, k, v, o once; backward q, dO, dq, then k, v, dk, dv. Products of D^2 a token: two forward, five backward
@@ -63,10 +66,12 @@ CASES = [
     Case("plain", 1, 4096, 8, 32),
     Case("plain", 1, 4096, 16, 64),
     Case("plain", 1, 65536, 8, 32, "elu1"),
+    Case("plain", 1, 4096, 8, 32, "elu1", causal=True),
 ]
 GPU_CASES = [
     Case("plain", 1, 4096, 8, 32),
     Case("flash_bla's table", 2, 32768, 16, 64),
     Case("SANA 4K", 16, 4096, 36, 32),
     Case("plain", 1, 65536, 16, 64, "elu1"),
+    Case("FLA's table", 2, 16384, 16, 64, "elu1", causal=True),
 ]
