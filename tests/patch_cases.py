@@ -43,10 +43,11 @@ def run(model, x, dtype, grad, autocast=None, nudge=None):
     x = x.to(dtype)
     if nudge is not None:
         generator = torch.Generator().manual_seed(nudge)
+        unit = torch.finfo(torch.bfloat16 if autocast else dtype).eps
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(1 + torch.finfo(dtype).eps * (torch.rand(p.shape, generator=generator) * 2 - 1))
-        x = x * (1 + torch.finfo(dtype).eps * (torch.rand(x.shape, generator=generator) * 2 - 1))
+                p.mul_(1 + unit * (torch.rand(p.shape, generator=generator) * 2 - 1))
+        x = x * (1 + unit * (torch.rand(x.shape, generator=generator) * 2 - 1))
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
         found = {f"output {i}": t for i, t in enumerate(outputs(model, x))}
     if grad:
@@ -64,13 +65,11 @@ class Yardstick:
     def __init__(self, model, x, grad=True, autocast=None):
         self.oracle = run(model, x, torch.float64, grad)
         self.eager = run(model, x, torch.float32, grad, autocast)
-        self.moved = []
-        if autocast:
-            return
         # rounding at random, and rounding that agrees over the whole image: sums over it show that most
-        images = [torch.nextafter(x, torch.full_like(x, end)) for end in (-100.0, 100.0)]
-        self.moved = [run(model, x, torch.float32, grad, nudge=time) for time in (1, 2)]
-        self.moved += [run(model, image, torch.float32, grad) for image in images]
+        self.moved = [run(model, x, torch.float32, grad, autocast, nudge=time) for time in (1, 2)]
+        if not autocast:
+            images = [torch.nextafter(x, torch.full_like(x, end)) for end in (-100.0, 100.0)]
+            self.moved += [run(model, image, torch.float32, grad) for image in images]
 
     def hold(self, title, got):
         """Holds every output and gradient of another run to the oracle rule."""
