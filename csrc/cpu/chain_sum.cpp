@@ -96,14 +96,19 @@ struct Call {
   }
 };
 
+// The slices of a head are shared out only where there are fewer heads than threads: each share reads a and b again.
 template <typename Acc>
 void forward(const ChainProblem& p, int64_t sequences) {
   const ChainKernels& k = chosen<Acc>();
-  const int64_t lanes = kernels().lanes * 4 / int64_t(sizeof(Acc)), slices = (p.width + lanes - 1) / lanes, bytes = k.scratch_bytes(p);
-  torch::stable::parallel_for(0, sequences * p.heads * slices, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(bytes);
-    for (int64_t t = begin; t < end; ++t)
-      k.forward(p, t / slices / p.heads, int32_t(t / slices % p.heads), int32_t(t % slices), scratch.data());
+  const int64_t lanes = kernels().lanes * 4 / int64_t(sizeof(Acc)), slices = (p.width + lanes - 1) / lanes, units = sequences * p.heads;
+  const int64_t wanted = std::clamp<int64_t>(torch::stable::get_num_threads() / std::max<int64_t>(units, 1), 1, slices);
+  const int64_t each = (slices + wanted - 1) / wanted, parts = (slices + each - 1) / each;
+  torch::stable::parallel_for(0, units * parts, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(k.scratch_bytes(p, int32_t(each)));
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t unit = t / parts, first = t % parts * each;
+      k.forward(p, unit / p.heads, int32_t(unit % p.heads), int32_t(first), int32_t(std::min(each, slices - first)), scratch.data());
+    }
   });
 }
 template <typename Acc>

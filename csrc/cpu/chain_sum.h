@@ -29,11 +29,11 @@ struct ChainProblem {
   bool packed, reverse, strict;
 };
 
-// One head of one sequence, one slice of the columns of its state: as many as the vector has lanes. `scratch` is aligned to 64 bytes
-// and holds scratch_bytes(p).
+// One head of one sequence, and some slices of the columns of its state: of as many as the vector has lanes each. `scratch` is aligned to
+// 64 bytes and holds scratch_bytes(p, slices).
 struct ChainKernels {
-  int64_t (*scratch_bytes)(const ChainProblem& p);
-  void (*forward)(const ChainProblem& p, int64_t sequence, int32_t head, int32_t slice, void* scratch);
+  int64_t (*scratch_bytes)(const ChainProblem& p, int32_t slices);
+  void (*forward)(const ChainProblem& p, int64_t sequence, int32_t head, int32_t first, int32_t slices, void* scratch);
   int64_t (*links_bytes)(const ChainProblem& p);
   void (*links)(const ChainProblem& p, int64_t sequence, int32_t head, void* scratch);  // all slices
 };

@@ -221,7 +221,7 @@ def features(x: Tensor, name: str, rate: float) -> Tensor:
     if name == "relu":
         return x.relu()
     if name == "elu1":
-        return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+        return x.relu() + x.clamp(max=0).exp()
     if name == "leaky_relu":
         return torch.nn.functional.leaky_relu(x)
     if name == "exp":
