@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkern
 from vitkern.testing import assert_close_to_oracle
@@ -57,6 +58,18 @@ def run(model, x, dtype, grad, autocast=None, nudge=None):
         sum((t.double() * torch.randn(t.shape, generator=generator)).mean() for t in found.values()).backward()
         found |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: t.detach() for n, t in found.items()}
+
+
+class Called(TorchDispatchMode):
+    """Counts the calls of one op of vitkern."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in (f"vitkern::{self.name}", f"vitkern::{self.name}_fwd")
+        return func(*args, **(kwargs or {}))
 
 
 class Yardstick:

@@ -403,6 +403,13 @@ def test_mask2former_matches(pre_norm):
     patch_cases.check(mask2former(pre_norm=pre_norm), (64, 96), replaced=5)
 
 
+def test_both_attentions_of_each_layer_of_mask2former_run_on_the_op():
+    made = mask2former().eval()
+    with torch.no_grad(), vitkern.patched(made), patch_cases.Called("attention") as seen:
+        made(torch.randn(1, 3, 64, 64))
+    assert seen.count == 2 * len(made.model.transformer_module.decoder.layers)
+
+
 def test_mask2formers_decoder_is_kept_if_a_part_of_it_has_hooks():
     decoder = mask2former().model.transformer_module.decoder
     decoder.layers[1].cross_attn.register_forward_hook(lambda *_: None)
