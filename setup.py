@@ -39,6 +39,7 @@ CPU_SOURCES = [
     "csrc/cpu/select_tokens.cpp",
     "csrc/cpu/selective_scan.cpp",
     "csrc/cpu/chain_sum.cpp",
+    "csrc/cpu/feature_rows.cpp",
     "csrc/cpu/grid_sum.cpp",
     "csrc/cpu/restore_tokens.cpp",
     "csrc/cpu/soft_merge.cpp",

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton kernels of chain sums, as tests/test_triton_compile.py has it."""
+"""Ahead-of-time compilation of the Triton kernels of chain sums and of the features they take (see tests/test_triton_compile.py)."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from test_triton_compile import caught, compile_all, pytestmark  # noqa: E402, F401
 
-from vitkern.triton_kernels import chain_links, chain_sum  # noqa: E402
+from vitkern.triton_kernels import chain_links, chain_sum, feature_rows  # noqa: E402
 
 RUNS = [
     ("retention", 90, dict(link="shared", depth=32, width=33)),
@@ -34,3 +34,16 @@ def test_chain_sum_compiles_without_spills(name, capability, options):
     with caught(f"sm{capability}", chain_sum, chain_links) as launches:
         launch(**options)
     compile_all(launches, f"{name}, sm_{capability}", capability)
+
+
+@pytest.mark.parametrize("name, capability, dtype", [
+    ("relu", 80, torch.bfloat16), ("elu1", 90, torch.bfloat16), ("silu_norm", 100, torch.float16), ("softmax", 90, torch.float32),
+])  # fmt: skip
+@pytest.mark.parametrize("width", [32, 256])
+def test_feature_rows_compile_without_spills(name, capability, dtype, width):
+    x, mask = torch.zeros(2, 400, 3, width, dtype=dtype), torch.zeros(2, 400, dtype=torch.bool)
+    args = (x, mask, torch.zeros(2, 400, 3), name, 0.5, 1.0)
+    with caught(f"sm{capability}", feature_rows) as launches:
+        out = feature_rows.fwd(*args)
+        feature_rows.bwd(out, *args, 3)
+    assert compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability) == {"_forward", "_backward"}

@@ -6,6 +6,7 @@
 #include "channel_attention.h"
 #include "cluster_kmeans.h"
 #include "cluster_tokens.h"
+#include "feature_rows.h"
 #include "grid_sum.h"
 #include "linear_attention.h"
 #include "merge_tokens.h"
@@ -36,6 +37,7 @@ struct Kernels {
   // c [rows][columns] = a [rows][depth] b [depth][columns], columns a multiple of lanes: the ceiling that benchmarks measure
   void (*gemm_f32)(const float* a, const float* b, float* c, int32_t rows, int32_t columns, int32_t depth);
   ScanKernels scan_f32, scan_f64;
+  FeatureRowsKernels rows_f32, rows_f64;
   ChainKernels chain_f32, chain_f64;
   GridKernels grid_f32, grid_f64;
 };

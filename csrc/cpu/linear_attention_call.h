@@ -37,9 +37,6 @@ LinearMap as_map(const Tensor& t, int64_t axes, Dtype dtype, int64_t element) {
 }
 LinearMap as_map(const Tensor& t, int64_t axes = 7) { return as_map(t, axes, dtype_of(t, kOp), size_of(dtype_of(t, kOp))); }
 
-const std::vector<std::string> kFeatures = {"relu",          "elu1",         "identity", "leaky_relu",     "exp",            "softmax",
-                                            "silu_norm",     "sign",         "focused_width", "focused_head", "polar",     "hedgehog_joint",
-                                            "hedgehog_split", "hedgehog_exp", "favor",    "favor_relu",     "hash"};
 const std::vector<std::string> kDivisors = {"sum", "mean", "none", "max", "abs_max", "subtract"};
 template <typename Enum>
 Enum named(const std::vector<std::string>& names, const std::string& name, const char* sentence) {

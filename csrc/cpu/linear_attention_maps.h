@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "linear_attention.h"
@@ -13,6 +14,10 @@
 namespace vitkern {
 
 using OptTensor = std::optional<torch::stable::Tensor>;
+
+inline const std::vector<std::string> kFeatures = {"relu",          "elu1",         "identity", "leaky_relu",     "exp",            "softmax",
+                                            "silu_norm",     "sign",         "focused_width", "focused_head", "polar",     "hedgehog_joint",
+                                            "hedgehog_split", "hedgehog_exp", "favor",    "favor_relu",     "hash"};
 
 template <typename Acc>
 struct LinearPacks {

@@ -1,7 +1,7 @@
 """linear_attention where the weight of a key depends on its place: decays, causality and states.
 
-Features are made by PyTorch, the sums by chain_sum and grid_sum in time linear in the tokens. Where these have no kernel, and in
-the reference, they are sums over all pairs with the decays as a tensor.
+Features are made by feature_rows (those with parameters by PyTorch), the sums by chain_sum and grid_sum in time linear in the
+tokens. Where these have no kernel, and in the reference, they are sums over all pairs with the decays as a tensor.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern import decay as decays
-from vitkern.ops import _call, _checks, chain_sum, grid_sum
+from vitkern.ops import _call, _checks, chain_sum, feature_rows, grid_sum
 from vitkern.ops._attention_modifier_checks import fields
 from vitkern.ops._linear_lowering import NAME, Lowered, SoftmaxMap
 from vitkern.reference.linear_attention import mapped, normalize, sequences, turn, weighted
@@ -163,15 +163,13 @@ def _state(given: Any, block: int, lowered: Lowered) -> tuple[Tensor, Tensor, Te
 def attend(lowered: Lowered, placed: Placed, backend: str | None) -> tuple[Tensor, Any]:
     """The output as the op gives it, and the state where the call is causal."""
     acc = torch.promote_types(lowered.q.dtype, torch.float32)
-    q, k, v = (sequences(t.to(acc)) for t in (lowered.q, lowered.k, lowered.v))  # [S, N, heads, width]
     valid = None if lowered.key_mask is None else sequences(lowered.key_mask)  # [S, N]
-    weight = None if lowered.key_weight is None else sequences(lowered.key_weight.to(acc))  # [S, N, Hk]
-    a, b, v, _ = mapped(q, k, v, valid, weight, lowered.feature_map, lowered.rate, lowered.scale)
+    summed = _Sums(placed, lowered.cu_q, backend, sequences(lowered.q))
+    a, b, v = _rows(lowered, valid, acc, backend)  # [S, N, heads, width]
     group = a.shape[2] // b.shape[2]
     if group > 1:
         b, v = (t.repeat_interleave(group, 2) for t in (b, v))
     cos_q, sin_q, cos_k, sin_k = lowered.tables
-    summed = _Sums(placed, lowered.cu_q, backend, a)
     one = torch.ones_like(v[..., :1])  # [S, N, H, 1]
     start = [None if placed.state is None else t.to(acc) for t in placed.state or (None,) * 3]  # type: ignore[union-attr]
     for name, t in (("S", start[0]), ("z", start[1])):
@@ -200,6 +198,21 @@ def attend(lowered: Lowered, placed: Placed, backend: str | None) -> tuple[Tenso
     batch, rows, wy, columns, wx = lowered.q.shape[:5]
     out = out.unflatten(0, (batch, rows, columns)).unflatten(3, (wy, wx)).transpose(2, 3)
     return out, (s, z, total.expand(s.shape[:2]))
+
+
+def _rows(lowered: Lowered, valid: Tensor | None, acc: torch.dtype, backend: str | None) -> tuple[Tensor, ...]:
+    """The features of q and k, and v: 0 where no key is, in the dtype of the sums."""
+    q, k, v = (sequences(t) for t in (lowered.q, lowered.k, lowered.v))
+    weight = None if lowered.key_weight is None else sequences(lowered.key_weight)  # [S, N, Hk]
+    name, rate, scale = lowered.feature_map, lowered.rate, lowered.scale
+    if name == "softmax":  # that of the keys runs over the tokens
+        weight = None if weight is None else weight.to(acc)
+        return mapped(q.to(acc), k.to(acc), v.to(acc), valid, weight, name, rate, scale)[:3]
+    found = []
+    for x, *given in ((q, None, None, name, rate, scale), (k, valid, weight, name, rate, 1.0), (v, valid)):
+        same = given == [None, None, "identity", rate, 1.0] or given == [None]
+        found.append(x if same and x.dtype == acc else feature_rows.feature_rows(x, *given, backend=backend))
+    return tuple(found)
 
 
 def explanation(lowered: Lowered, placed: Placed, backend: str | None) -> _call.Found:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitkern.reference import linear_features
+from vitkern.reference.feature_rows import features
 
 NORMALIZERS = ("sum", "mean", "none", "max", "abs_max", "subtract")
 
@@ -214,24 +215,6 @@ def normalize(
         divisor = divisor.detach()
     zero = divisor == 0
     return (num / divisor.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
-
-
-def features(x: Tensor, name: str, rate: float) -> Tensor:
-    """phi(x) of x [S, N, H, D], for the softmax that of the queries."""
-    if name == "relu":
-        return x.relu()
-    if name == "elu1":
-        return x.relu() + x.clamp(max=0).exp()
-    if name == "leaky_relu":
-        return torch.nn.functional.leaky_relu(x)
-    if name == "exp":
-        return (rate * x).exp()
-    if name == "softmax":
-        return x.softmax(-1)
-    if name == "silu_norm":
-        y = torch.nn.functional.silu(x) + 0.5
-        return y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return x
 
 
 def turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, half: bool) -> Tensor:
