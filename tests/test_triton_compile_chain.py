@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton kernels of chain sums and of the features they take (see tests/test_triton_compile.py)."""
+"""Ahead-of-time compilation of the Triton kernels of chain sums and of the features they take (see test_triton_compile.py)."""
 
 import pytest
 import torch
