@@ -26,7 +26,7 @@ from vitkern import testing  # noqa: E402
 SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
     "window": ("window_attention", "window_attention_qkvpacked"),
     "attention": ("attention",),
-    "linear": ("linear_attention", "chain_sum", "grid_sum"),
+    "linear": ("linear_attention", "feature_rows", "chain_sum", "grid_sum"),
     "channel": ("channel_attention",),
     "scan": ("selective_scan",),
     "merge": (
