@@ -7,6 +7,8 @@ from torch.testing import assert_close
 
 import vitkern
 from vitkern import decay
+from vitkern.ops.chain_sum import chain_sum
+from vitkern.ops.feature_rows import feature_rows
 from vitkern.ops.grid_sum import LINKS
 from vitkern.reference.grid_sum import grid_links
 from vitkern.testing.oracle import assert_close_to_oracle
@@ -305,6 +307,25 @@ def test_hidden_keys_never_leak(draw):
     for d in decays(draw).values():
         assert vitkern.linear_attention(q, k, v, decay=d, key_mask=mask).isfinite().all()
     assert vitkern.linear_attention(q, k, v, causal=True, key_mask=mask).isfinite().all()
+
+
+def test_a_weight_that_is_not_finite_stays_with_its_token(draw):
+    x, weight = draw(1, 3, 1, 5).float().requires_grad_(), torch.tensor([torch.inf, 1.0, 2.0])[None, :, None]
+    grads = []
+    for part in (slice(None), slice(1, None)):
+        out = feature_rows(x[:, part], None, weight[:, part], "silu_norm")
+        grads.append(torch.autograd.grad(out.sum(), x)[0][:, 1:])
+    assert torch.equal(*grads) and grads[0].isfinite().all()
+
+
+@pytest.mark.parametrize("spoilt", ["a", "b", "c"])
+def test_what_is_not_finite_stays_in_its_sequence(draw, spoilt):
+    fields = {name: draw(1, 5, 1, 4) for name in "abc"}
+    fields[spoilt][:, 2] = torch.inf
+    out, last = chain_sum(**fields, cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32))
+    alone, end = chain_sum(*(fields[name][:, 3:] for name in "abc"))
+    assert_close(out[:, 3:], alone)
+    assert_close(last[1:], end)
 
 
 def test_the_gradient_of_links_is_that_of_the_pairs_that_cross_them(draw):
