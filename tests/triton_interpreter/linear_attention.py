@@ -53,7 +53,7 @@ def test_many_parts_and_tiles(monkeypatch):
 
 def test_what_has_no_kernel_is_refused():
     q = torch.zeros(1, 1, 1, 1, 5, 2, 129)
-    args = (q, q, q, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+    args = (q, q, q, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False, False)
     assert kernels.supported(*args) == ["heads of float32 may have 128 channels, q has 129"]
     check(registry.make(1, 1, (5,), d=129, dv=3), HALF)
 
