@@ -313,7 +313,8 @@ linear_attention_bwd(
   else if (dq && dq->numel()) std::memset(dq->mutable_data_ptr(), 0, size_t(dq->numel() * size_of(p.q.dtype)));
   if (by_pairs) {
     if (dout) c.over_heads(c.kernels->pair_grads);
-    else for (const OptTensor* t : {&dk, &dv, &dweight}) if (*t && (*t)->numel()) std::memset((*t)->mutable_data_ptr(), 0, size_t((*t)->numel() * size_of(dtype_of(**t, kOp))));
+    for (const OptTensor* t : {&dk, &dv, &dweight})
+      if (!dout && *t && (*t)->numel()) std::memset((*t)->mutable_data_ptr(), 0, size_t((*t)->numel() * size_of(dtype_of(**t, kOp))));
     return {dq, dk, dv, dweight, {}, {}, {}, {}, {}, {}, {}};
   }
   check(state.is_contiguous() && kept.is_contiguous(), kOp, "what the forward saved must be contiguous");

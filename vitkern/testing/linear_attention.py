@@ -256,6 +256,10 @@ def by_pairs() -> list[Call]:
         make(31, 2, (5,), name="leaky_relu", normalizer="none", offset=0.5, masked=True, rope="half before"),
         make(32, 1, (70,), (66,), heads=2, kv_heads=1, d=104, dv=112, name="elu1", masked=True, layout="channels"),
         make(33, 1, (1,), (20,), heads=3, name=None, preset="retnet", expanded_gradient=True),
+        make(
+            36, 2, (8, 9), heads=4, kv_heads=2, d=16, dv=12, window_size=(2, 3), masked=True, weight="heads", offset=0.5
+        ),
+        make(37, 16, (4,), heads=3, d=9, dv=11, name="silu_norm", normalizer="subtract", layout="packed"),
     ]
 
 
