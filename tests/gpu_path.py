@@ -68,6 +68,14 @@ def tokens_on_gpu(gpu: str) -> Iterator[None]:
         """Maps with parameters: the definition makes them, no GPU kernel does."""
         return backend == "reference" and fused(lowered, custom, placed, backend)
 
+    by_pairs = linear_file._linear_pairs.chosen
+
+    def in_pairs(lowered: Any, backend: str | None) -> bool:
+        """Few tokens: CUDA C++ takes states alone, Triton what it can."""
+        args = replace(lowered, pairs=True).args
+        able = backend == "reference" or (gpu == "triton" and not linear_file.GPU.triton_refusals(args))
+        return able and by_pairs(lowered, backend)
+
     with ExitStack() as patches:
         for kind in (Op, PlainOp):
             patches.enter_context(mock.patch.object(kind, "overload", overload))
@@ -75,6 +83,7 @@ def tokens_on_gpu(gpu: str) -> Iterator[None]:
             (_call, "run", run),
             (_call, "reasons", reasons),
             (linear_file, "_fused", in_the_op),
+            (linear_file._linear_pairs, "chosen", in_pairs),
         ):
             patches.enter_context(mock.patch.object(module, name, made))
         yield

@@ -78,10 +78,10 @@ def test_runs_come_from_the_shape_alone():
 
 
 def test_what_the_kernels_do_not_serve_is_refused(kernels):
-    def reasons(q, k=None, v=None, weight=None, cos=None, name="relu"):
+    def reasons(q, k=None, v=None, weight=None, cos=None, name="relu", pairs=False):
         args = (q, q if k is None else k, q if v is None else v, None, weight, cos, cos, cos, cos, *(None,) * 5, name)
         with kernels.active():
-            return _linear_gpu.refusals((*args, 0.0, "sum", 1e-6, 1.0, 0.0, False, False))
+            return _linear_gpu.refusals((*args, 0.0, "sum", 1e-6, 1.0, 0.0, False, False, pairs))
 
     q = torch.zeros(1, 1, 1, 1, 5, 2, 16, dtype=torch.bfloat16)
     wide = q.repeat_interleave(9, -1)
@@ -94,19 +94,20 @@ def test_what_the_kernels_do_not_serve_is_refused(kernels):
         (reasons(q, name="softmax"), "must be one of relu, .* silu_norm, it is softmax"),
         (reasons(q, cos=q), "rope must be applied before the feature map"),
         (reasons(q, weight=q[..., 0].double()), "key_weight must not be float64"),
+        (reasons(q, pairs=True), "sums over all pairs are for the other back-ends"),
     ):
         assert re.search(words, reason)
     with pytest.raises(ValueError, match="cuda: the tensors are on cpu"):
         vitkern.linear_attention(q[0, 0, 0], q[0, 0, 0], q[0, 0, 0], backend="cuda")
     with kernels.active(), tokens_on_gpu("cuda"), pytest.raises(RuntimeError, match="multiples of 8 up to 128"):
         x = q[..., :12]
-        _linear_gpu.forward(x, x, x, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+        _linear_gpu.forward(x, x, x, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False, False)
     assert OP.gpu.cuda is not None and _cuda.ops is torch.ops.vitkern
 
 
 def test_bounds_beyond_the_tokens_stay_within_them(kernels):
     x = torch.randn(1, 1, 1, 1, 20, 1, 8).bfloat16()
-    rest = ("relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+    rest = ("relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False, False)
     found = []
     with kernels.active():
         for bounds in ([0, 7, 20], [-3, 7, 2**31 - 1]):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from agreement import agree
 from linear_cases import heads, mixed, weights
 from memory import grown
@@ -13,6 +14,8 @@ from torch import nn
 import vitkern
 from vitkern import feature_map as maps
 from vitkern import testing
+from vitkern.ops import _linear_pairs
+from vitkern.ops._linear_lowering import lower
 from vitkern.testing import assert_close_to_oracle
 
 BACKENDS = ["reference", *testing.backends()]
@@ -129,6 +132,74 @@ def test_overflow_of_an_unnormalised_sum_is_honest(backend):
     q = torch.full((1, 4096, 1, 8), 4.0).half()
     out = vitkern.linear_attention(q, q, q, normalizer="none", backend=backend)
     assert out.isposinf().all()
+
+
+def turned(n):
+    return vitkern.Rope(torch.ones(1, n, 1, 2), torch.zeros(1, n, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "pairs"),
+    [
+        ((7, 7, 1), {}, True),
+        ((8, 8, 1), {}, False),  # as many products as by a state
+        ((3, 7, 2), {}, True),
+        ((5, 7, 2), {}, False),  # two heads of q for each of k: ten queries
+        ((1, 256, 1), {}, True),
+        ((1, 257, 1), {}, False),
+        ((5, 5, 1), {"feature_map": "softmax"}, False),
+        ((5, 5, 1), {"rope": turned(5)}, False),
+        ((5, 5, 1), {"rope": turned(5), "rope_order": "before"}, True),
+        ((30, 30, 1), {"window_size": 5}, True),
+    ],
+)
+def test_the_shape_chooses_the_order_of_the_sums(shape, options, pairs):
+    queries, keys, group = shape
+    q, k = torch.randn(2, queries, group, 8), torch.randn(2, keys, 1, 8)
+    assert _linear_pairs.chosen(lower(q, k, k, **options)[0], None) is pairs
+
+
+@ON
+@pytest.mark.parametrize("normalizer", ["sum", "mean", "none", "max", "abs_max", "subtract"])
+def test_both_orders_of_the_sums_give_the_same(backend, normalizer):
+    q, k, v = heads(n=7)
+    options = {"feature_map": "elu1", "normalizer": normalizer, "offset": 0.5, "backend": backend}
+    by_state, _ = vitkern.linear_attention(q, k, v, return_state=True, **options)
+    by_pairs = vitkern.linear_attention(q, k, v, **options)
+    torch.testing.assert_close(by_pairs, by_state)
+    weight = torch.randn_like(v)
+    for a, b in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (by_pairs, by_state)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@ON
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0)])
+def test_no_queries_or_no_keys(backend, queries, keys):
+    q, k = (torch.randn(1, n, 2, 8, requires_grad=True) for n in (queries, keys))
+    out = vitkern.linear_attention(q, k, k, normalizer="subtract", backend=backend)
+    assert out.shape == q.shape and (out == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k)))
+
+
+def test_a_graph_for_any_number_of_tokens_is_compiled_once():
+    """Few tokens take the state there; a graph for few tokens alone does not."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(_Twice(), backend=counter, fullgraph=True, dynamic=True)
+    compiled(torch.randn(2, 5, 2, 8))
+    once = counter.frame_count
+    for n in (20, 7, 300):
+        q = torch.randn(2, n, 2, 8)
+        torch.testing.assert_close(compiled(q), _Twice()(q))
+    assert counter.frame_count == once
+    torch._dynamo.reset()
+    q = torch.randn(2, 5, 2, 8)
+    program = torch.export.export(_Twice(), (q,), strict=False)
+    call = next(n for n in program.graph.nodes if "linear_attention" in str(n.target))
+    assert call.args[22] is True
+    tokens = torch.export.Dim("tokens", min=2, max=500)
+    program = torch.export.export(_Twice(), (q,), dynamic_shapes=({1: tokens},), strict=False)
+    torch.testing.assert_close(program.module()(q), _Twice()(q))
 
 
 def test_peak_memory_is_linear_in_the_tokens():

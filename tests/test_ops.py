@@ -85,7 +85,7 @@ def test_results_are_bitwise_equal_in_every_run_and_with_any_number_of_threads(e
 @pytest.mark.parametrize("backend", ["reference", *testing.backends()])
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.gradient], ids=lambda e: e.name)
 def test_gradcheck_and_double_backward_in_float64(entry, backend):
-    for call in entry.small()[:7]:
+    for call in [*entry.small()[:7], *entry.derived()]:
         if "dropout" in str(call) and backend == "reference":
             continue  # the same code path as without
         tensors = call.leaves(torch.float64, grad=True)

@@ -45,6 +45,7 @@ class Call(NamedTuple):
     offset: float
     half: bool
     detach: bool
+    pairs: bool
 
 
 @triton.jit

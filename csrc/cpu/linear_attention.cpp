@@ -18,7 +18,8 @@ namespace {
 #define VITKERN_LINEAR_ARGUMENTS                                                                                                     \
   Tensor q, Tensor k, Tensor v, OptTensor key_mask, OptTensor key_weight, OptTensor cos_q, OptTensor sin_q, OptTensor cos_k,          \
       OptTensor sin_k, OptTensor cu_q, OptTensor cu_k, OptTensor map0, OptTensor map1, OptTensor map2, std::string feature_map,       \
-      double rate, std::string normalizer, double eps, double scale, double offset, bool half, bool detach, std::string /*gpu*/
+      double rate, std::string normalizer, double eps, double scale, double offset, bool half, bool detach, bool by_pairs,                 \
+      std::string /*gpu*/
 #define VITKERN_LINEAR_OPTIONS                                                                                                      \
   {q,    k,    v,           key_mask, key_weight, cos_q, sin_q, cos_k,  sin_k, cu_q,  cu_k,                                           \
    map0, map1, map2,        feature_map, rate,    normalizer, eps, scale, offset, half, detach}
@@ -115,13 +116,13 @@ struct Run {
     return ((s * p.kv_heads + head) * (p.depth + 1) + f) * (p.width + 1) + e;
   }
 
-  // Of "polar", whose second half of the channels of v takes the halves of the features exchanged: the rows of S in these channels, and z
-  // once more. With `back` the gradients of both come home.
+  // Of "polar", whose second half of the channels of v takes the halves of the features exchanged: the rows of S in these channels (unless
+  // the features are turned once exchanged), and z once more. With `back` the gradients of both come home.
   void exchange(Acc* whole, bool back) const {
     if (p.feature != Feature::polar) return;
     const int64_t half = p.depth / 2;
     Acc *z = whole + place(0, p.width), *exchanged = whole + place(p.depth, p.width) + 1;
-    for (int64_t f = 0; f < half; ++f)
+    for (int64_t f = 0; f < half && !p.pairs; ++f)
       for (int64_t e = p.width / 2; e < p.width; ++e) std::swap(whole[place(f, e)], whole[place(f + half, e)]);
     for (int64_t f = 0; f < p.depth; ++f) {
       if (back) z[f] += exchanged[(f + half) % p.depth];
@@ -288,6 +289,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(VITKERN_LINEAR_ARGUMENTS
   Tensor state = new_tensor({p.sequences, p.kv_heads, p.depth + 1, p.width + 1}, acc);
   Tensor kept = new_tensor({p.sequences, p.kv_heads, p.feature == Feature::softmax ? p.depth : p.kept_size}, acc);
   p.out = as_map(out);
+  if (by_pairs) {
+    c.over_heads(c.kernels->pairs);
+    return {out, new_tensor({p.sequences, p.kv_heads, 0, 0}, acc), new_tensor({p.sequences, p.kv_heads, 0}, acc)};
+  }
   if (c.wide) Run<double>(c, given).forward(state, kept);
   else Run<float>(c, given).forward(state, kept);
   return {out, state, kept};
@@ -306,6 +311,12 @@ linear_attention_bwd(
   if (need & 8 && key_weight) p.dweight = as_map(*(dweight = new_tensor(sizes_of(k, 6), p.weight.dtype)), 6);
   if (dout) p.dout = as_map(*dout);
   else if (dq && dq->numel()) std::memset(dq->mutable_data_ptr(), 0, size_t(dq->numel() * size_of(p.q.dtype)));
+  if (by_pairs) {
+    if (dout) c.over_heads(c.kernels->pair_grads);
+    for (const OptTensor* t : {&dk, &dv, &dweight})
+      if (!dout && *t && (*t)->numel()) std::memset((*t)->mutable_data_ptr(), 0, size_t((*t)->numel() * size_of(dtype_of(**t, kOp))));
+    return {dq, dk, dv, dweight, {}, {}, {}, {}, {}, {}, {}};
+  }
   check(state.is_contiguous() && kept.is_contiguous(), kOp, "what the forward saved must be contiguous");
   if (dstate && !dstate->is_contiguous()) dstate = torch::stable::contiguous(*dstate);
   std::vector<OptTensor> tables(4), parameters(3);

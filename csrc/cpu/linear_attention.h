@@ -40,7 +40,7 @@ struct LinearParameters {
 // Acc below is float, or double for double tensors. The sums of one sequence and key head, a *state*, are
 //   S [depth][width_pad]   z [depth_pad]   V [width_pad]   n [1], in all state_size numbers,
 // and of "polar" z with its halves exchanged [depth_pad], what the second half of the channels of v is divided by: where queries read
-// the state, the rows of S are exchanged in these channels too.
+// the state, the rows of S are exchanged in these channels too, but with a rotation, which comes after the exchange.
 struct LinearProblem {
   LinearMap q, k, v, weight, out, dout, dq, dk, dv, dweight;
   LinearMap mask;               // bool
@@ -92,6 +92,11 @@ struct LinearKernels {
   // across: of dS
   void (*key_grads)(const LinearProblem& p, const LinearSequence& s, int32_t first, int32_t last, const void* kept, const void* shift,
                     const void* dstates, const void* across, void* sums, void* spread, void* scratch);
+  // Without states, by all pairs of a sequence's queries and keys: key heads [first, last), so many as pair_heads says. Scratch of pair_bytes(p).
+  int32_t (*pair_heads)(const LinearProblem& p);
+  int64_t (*pair_bytes)(const LinearProblem& p);
+  void (*pairs)(const LinearProblem& p, const LinearSequence& s, int32_t first, int32_t last, void* scratch);
+  void (*pair_grads)(const LinearProblem& p, const LinearSequence& s, int32_t first, int32_t last, void* scratch);
 };
 
 }  // namespace vitkern

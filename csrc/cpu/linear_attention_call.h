@@ -123,7 +123,6 @@ struct LinearCall {
     if (!a.cos_q) return;
     check(bool(a.sin_q) && bool(a.cos_k) && bool(a.sin_k), kOp, "the four tables of rope come together");
     p.pairs = int32_t(a.cos_q->size(3));
-    check(p.feature != Feature::polar, kOp, "the features of polar are not rotated");
     check(2 * p.pairs <= p.depth, kOp, "rope turns at most all channels");
     const auto table = [&](const Tensor& t, int64_t tokens, int64_t heads) {
       check(t.dim() == 4 && dtype_of(t, kOp) == (wide ? Dtype::f64 : Dtype::f32) && t.size(3) == p.pairs &&
@@ -147,6 +146,20 @@ struct LinearCall {
     }
   }
 
+  // body(problem, sequence, first and last key head, scratch) for all units that few tokens are cut in.
+  template <typename Body>
+  void over_heads(Body body) const {
+    check(p.feature < Feature::focused_width && p.feature != Feature::softmax && !p.pairs && !p.cu_q, kOp,
+          "all pairs are taken of maps without parameters, neither packed nor rotated");
+    const int64_t bytes = kernels->pair_bytes(p), heads = kernels->pair_heads(p), units = p.kv_heads / heads;
+    torch::stable::parallel_for(0, p.sequences * units, 1, [&](int64_t first, int64_t last) {
+      Scratch scratch(bytes);
+      for (; first < last; ++first) {
+        const int64_t head = first % units * heads;
+        body(p, sequences[size_t(first / units)], int32_t(head), int32_t(head + heads), scratch.data());
+      }
+    });
+  }
   // body(sequence, first, last, number of the part, scratch) for all parts of all sequences.
   template <typename Body>
   void over(const std::vector<int64_t>& parts, bool of_keys, Body body) const {

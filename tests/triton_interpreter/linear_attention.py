@@ -14,6 +14,7 @@ import vitkern
 from vitkern import testing
 from vitkern.testing import linear_attention as registry
 from vitkern.triton_kernels import linear_attention as kernels
+from vitkern.triton_kernels import linear_pairs as pairs
 
 ENTRY = testing.entries()["linear_attention"]
 HALF, FULL = torch.float16, torch.float32  # the interpreter cannot multiply bfloat16
@@ -30,7 +31,7 @@ def test_small_calls(call):
     check(call)
 
 
-@pytest.mark.parametrize("call", SMALL[:4], ids=lambda c: str(c.seed))
+@pytest.mark.parametrize("call", [*SMALL[:4], *registry.by_pairs()[-4:]], ids=lambda c: str(c.seed))
 def test_small_calls_in_float16(call):
     check(call, HALF)
 
@@ -51,9 +52,19 @@ def test_many_parts_and_tiles(monkeypatch):
         )
 
 
+def test_few_tokens_of_several_tiles(monkeypatch):
+    """All pairs are taken of no call with wider heads in float32: that one makes a state."""
+    seen = []
+    launch = pairs.told
+    monkeypatch.setattr(pairs, "told", lambda call, backward: seen.append(call.v.shape[6]) or launch(call, backward))
+    for width in (64, 72):
+        check(registry.make(2, 1, (40,), (38,), heads=2, kv_heads=1, d=64, dv=width, masked=True, weight="heads", name="elu1"))
+    assert set(seen) == {64}
+
+
 def test_what_has_no_kernel_is_refused():
     q = torch.zeros(1, 1, 1, 1, 5, 2, 129)
-    args = (q, q, q, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+    args = (q, q, q, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False, False)
     assert kernels.supported(*args) == ["heads of float32 may have 128 channels, q has 129"]
     check(registry.make(1, 1, (5,), d=129, dv=3), HALF)
 

@@ -32,8 +32,8 @@ WAVE = 132  # blocks: one for each of the multiprocessors of a large GPU
 def refusals(args: tuple[Any, ...]) -> list[str]:
     """The limits of csrc/cuda/linear_attention.cu, each as a sentence where this call is beyond it."""
     q, k, v, _, weight, cos = args[:6]
-    feature_map = args[14]
-    reasons = []
+    feature_map, pairs = args[14], args[PAIRS]
+    reasons = ["sums over all pairs are for the other back-ends"] if pairs else []
     if q.dtype not in DTYPES or v.dtype != q.dtype:
         reasons.append(f"the dtype must be bfloat16 or float16, that of q is {q.dtype}, that of v {v.dtype}")
     for name, t in (("q and k", q), ("v", v)):
@@ -87,6 +87,7 @@ class _Call:
     offset: float
     half: bool
     detach: bool
+    pairs: bool
 
     @property
     def sequences(self) -> int:
@@ -147,10 +148,33 @@ def backward(
     return dq, dk, dv, None if dweight is None or weight is None else dweight.to(weight.dtype), *(None,) * 7
 
 
-def triton() -> Any:
-    from vitkern.triton_kernels import linear_attention as kernels
+PAIRS = 22  # the place of `pairs` among the arguments
 
-    return kernels
+
+def triton() -> Any:
+    from vitkern.triton_kernels import linear_attention, linear_pairs
+
+    return Forms(linear_attention, linear_pairs)
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Triton modules, by states and by all pairs: the argument `pairs` chooses."""
+
+    states: Any
+    pairs: Any
+
+    def of(self, pairs: bool) -> Any:
+        return self.pairs if pairs else self.states
+
+    def supported(self, *args: Any) -> list[str]:
+        return self.of(args[PAIRS]).supported(*args)
+
+    def fwd(self, *args: Any) -> tuple[Tensor, ...]:
+        return self.of(args[PAIRS]).fwd(*args)
+
+    def bwd(self, *args: Any) -> tuple[Tensor | None, ...]:
+        return self.of(args[-2]).bwd(*args)
 
 
 GPU = Gpu(triton, Cuda(refusals, forward, backward))

@@ -39,6 +39,7 @@ class Lowered:
     half: bool
     detach: bool
     shape: tuple[int, ...]  # of the output but its last axis
+    pairs: bool = False  # by all pairs of queries and keys, without a state
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -55,7 +56,7 @@ class Lowered:
             *self.parameters,
         )
         options = (self.feature_map, self.rate, self.normalizer, self.eps, self.scale, self.offset, self.half)
-        return (*own, *options, self.detach)
+        return (*own, *options, self.detach, self.pairs)
 
 
 def lower(

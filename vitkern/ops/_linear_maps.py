@@ -13,10 +13,9 @@ from vitkern.reference.linear_attention import sequences
 
 
 def fused(lowered: Lowered, custom: Any) -> bool:
-    """Puts the parameters of `custom` among the arguments of the op; False if the op does not make its features
-    (those of "polar" are exchanged before they are rotated)."""
+    """Puts the parameters of `custom` among the arguments of the op; False if the op does not make its features."""
     found = _lowered(custom, lowered.q.shape[5], lowered.q.shape[6])
-    if found is None or (found[0] == "polar" and lowered.tables[0] is not None):
+    if found is None:
         return False
     lowered.feature_map, lowered.rate, parameters = found
     wide = torch.promote_types(lowered.q.dtype, torch.float32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.feature_map import Polar
-from vitkern.ops import _call, _linear_decay
+from vitkern.ops import _call, _linear_decay, _linear_pairs
 from vitkern.ops._linear_gpu import GPU
 from vitkern.ops._linear_lowering import NAME, Lowered, lower
 from vitkern.ops._linear_maps import apply_map, fused
@@ -46,7 +46,8 @@ def linear_attention(
 
         o_i = phi(q_i)^T S / (phi(q_i)^T z + eps),   S = sum_j phi(k_j) v_j^T,   z = sum_j phi(k_j)
 
-    float32 inside (float64 for float64), rounded once; no map of scores and no copy of q, k, v is made. With `decay` or `causal`
+    float32 inside (float64 for float64), rounded once; no map of scores and no copy of q, k, v is made. So few tokens that all pairs
+    take fewer products are summed as ``(phi(q) phi(k)^T) v``: the shape alone chooses. With `decay` or `causal`
     the features exist in float32, and short calls that want gradients sum over all pairs; `explain` tells.
 
     Args:
@@ -92,28 +93,30 @@ def linear_attention(
     _check_lepe(lepe, q, v)
     if isinstance(custom, Polar) and (return_state or initial_state is not None):
         raise NotImplementedError(f"{NAME}: return_state must be False with feature_map.Polar, which has two states")
-    out, state = _run(lowered, custom, placed, backend)
+    out, state = _run(lowered, custom, placed, return_state, backend)
     if lepe is not None:
         values = v.to(out.dtype).flatten(1, -3)
         out = (out.flatten(1, -3) + lepe.of(values).repeat_interleave(q.shape[-2] // k.shape[-2], 2)).reshape(out.shape)
     return (out, state) if return_state else out
 
 
-def _run(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, backend: str | None) -> tuple[Tensor, Any]:
+def _run(
+    lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, return_state: bool, backend: str | None
+) -> tuple[Tensor, Any]:
     device = lowered.q.device.type
     if torch.is_autocast_enabled(device):
         if lowered.q.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             lowered.q, lowered.k, lowered.v = (t.to(dtype) for t in (lowered.q, lowered.k, lowered.v))
         with torch.autocast(device, enabled=False):
-            return _run(lowered, custom, placed, backend)
+            return _run(lowered, custom, placed, return_state, backend)
     wide = torch.promote_types(lowered.q.dtype, torch.float32)
     halves = False
     if custom is not None and not _fused(lowered, custom, placed, backend):
         apply_map(lowered, custom)
         halves = isinstance(custom, Polar)
     lowered.tables = tuple(None if t is None else t.to(wide) for t in lowered.tables)  # type: ignore[assignment]
-    out, state = (_two_halves if halves else _one)(lowered, placed, backend)
+    out, state = (_two_halves if halves else _one)(lowered, placed, return_state, backend)
     return out.reshape(*lowered.shape, out.shape[-1]), state
 
 
@@ -124,14 +127,19 @@ def _fused(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, b
     return fused(lowered, custom)
 
 
-def _one(lowered: Lowered, placed: _linear_decay.Placed | None, backend: str | None) -> tuple[Tensor, Any]:
+def _one(
+    lowered: Lowered, placed: _linear_decay.Placed | None, return_state: bool, backend: str | None
+) -> tuple[Tensor, Any]:
     if placed is not None:
         return _linear_decay.attend(lowered, placed, backend)
+    lowered.pairs = not return_state and _linear_pairs.chosen(lowered, backend)
     out, state, _ = _call.run(OP, lowered.args, backend)
-    return out, (state[..., :-1, :-1], state[..., :-1, -1], state[..., -1, -1])
+    return out, None if lowered.pairs else (state[..., :-1, :-1], state[..., :-1, -1], state[..., -1, -1])
 
 
-def _two_halves(lowered: Lowered, placed: _linear_decay.Placed | None, backend: str | None) -> tuple[Tensor, Any]:
+def _two_halves(
+    lowered: Lowered, placed: _linear_decay.Placed | None, return_state: bool, backend: str | None
+) -> tuple[Tensor, Any]:
     """PolaFormer: the halves of the features of q exchanged for the second half of v's channels."""
     q, v = lowered.q, lowered.v
     width, features = v.shape[-1] // 2, q.shape[-1] // 2
@@ -141,7 +149,7 @@ def _two_halves(lowered: Lowered, placed: _linear_decay.Placed | None, backend: 
         (torch.cat((q[..., features:], q[..., :features]), -1), v[..., width:]),
     ):
         lowered.q, lowered.v = queries, values
-        found.append(_one(lowered, placed, backend)[0])
+        found.append(_one(lowered, placed, return_state, backend)[0])
     return torch.cat(found, -1), None
 
 
@@ -158,12 +166,11 @@ def _check_lepe(lepe: Any, q: Tensor, v: Tensor) -> None:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     acc = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
-    cu, map0, map1, feature_map = rest[6], rest[8], rest[9], rest[11]
+    cu, map0, map1, feature_map, pairs = rest[6], rest[8], rest[9], rest[11], rest[19]
     count = q.shape[0] * q.shape[1] * q.shape[3] if cu is None else q.shape[0] * (cu.shape[0] - 1)
     heads, width, channels = k.shape[5], k.shape[6], v.shape[6]
-    state = q.new_empty(
-        (count, heads, linear_features.width(feature_map, width, map0, map1) + 1, channels + 1), dtype=acc
-    )
+    sums = (0, 0) if pairs else (linear_features.width(feature_map, width, map0, map1) + 1, channels + 1)
+    state = q.new_empty((count, heads, *sums), dtype=acc)
     kept = q.new_empty((count, heads, linear_features.kept_width(feature_map, width)), dtype=acc)
     return v.new_empty((*q.shape[:6], channels)), state, kept
 
@@ -186,6 +193,7 @@ def _explain(
         return _linear_decay.explanation(lowered, placed, backend)
     if custom is not None:
         _fused(lowered, custom, placed, backend)
+    lowered.pairs = not return_state and _linear_pairs.chosen(lowered, backend)
     return _call.explanation(NAME, OP, lowered.args, backend)
 
 
@@ -193,7 +201,8 @@ OP = Op(
     NAME,
     ("Tensor q", "Tensor k", "Tensor v", "Tensor? key_mask", "Tensor? key_weight", "Tensor? cos_q", "Tensor? sin_q",
      "Tensor? cos_k", "Tensor? sin_k", "Tensor? cu_q", "Tensor? cu_k", "Tensor? map0", "Tensor? map1", "Tensor? map2"),
-    "str feature_map, float rate, str normalizer, float eps, float scale, float offset, bool half, bool detach, str gpu",
+    "str feature_map, float rate, str normalizer, float eps, float scale, float offset, bool half, bool detach, bool pairs, "
+    "str gpu",
     differentiable=(0, 1, 2, 4, 5, 6, 7, 8, 11, 12, 13),
     batched=5,
     definition=definition,

@@ -41,14 +41,15 @@ def linear_attention(
     offset: float,
     half: bool,  # layout of the rotation: channels i and i + R/2, else 2i and 2i + 1
     detach: bool,  # of "abs_max": the divisor gets no gradient
+    pairs: bool,  # num_i = sum_j <a~_i, b~_j> v_j and den_i = sum_j <a_i, b_j>, without S and z
     gpu: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``out`` like q of width E; ``state [S, Hk, F + 1, E + 1]``, S z over V n; ``kept [S, Hk, K]``, what the map rests on of all
-    tokens: of "softmax" for each channel the log of the sum of the exponentials of its keys, of "favor" the largest key, of
-    "hash" the spreads of q and of k."""
+    """``out`` like q of width E; ``state [S, Hk, F + 1, E + 1]``, S z over V n (with `pairs` [S, Hk, 0, 0]); ``kept [S, Hk, K]``,
+    what the map rests on of all tokens: of "softmax" for each channel the log of the sum of the exponentials of its keys, of
+    "favor" the largest key, of "hash" the spreads of q and of k."""
     acc = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     parameters = tuple(None if t is None else t.to(acc) for t in (map0, map1, map2))
-    rest = (parameters, feature_map, rate, normalizer, eps, scale, offset, half, detach)
+    rest = (parameters, feature_map, rate, normalizer, eps, scale, offset, half, detach, pairs)
     used = torch.ones_like(k[..., 0, 0], dtype=torch.bool) if key_mask is None else key_mask  # [B, Wy, ky, Wx, kx]
     parts = [sequences(t.to(acc)) for t in (q, k, v)]  # [S, N, heads, width]
     valid = sequences(used)  # [S, Nk]
@@ -98,27 +99,41 @@ def one(
     offset: float,
     half: bool,
     detach: bool,
+    pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, b, v, kept = mapped(q, k, v, valid, weight, feature_map, rate, scale, parameters)
     turned_a, turned_b = turn(a, cos_q, sin_q, half), turn(b, cos_k, sin_k, half)  # [S, N, heads, F]
-    s = torch.einsum("snhf,snhe->shfe", turned_b, v)  # [S, Hk, F, E]
-    z, total, n = b.sum(1), v.sum(1), valid.sum(1).to(k.dtype)  # [S, Hk, F], [S, Hk, E], [S]
+    total, n = v.sum(1), valid.sum(1).to(k.dtype)  # [S, Hk, E], [S]
     group = q.shape[2] // k.shape[2]
+    values = total.repeat_interleave(group, 1)[:, None]  # [S, 1, H, E]
+    count = n[:, None, None, None]  # [S, 1, 1, 1]
+    if pairs:
+        scores = _scores(a, b)  # [S, H, Nq, Nk]
+        weights = scores if cos_q is None else _scores(turned_a, turned_b)  # [S, H, Nq, Nk]
+        num = torch.einsum("shnm,smhe->snhe", weights, v.repeat_interleave(group, 2))  # [S, Nq, H, E]
+        den = scores.sum(3).mT[..., None]  # [S, Nq, H, 1]
+        out = normalize(num + offset * values, den + offset * count, values, count, normalizer, eps, detach)
+        return out, a.new_empty((*total.shape[:2], 0, 0)), kept
+    s = torch.einsum("snhf,snhe->shfe", turned_b, v)  # [S, Hk, F, E]
+    z = b.sum(1)  # [S, Hk, F]
     sums, each = s.repeat_interleave(group, 1), z.repeat_interleave(group, 1)  # [S, H, F, E], [S, H, F]
     num = torch.einsum("snhf,shfe->snhe", turned_a, sums)  # [S, Nq, H, E]
     den = torch.einsum("snhf,shf->snh", a, each)[..., None]  # [S, Nq, H, 1]
     if feature_map == "polar":  # the second half of the channels of v takes the halves of q's features exchanged
         half_e, half_f = v.shape[3] // 2, a.shape[3] // 2
-        num_b = torch.einsum("snhf,shfe->snhe", turned_a.roll(half_f, 3), sums[..., half_e:])  # [S, Nq, H, E - E // 2]
+        turned_a = turn(a.roll(half_f, 3), cos_q, sin_q, half)  # [S, Nq, H, F]
+        num_b = torch.einsum("snhf,shfe->snhe", turned_a, sums[..., half_e:])  # [S, Nq, H, E - E // 2]
         den_b = torch.einsum("snhf,shf->snh", a.roll(half_f, 3), each)[..., None]  # [S, Nq, H, 1]
         num = torch.cat((num[..., :half_e], num_b), 3)  # [S, Nq, H, E]
         den = torch.cat((den.expand_as(num[..., :half_e]), den_b.expand_as(num_b)), 3)  # [S, Nq, H, E]
-    values = total.repeat_interleave(group, 1)[:, None]  # [S, 1, H, E]
-    count = n[:, None, None, None]  # [S, 1, 1, 1]
     out = normalize(num + offset * values, den + offset * count, values, count, normalizer, eps, detach)
     last = torch.cat((total, n[:, None, None].expand(-1, k.shape[2], 1)), -1)  # [S, Hk, E + 1]
     state = torch.cat((torch.cat((s, z[..., None]), -1), last[:, :, None]), 2)  # [S, Hk, F + 1, E + 1]
     return out, state, kept
+
+
+def _scores(a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("snhf,smhf->shnm", a, b.repeat_interleave(a.shape[2] // b.shape[2], 2))  # [S, H, Nq, Nk]
 
 
 def mapped(

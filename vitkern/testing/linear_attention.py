@@ -206,9 +206,9 @@ def small() -> list[Call]:
         make(1, 2, (9,), masked=True, return_state=True),
         make(2, 2, (5,), (7,), heads=4, kv_heads=2, d=5, dv=3, name="elu1", normalizer="mean", weight="heads"),
         make(3, 2, (6,), name="softmax", normalizer="none", masked=True, scale=0.5, layout="packed"),
-        make(4, 2, (6,), name="identity", normalizer="subtract", masked=True, layout="heads"),
+        make(4, 2, (6,), name="identity", normalizer="subtract", masked=True, layout="heads", return_state=True),
         make(5, 2, (4, 6), name="elu1", rope="interleaved after", normalizer="mean", window_size=None),
-        make(6, 2, (4, 6), name="silu_norm", window_size=(2, 3), offset=0.5, layout="channels"),
+        make(6, 2, (4, 6), name="silu_norm", window_size=(2, 3), offset=0.5, layout="channels", return_state=True),
         make(
             7,
             1,
@@ -219,7 +219,7 @@ def small() -> list[Call]:
             weight="shared",
             return_state=True,
         ),
-        make(8, 2, (7,), name="leaky_relu", normalizer="abs_max", offset=0.5, eps=0.75),
+        make(8, 2, (7,), name="leaky_relu", normalizer="abs_max", offset=0.5, eps=0.75, return_state=True),
         make(9, 2, (7,), name="exp", normalizer="max", eps=20.0, rope="half after", layout="batch"),
         make(10, 2, (5,), heads=3, name="focused", preset="flatten"),
         make(11, 0, (5,)),
@@ -237,7 +237,41 @@ def small() -> list[Call]:
         make(23, 2, (9,), name="sign", normalizer="abs_max"),
         make(24, 1, (), lengths=((3, 3), (70, 2), (5, 80)), heads=3, name="hash", normalizer="none", masked=True),
         make(25, 2, (4, 6), name="hash", window_size=(2, 3), normalizer="subtract"),
+        make(34, 1, (6,), d=8, dv=5, name="polar", rope="half after", masked=True),
+        make(35, 2, (70,), heads=2, d=9, dv=19, name="polar", rope="interleaved after", normalizer="mean", offset=0.5),
+        *by_pairs(),
     ]
+
+
+def by_pairs() -> list[Call]:
+    """Calls of so few tokens that they are sums over all pairs."""
+    return [
+        make(26, 2, (5,), masked=True, weight="heads", scale=0.5),
+        make(27, 2, (3,), (4,), heads=4, kv_heads=2, d=9, dv=11, name="elu1", normalizer="mean", offset=0.5),
+        make(
+            28, 2, (4, 6), name="silu_norm", window_size=(2, 3), normalizer="subtract", masked=True, layout="channels"
+        ),
+        make(29, 2, (5,), name="identity", normalizer="abs_max", eps=0.75, offset=0.5, layout="packed"),
+        make(30, 1, (6,), name="exp", normalizer="max", eps=10.0, weight="shared", layout="heads"),
+        make(31, 2, (5,), name="leaky_relu", normalizer="none", offset=0.5, masked=True, rope="half before"),
+        make(32, 1, (70,), (66,), heads=2, kv_heads=1, d=104, dv=112, name="elu1", masked=True, layout="channels"),
+        make(33, 1, (1,), (20,), heads=3, name=None, preset="retnet", expanded_gradient=True),
+        make(
+            36, 2, (8, 9), heads=4, kv_heads=2, d=16, dv=12, window_size=(2, 3), masked=True, weight="heads", offset=0.5
+        ),
+        make(37, 16, (4,), heads=3, d=9, dv=11, name="silu_norm", normalizer="subtract", layout="packed"),
+    ]
+
+
+def derived() -> list[Call]:
+    """A map with parameters each, and every divisor by all pairs, but what has no gradient by design: the largest key of "favor"
+    (it cancels out, but for eps) and the divisor of "retnet"."""
+    learned = [
+        make(40 + i, 1, (3,), (4,), d=4, dv=3, name=name, masked=True, eps=0.0, weight="heads")
+        for i, name in enumerate(LEARNED)
+    ]
+    turned = make(50, 1, (3,), d=4, dv=3, name="polar", rope="half after", normalizer="none")
+    return [*learned, turned, *(call for call in by_pairs() if call.seed not in (32, 33))]
 
 
 def sizes() -> list[Call]:
@@ -246,4 +280,4 @@ def sizes() -> list[Call]:
     ]
 
 
-ENTRIES = (Entry("linear_attention", draw, small, sizes, cast=("q", "k", "v")),)
+ENTRIES = (Entry("linear_attention", draw, small, sizes, cast=("q", "k", "v"), derived=derived),)

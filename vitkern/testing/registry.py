@@ -100,6 +100,9 @@ class Entry:
     last: str = ""  # the torch.library op that its backward ends in, where it moves its rows by another op
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     extra: dict[str, Any] = field(default_factory=dict)
+    derived: Callable[[], list[Call]] = (
+        list  # tiny calls whose gradients are compared with differences, beside the first of `small`
+    )
 
 
 def entries() -> dict[str, Entry]:
