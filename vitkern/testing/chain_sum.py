@@ -94,6 +94,7 @@ def small() -> list[Call]:
         make(7, 1, 11, 1, 3, 9, link="rows", block=3, state=True),
         make(8, 0, 4),
         make(9, 1, 1, 1, 1, 1, state=True),
+        make(10, 1, 9, 1, 3, 40, link="columns", state=True, reverse=True),  # one head, whose columns threads share
     ]
 
 
