@@ -58,7 +58,11 @@ def test_few_tokens_of_several_tiles(monkeypatch):
     launch = pairs.told
     monkeypatch.setattr(pairs, "told", lambda call, backward: seen.append(call.v.shape[6]) or launch(call, backward))
     for width in (64, 72):
-        check(registry.make(2, 1, (40,), (38,), heads=2, kv_heads=1, d=64, dv=width, masked=True, weight="heads", name="elu1"))
+        check(
+            registry.make(
+                2, 1, (40,), (38,), heads=2, kv_heads=1, d=64, dv=width, masked=True, weight="heads", name="elu1"
+            )
+        )
     assert set(seen) == {64}
 
 

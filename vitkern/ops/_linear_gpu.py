@@ -168,7 +168,10 @@ class Forms:
         return self.pairs if pairs else self.states
 
     def supported(self, *args: Any) -> list[str]:
-        return self.of(args[PAIRS]).supported(*args)
+        why = self.of(args[PAIRS]).supported(*args)
+        if args[14] == "polar" and args[5] is not None:
+            why.append("the features of polar must not be rotated, which comes after the exchange of their halves")
+        return why
 
     def fwd(self, *args: Any) -> tuple[Tensor, ...]:
         return self.of(args[PAIRS]).fwd(*args)

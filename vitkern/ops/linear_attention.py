@@ -46,9 +46,9 @@ def linear_attention(
 
         o_i = phi(q_i)^T S / (phi(q_i)^T z + eps),   S = sum_j phi(k_j) v_j^T,   z = sum_j phi(k_j)
 
-    float32 inside (float64 for float64), rounded once; no map of scores and no copy of q, k, v is made. So few tokens that all pairs
-    take fewer products are summed as ``(phi(q) phi(k)^T) v``: the shape alone chooses. With `decay` or `causal`
-    the features exist in float32, and short calls that want gradients sum over all pairs; `explain` tells.
+    float32 inside (float64 for float64), rounded once; no map of scores and no copy of q, k, v is made. So few tokens that all
+    pairs take fewer products are summed as ``(phi(q) phi(k)^T) v``; the shape alone chooses. With `decay` or `causal` the features
+    exist in float32, and short calls that want gradients sum over all pairs; `explain` tells.
 
     Args:
         q: ``[B, Nq, H, D]``, on a grid ``[B, Hs, Ws, H, D]``, packed ``[T, H, D]``; any strides; float32, float64, bfloat16 or
