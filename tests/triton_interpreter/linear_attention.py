@@ -51,11 +51,66 @@ def test_many_parts_and_tiles(monkeypatch):
         )
 
 
+MAPS = (*registry.LEARNED, *registry.STEPS)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF], ids=["float32", "float16"])
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_with_parameters(name, dtype, monkeypatch):
+    """Masks and weights over more than one part; then sequences of which one has no key."""
+    signed = name in registry.STEPS
+    monkeypatch.setattr(kernels, "PROGRAMS", 6)
+    check(
+        registry.make(
+            1, 1, (70,), (40,), d=5, dv=20, name=name, masked=True, weight="heads", offset=0.5,
+            normalizer="abs_max" if signed else "mean",
+        ),
+        dtype,
+    )  # fmt: skip
+    lengths = ((3, 3), (40, 2), (5, 50), (0, 1), *(() if name == "hash" else ((1, 0),)))
+    check(
+        registry.make(
+            2, 1, (), heads=3, d=17, dv=8, lengths=lengths, name=name, masked=name != "hash", layout="channels",
+            normalizer="subtract",
+        ),
+        dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("programs", [1, 4096])
+@pytest.mark.parametrize("name", ["focused", "polar", "hedgehog_joint", "favor", "hash"])
+def test_many_sequences_and_parts_of_maps(name, programs, monkeypatch):
+    """Programs that walk several sequences, or a part of one."""
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    check(registry.make(3, 1, (6, 4), window_size=(2, 2), d=4, dv=6, name=name, masked=True, normalizer="subtract"))
+    check(registry.make(4, 1, (70,), (40,), d=4, dv=40, name=name, normalizer="none"))
+
+
+@pytest.mark.parametrize("name", ["focused", "focused_head", "hedgehog_split", "hedgehog_exp", "favor", "sign"])
+def test_turned_features_of_maps(name):
+    check(registry.make(5, 2, (40,), d=6, name=name, rope="half after", normalizer="none", masked=True))
+    check(registry.make(6, 1, (9,), d=6, name=name, rope="interleaved after", normalizer="subtract"))
+
+
+@pytest.mark.parametrize("name", ["favor", "favor_relu", "sign"])
+def test_grouped_heads_of_maps(name):
+    check(registry.make(7, 1, (40,), (33,), heads=4, kv_heads=2, name=name, normalizer="none", weight="shared"))
+
+
 def test_what_has_no_kernel_is_refused():
-    q = torch.zeros(1, 1, 1, 1, 5, 2, 129)
-    args = (q, q, q, *(None,) * 11, "relu", 0.0, "sum", 1e-6, 1.0, 0.0, False, False)
-    assert kernels.supported(*args) == ["heads of float32 may have 128 channels, q has 129"]
-    check(registry.make(1, 1, (5,), d=129, dv=3), HALF)
+    q = torch.zeros(1, 1, 1, 1, 5, 2, 8)
+    wide, omega = torch.zeros(1, 1, 1, 1, 5, 2, 257), torch.zeros(129, 8)
+    rest = (0.0, "sum", 1e-6, 1.0, 0.0, False, False)
+    assert kernels.supported(wide, wide, q, *(None,) * 11, "relu", *rest) == ["D must lie in 1..256, got 257"]
+    assert kernels.supported(q, q, q, *(None,) * 8, omega, None, None, "favor", *rest) == [
+        "a map may make 256 features by a matrix of 128 rows, it makes 129 by 129"
+    ]
+
+
+@pytest.mark.parametrize("rope", ["none", "half after"])
+def test_wide_heads(rope):
+    check(registry.make(1, 1, (5,), d=129, dv=3, rope=rope, name="elu1"))
+    check(registry.make(1, 1, (20,), heads=1, d=200, dv=3, rope=rope, name="elu1", normalizer="mean"), HALF)
 
 
 def test_each_gradient_alone():
