@@ -241,7 +241,8 @@ def _key_grads(
                 v = load_rows(v_ptr + v_at, spot(first + t, side, strides_v), e, E, strides_v[6], valid).to(tl.float32)
                 g = tl.dot(v, tl.trans(ds), g, input_precision=PRECISION)
                 if PAIRS > 0 and BF <= 128:
-                    ds = tl.load(dstate + other[:, None] * (E + 1) + e[None, :], mask=(f < F)[:, None] & (e < E)[None, :], other=0.0)
+                    at_ds = other[:, None] * (E + 1) + e[None, :]
+                    ds = tl.load(dstate + at_ds, mask=(f < F)[:, None] & (e < E)[None, :], other=0.0)
                     h = tl.dot(v, tl.trans(ds), h, input_precision=PRECISION)
         if PAIRS > 0:
             if dcos_ptr is not None:

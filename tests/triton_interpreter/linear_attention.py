@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_path import tokens_on_gpu
 
 import vitkern
-from vitkern import testing
+from vitkern import feature_map, testing
+from vitkern.ops import linear_attention as linear_file
 from vitkern.testing import linear_attention as registry
 from vitkern.triton_kernels import linear_attention as kernels
 
@@ -92,6 +93,11 @@ def test_turned_features_of_maps(name):
     check(registry.make(6, 1, (9,), d=6, name=name, rope="interleaved after", normalizer="subtract"))
 
 
+@pytest.mark.parametrize("name", ["hedgehog_joint", "favor", "hash"])
+def test_matrices_of_more_channels_than_a_tile(name):
+    check(registry.make(8, 1, (20,), (9,), d=40, dv=3, name=name, normalizer="none"))
+
+
 @pytest.mark.parametrize("name", ["favor", "favor_relu", "sign"])
 def test_grouped_heads_of_maps(name):
     check(registry.make(7, 1, (40,), (33,), heads=4, kv_heads=2, name=name, normalizer="none", weight="shared"))
@@ -107,10 +113,38 @@ def test_what_has_no_kernel_is_refused():
     ]
 
 
+def test_maps_beyond_the_kernels_stay_in_front():
+    """Off the CPU the op makes the features that Triton makes, but for the CUDA C++ kernels."""
+    q = torch.zeros(1, 5, 2, 8, device="meta")
+    for rows, backend, wanted in ((128, None, True), (129, None, False), (129, "reference", True), (8, "cuda", False)):
+        custom = feature_map.Favor(torch.zeros(rows, 8, device="meta"))
+        lowered, custom = linear_file.lower(q, q, q, custom)
+        assert linear_file._fused(lowered, custom, None, backend) == wanted
+        assert lowered.feature_map == ("favor" if wanted else "identity")
+    linear_file.features_in_front(lowered, custom)
+    assert lowered.q.shape == lowered.k.shape == (1, 1, 1, 1, 5, 2, 8)
+
+
 @pytest.mark.parametrize("rope", ["none", "half after"])
 def test_wide_heads(rope):
     check(registry.make(1, 1, (5,), d=129, dv=3, rope=rope, name="elu1"))
     check(registry.make(1, 1, (20,), heads=1, d=200, dv=3, rope=rope, name="elu1", normalizer="mean"), HALF)
+
+
+@pytest.mark.parametrize("name", ["focused", "polar", "hedgehog_joint", "hash"])
+def test_each_gradient_of_a_map_alone(name):
+    call = registry.make(8, 1, (20,), d=4, dv=6, name=name, normalizer="none", return_state=name != "polar")
+    tensors = call.leaves(FULL, True)
+
+    def run(wanted):
+        leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in tensors.items()}
+        with tokens_on_gpu("triton"):
+            out = call.run(leaves, "triton")
+        return torch.autograd.grad(sum(o.square().sum() for o in out), [leaves[n] for n in wanted])
+
+    every = run(list(tensors))
+    for i, name in enumerate(tensors):
+        assert torch.equal(run([name])[0], every[i])
 
 
 def test_each_gradient_alone():
