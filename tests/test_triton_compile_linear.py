@@ -24,12 +24,12 @@ CASES = {
     "polar": dict(width=128, feature_map="polar", mask=True),
     "Hedgehog": dict(width=64, feature_map="hedgehog_joint", rank=64, mask=True),
     "LoLCATs": dict(width=128, feature_map="hedgehog_split", rank=128, weight=True),
-    "exp": dict(width=32, feature_map="hedgehog_exp", rank=32, rope=True),
+    "exp": dict(width=64, feature_map="hedgehog_exp", rank=64, rope=True),
     "Performer": dict(width=64, feature_map="favor", rank=128, mask=True, weight=True),
     "positive": dict(width=64, feature_map="favor_relu", rank=128, mask=True, weight=True),
     "ShiftAddViT": dict(width=64, feature_map="sign", normalizer="abs_max"),
     "EcoFormer": dict(width=32, feature_map="hash", rank=25, bits=16, mask=True),
-    "hash": dict(width=64, feature_map="hash", rank=64, bits=32, mask=True, weight=True),
+    "hash": dict(width=64, feature_map="hash", rank=64, bits=64, mask=True, weight=True),
 }
 RUNS = [(name, 80 if i % 2 else 90, torch.bfloat16) for i, name in enumerate(CASES)] + [
     ("plain", 100, torch.float16), ("MLLA", 80, torch.bfloat16), ("64", 90, torch.float32), ("wide", 80, torch.float32),

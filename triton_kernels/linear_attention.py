@@ -207,7 +207,10 @@ def refusals(call: Call) -> list[str]:
             why.append(f"{name} must lie in 1..{MAX_WIDTH}, got {width}")
     if call.map0 is not None:
         features, rows = widths(call)
-        if max(features, rows * MAX_WIDTH // MAX_ROWS) > MAX_WIDTH:
+        width = max(call.q.shape[6], features)
+        if call.feature_map == "hash" and (rows > 64 or width > (64 if rows > 32 else 128)):
+            why.append(f"64 anchors of a hash may have 64 channels and bits, 32 may have 128; {rows} have {width}")
+        elif features > MAX_WIDTH or rows > MAX_ROWS:
             why.append(f"a map may make {MAX_WIDTH} features by a matrix of {MAX_ROWS} rows, it makes {features} by {rows}")
     return why
 
@@ -231,11 +234,12 @@ def tile_of(d: int, e: int, turns: bool, backward: bool) -> dict:
     return {"BLOCK": block, "BE": min(e, most), "num_warps": warps, "num_stages": 2 if d <= 64 else 1}
 
 
-def map_tile(name: str, d: int, e: int, narrow: bool) -> dict:
+def map_tile(name: str, d: int, e: int, narrow: bool, turns: bool) -> dict:
     """As `tile_of`, of maps with parameters; `d`: the widest of channels, features and rows of the map's matrix."""
     block = 32 if d <= (32 if name == "hash" else 128 if narrow else 64) else 16
-    warps = 4 if d == 128 and not narrow else 8
-    return {"BLOCK": block, "BE": min(e, 32 if d <= (64 if narrow else 32) else 16), "num_warps": warps, "num_stages": 1}
+    most = 32 if d <= (64 if narrow and name != "hash" else 32) else 16
+    warps = 4 if d == 128 and not narrow and not turns else 8
+    return {"BLOCK": block, "BE": min(e, most), "num_warps": warps, "num_stages": 1}
 
 
 def widths(call: Call) -> tuple[int, int]:
@@ -264,10 +268,10 @@ def shared(call: Call, backward: bool = False) -> dict:
     return {
         "rows": q.shape[1], "columns": len(call.cu_q) - 1 if packed else q.shape[3], "rate": call.rate,
         "D": q.shape[6], "F": f, "M": m, "E": v.shape[6], "MAP": FEATURES.index(name),
-        "OWN": int(heads_of(call) > 1), "EXACT": "tf32x3" if narrow else "ieee",
+        "OWN": int(heads_of(call) > 1), "EXACT": "tf32x3" if narrow and name != "hash" else "ieee",
         "PRECISION": "tf32" if narrow else "ieee", "PAIRS": call.cos_q.shape[3] if turns else 0, "HALF": call.half,
         "BD": d, "BF": bf, "BM": bm, "enable_fp_fusion": True,
-        **(tile_of(d, e, turns, backward) if call.map0 is None else map_tile(name, max(d, bf, bm), e, narrow)),
+        **(tile_of(d, e, turns, backward) if call.map0 is None else map_tile(name, max(d, bf, bm), e, narrow, turns)),
     }  # fmt: skip
 
 

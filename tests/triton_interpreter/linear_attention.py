@@ -111,6 +111,10 @@ def test_what_has_no_kernel_is_refused():
     assert kernels.supported(q, q, q, *(None,) * 8, omega, None, None, "favor", *rest) == [
         "a map may make 256 features by a matrix of 128 rows, it makes 129 by 129"
     ]
+    anchors, matrix = torch.zeros(2, 33, 8), torch.zeros(2, 33, 65)
+    assert kernels.supported(q, q, q, *(None,) * 8, anchors, matrix, anchors[..., 0], "hash", *rest) == [
+        "64 anchors of a hash may have 64 channels and bits, 32 may have 128; 33 have 65"
+    ]
 
 
 def test_maps_beyond_the_kernels_stay_in_front():
