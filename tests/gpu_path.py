@@ -65,8 +65,12 @@ def tokens_on_gpu(gpu: str) -> Iterator[None]:
     fused = linear_file._fused
 
     def in_the_op(lowered: Any, custom: Any, placed: Any, backend: str | None) -> bool:
-        """Maps with parameters: the definition makes them, no GPU kernel does."""
-        return backend == "reference" and fused(lowered, custom, placed, backend)
+        """Maps with parameters: Triton makes them where it can, CUDA C++ does not."""
+        if backend == "reference":
+            return fused(lowered, custom, placed, backend)
+        trial = replace(lowered)
+        able = gpu == "triton" and fused(trial, custom, placed, "reference") and not linear_file.GPU.triton_refusals(trial.args)
+        return able and fused(lowered, custom, placed, "reference")
 
     by_pairs = linear_file._linear_pairs.chosen
 

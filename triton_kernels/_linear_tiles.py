@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-FEATURES = ("relu", "elu1", "identity", "leaky_relu", "exp", "softmax", "silu_norm")    # their places are MAP
+FEATURES = ("relu", "elu1", "identity", "leaky_relu", "exp", "softmax", "silu_norm", "sign", "focused_head", "focused_width",
+            "polar", "hedgehog_joint", "hedgehog_split", "hedgehog_exp", "favor", "favor_relu", "hash")  # their places are MAP
 DIVISORS = ("sum", "mean", "none", "max", "abs_max", "subtract")                        # their places are DIVISOR
 
 
@@ -68,6 +69,8 @@ def features(x, d, lse, rate, D: tl.constexpr, MAP: tl.constexpr, KEYS: tl.const
     elif MAP == 6:
         y = tl.where(inside, x * tl.sigmoid(x) + 0.5, 0.0)
         y = y / tl.sqrt(tl.sum(y * y, 1))[:, None]
+    elif MAP == 7:
+        y = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
     else:
         y = x
     return tl.where(inside, y, 0.0)
@@ -94,6 +97,8 @@ def feature_grads(x, y, g, d, shift, rate, D: tl.constexpr, MAP: tl.constexpr, K
         raw = tl.where((d < D)[None, :], x * s + 0.5, 0.0)
         norm = tl.sqrt(tl.sum(raw * raw, 1))[:, None]
         dx = (g - y * tl.sum(y * g, 1)[:, None]) / norm * (s * (1.0 + x * (1.0 - s)))
+    elif MAP == 7:
+        dx = tl.where(tl.abs(x) < 1, g, 0.0)
     else:
         dx = g
     return dx

@@ -56,6 +56,14 @@ def apply_map(lowered: Lowered, custom: Any) -> None:
     lowered.k = _dense(custom, k, "k", mask, lowered.cu_k)
 
 
+def features_in_front(lowered: Lowered, custom: Any) -> None:
+    """As `apply_map`, without the values: what an explanation is about."""
+    for name in "qk":
+        x = getattr(lowered, name)
+        one = _dense(custom, x[:1, :1, :1, :1, :1], name, None, None)
+        setattr(lowered, name, one.new_empty((*x.shape[:6], one.shape[6])))
+
+
 def _dense(custom: Any, x: Tensor, side: str, mask: Tensor | None, cu: Tensor | None) -> Tensor:
     batch, rows, wy, columns, wx = x.shape[:5]
     flat, valid = sequences(x), None if mask is None else sequences(mask)

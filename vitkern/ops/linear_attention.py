@@ -1,5 +1,6 @@
 """linear_attention: signature, and the op."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from vitkern.feature_map import Polar
 from vitkern.ops import _call, _linear_decay, _linear_pairs
 from vitkern.ops._linear_gpu import GPU
 from vitkern.ops._linear_lowering import NAME, Lowered, lower
-from vitkern.ops._linear_maps import apply_map, fused
+from vitkern.ops._linear_maps import apply_map, features_in_front, fused
 from vitkern.ops._op import Op
 from vitkern.ops.attention import checks as attention_checks
 from vitkern.reference import linear_features
@@ -121,10 +122,14 @@ def _run(
 
 
 def _fused(lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, backend: str | None) -> bool:
-    """Whether the op makes the features of `custom`: decays take features, and no GPU kernel knows these maps."""
-    if placed is not None or (lowered.q.device.type != "cpu" and backends.forced(backend) != "reference"):
+    """Whether the op makes the features of `custom`: decays take features, and CUDA C++ knows no such map."""
+    wanted = backends.forced(backend)
+    if placed is not None or (lowered.q.device.type != "cpu" and wanted == "cuda"):
         return False
-    return fused(lowered, custom)
+    if lowered.q.device.type == "cpu" or wanted == "reference":
+        return fused(lowered, custom)
+    trial = replace(lowered)
+    return fused(trial, custom) and not GPU.triton_refusals(trial.args) and fused(lowered, custom)
 
 
 def _one(
@@ -191,8 +196,8 @@ def _explain(
     )
     if placed is not None:
         return _linear_decay.explanation(lowered, placed, backend)
-    if custom is not None:
-        _fused(lowered, custom, placed, backend)
+    if custom is not None and not _fused(lowered, custom, placed, backend):
+        features_in_front(lowered, custom)
     lowered.pairs = not return_state and _linear_pairs.chosen(lowered, backend)
     return _call.explanation(NAME, OP, lowered.args, backend)
 
