@@ -69,7 +69,11 @@ def tokens_on_gpu(gpu: str) -> Iterator[None]:
         if backend == "reference":
             return fused(lowered, custom, placed, backend)
         trial = replace(lowered)
-        able = gpu == "triton" and fused(trial, custom, placed, "reference") and not linear_file.GPU.triton_refusals(trial.args)
+        able = (
+            gpu == "triton"
+            and fused(trial, custom, placed, "reference")
+            and not linear_file.GPU.triton_refusals(trial.args)
+        )
         return able and fused(lowered, custom, placed, "reference")
 
     by_pairs = linear_file._linear_pairs.chosen
