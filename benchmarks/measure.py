@@ -18,7 +18,7 @@ class Ceilings:
     """What this machine can do, measured in the same run."""
 
     bandwidth: float  # bytes a second of dst.copy_(src), read plus written, larger than the last cache
-    flops: dict[str, float]  # operations a second of a 2048^3 product, by dtype
+    flops: dict[str, float]  # operations a second of a 2048^3 product, by dtype, or of our own loop where it is faster
     own_flops: float  # of our own product loop on cached data
     exps: float  # of our own vector exp
 
@@ -74,9 +74,8 @@ def cpu_ceilings() -> Ceilings:
     flops = {str(dtype).removeprefix("torch."): product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     own = max(torch.ops.vitkern._cpu_product_flops(2000) for _ in range(5))
     exps = max(torch.ops.vitkern._cpu_exps(2000) for _ in range(5))
-    flops["bfloat16"] = max(
-        flops["bfloat16"], own
-    )  # a product loop that converts is faster where there is no bf16 unit
+    # PyTorch's product may leave the widest vectors unused, and bfloat16 slow where there is no unit for it
+    flops = {name: max(rate, own) for name, rate in flops.items()}
     return Ceilings(2 * source.numel() * 4 / copy, flops, own, exps)
 
 
