@@ -23,7 +23,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{env['cpu']}, {env['threads']} threads, {env['instruction set']}; torch {env['torch']}; commit {env['commit']}. "
         f"Copy {c['bandwidth'] / 1e9:.1f} GB/s, product {c['flops']['float32'] / 1e9:.0f} GFLOP/s (float32; 2048³, or ours), "
-        f"own product loop {c['own_flops'] / 1e9:.0f} GFLOP/s, own exp {c['exps'] / 1e9:.2f} G/s. Medians of interleaved runs, in ms.",
+        f"own product loop {c['own_flops'] / 1e9:.0f} GFLOP/s, own exp {c['exps'] / 1e9:.2f} G/s. "
+        "Medians of interleaved runs, in ms.",
         "",
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
