@@ -214,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
         wide.print(merging.table(merged))
     path = write_report(options.out, results, merged, reports, pictures, options.model is None)
     console.print(f"Report with plots: {path}")
-    wrong = [r for r in results if r.dtype == "float32" and r.difference > 1e-3 * max(r.scale, 1.0)]
+    # by the model in float64: where eager rounds across a threshold (Mask2Former's masks), only the difference is large
+    wrong = [r for r in results if r.dtype == "float32" and r.errors["vitkern"] > 1e-3 * max(r.scale, 1.0)]
     for r in wrong:
-        console.print(f"[red]{r.model} {r.size}: outputs differ by {r.difference:.2e}")
+        console.print(f"[red]{r.model} {r.size}: outputs are {r.errors['vitkern']:.2e} away from the model in float64")
     return 1 if wrong else 0
