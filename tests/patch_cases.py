@@ -39,12 +39,14 @@ def outputs(model, x):
 
 def run(model, x, dtype, grad, autocast=None, nudge=None):
     """Outputs and gradients of every parameter, by name. `nudge` moves image and parameters by up to one unit in the
-    last place, another way for each value: what rounding alone can do to the result."""
+    last place, under autocast by half a unit of bfloat16, another way for each value: what rounding alone can do to the result."""
     model = copy.deepcopy(model).to(dtype)
     x = x.to(dtype)
     if nudge is not None:
         generator = torch.Generator().manual_seed(nudge)
-        unit = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+        unit = (
+            torch.finfo(torch.bfloat16).eps / 2 if autocast else torch.finfo(dtype).eps
+        )  # as much as its casts move it
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + unit * (torch.rand(p.shape, generator=generator) * 2 - 1))

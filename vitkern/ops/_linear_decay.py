@@ -208,11 +208,13 @@ def _rows(lowered: Lowered, valid: Tensor | None, acc: torch.dtype, backend: str
     if name == "softmax":  # that of the keys runs over the tokens
         weight = None if weight is None else weight.to(acc)
         return mapped(q.to(acc), k.to(acc), v.to(acc), valid, weight, name, rate, scale)[:3]
-    found = []
-    for x, *given in ((q, None, None, name, rate, scale), (k, valid, weight, name, rate, 1.0), (v, valid)):
-        same = given == [None, None, "identity", rate, 1.0] or given == [None]
-        found.append(x if same and x.dtype == acc else feature_rows.feature_rows(x, *given, backend=backend))
-    return tuple(found)
+
+    def rows(x: Tensor, mask: Tensor | None, by: Tensor | None, name: str, scale: float) -> Tensor:
+        if mask is None and by is None and name == "identity" and scale == 1 and x.dtype == acc:
+            return x
+        return feature_rows.feature_rows(x, mask, by, name, rate, scale, backend=backend)
+
+    return rows(q, None, None, name, scale), rows(k, valid, weight, name, 1.0), rows(v, valid, None, "identity", 1.0)
 
 
 def explanation(lowered: Lowered, placed: Placed, backend: str | None) -> _call.Found:
