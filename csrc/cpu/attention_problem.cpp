@@ -108,6 +108,7 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   if (o.seed) p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
   read_scores(o);
   read_positions(o);
+  read_tables(o);
   read_ids(o);
   read_mixtures(o);
   choose_block();
@@ -191,6 +192,11 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
     p.q_xy = rows(*o.q_xy, tokens_q_);
     p.k_xy = rows(*o.k_xy, tokens_k_);
   }
+  if (o.later_ratio) {
+    check(o.later_ratio->numel() == 1, kOp, "the ratio of later keys must be one number");
+    later_ratio_ = {scalar<double>(o.later_ratio->const_data_ptr(), 0, dtype_of(*o.later_ratio, kOp))};
+    p.later_ratio = later_ratio_.data();
+  }
   if (o.policy) {
     const Tensor& t = *o.policy;
     check(!packed && t.dim() == 2 && (t.size(0) == 1 || t.size(0) == batch) && t.size(1) == tokens_k_, kOp, "the policy must have shape [B or 1, Nk]");
@@ -200,6 +206,27 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
     p.policy_diagonal = o.policy_diagonal;
   }
   if (o.query_weight) p.query_weight = token_view(*o.query_weight, batch, tokens_q_, p.heads);
+}
+
+void AttentionCall::read_tables(const AttentionOptions& o) {
+  const OptTensor* const tables[kTables] = {&o.bias_table, &o.gain_table, &o.weight_table};  // in the order of Table
+  const int64_t most = int64_t(1) << 15, height = o.grid_height, width = o.grid_width, step = o.grid_step;
+  for (int i = 0; i < kTables; ++i) {
+    if (!*tables[i]) continue;
+    const Tensor& t = **tables[i];
+    check(height > 0 && height < most && width > 0 && width < most && step > 0 && o.grid_prefix >= 0 && o.grid_prefix < most &&
+              o.grid_prefix + height * width >= p.keys &&
+              o.grid_prefix + ((height + step - 1) / step) * ((width + step - 1) / step) >= p.queries,
+          kOp, "the grid of a table must hold all queries and keys");
+    p.grid_height = int32_t(height);
+    p.grid_width = int32_t(width);
+    p.grid_prefix = int32_t(o.grid_prefix);
+    p.grid_step = int32_t(std::min(step, most));
+    p.grid_columns = int32_t((width + step - 1) / step);
+    check(t.dim() == 4 && t.size(0) == 1 && (t.size(1) == 1 || t.size(1) == p.heads) && t.size(2) == 1 && t.size(3) == table_entries(p), kOp,
+          "a table must have shape [1, H or 1, 1, entries]");
+    p.tables[i] = {static_cast<const char*>(t.const_data_ptr()), dtype_of(t, kOp), 0, t.size(1) == 1 ? 0 : t.stride(1), 0, t.stride(3)};
+  }
 }
 
 void AttentionCall::read_ids(const AttentionOptions& o) {

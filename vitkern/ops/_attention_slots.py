@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern import backends
 from vitkern.bias import (
     ContextualPosition,
     DecomposedRelativePosition,
@@ -18,7 +19,8 @@ from vitkern.bias import (
     RowBias,
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
-from vitkern.modulation import Policy, TalkingHeads
+from vitkern.modulation import Policy, SoftCausal, TalkingHeads
+from vitkern.ops import _attention_tables as tables
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, dense_call, padded, path_of
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
@@ -63,22 +65,24 @@ def seen_by(modifier: Any, q: Tensor, k: Tensor, longest: tuple[Tensor, Tensor] 
     return (q, k) if longest is None or isinstance(modifier, PER_TOKEN) else longest
 
 
-def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, Any]:
+def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -> dict[str, Any]:
     """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
-    whose slot is taken, or that meets further keys, takes its dense form."""
+    whose slot is taken, or that meets further keys, takes its dense form; so does one whose slot only the CPU's kernel has,
+    where another runs."""
     q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
     acc = torch.promote_types(q.dtype, torch.float32)
     found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
     found |= {"sink": lowered["sink"], "seed": lowered["seed"], "normalizer": lowered["normalizer"]}
     found |= {"dropout_p": lowered["dropout_p"], "topk": lowered["topk"] or 0, "rule": "none", "path_width": 0}
     found |= {"path_transposed": False, "causal": False, "offset": 0, "max_q": 0, "max_k": 0}
-    found |= {"policy_eps": 0.0, "policy_diagonal": False}
+    found |= {"policy_eps": 0.0, "policy_diagonal": False} | dict.fromkeys(tables.GRID, 0)
     extra = lowered["extra_kv"]
     longest = None
     if packed is not None:
         longest = packed.longest
         found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
-    dense, of_keys, of_weights = _place_biases(found, lowered["biases"], q, k, extra is not None, longest)
+    on_cpu = q.device.type == "cpu" and backends.forced(backend) != "triton" and extra is None
+    dense, of_keys, of_weights = _place_biases(found, lowered["biases"], q, k, extra is not None, longest, on_cpu)
     seen = _place_masks(found, lowered["masks"], q, k, extra is not None, longest)
     factors: list[Tensor] = []
     for m in lowered["modulations"]:
@@ -87,6 +91,8 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
             continue
         if isinstance(m, Policy):
             found |= {"policy": m.keep, "policy_eps": float(m.eps), "policy_diagonal": m.keep_diagonal}
+            continue
+        if on_cpu and (tables.place(found, m) or _place_ratio(found, m, acc)):
             continue
         (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
     rope = lowered["rope"]
@@ -144,7 +150,7 @@ def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
 
 
 def _place_biases(
-    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any
+    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any, on_cpu: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Fills the slots of the typed biases; returns the dense biases, those of the keys alone, and factors of the weights."""
     dense, of_keys, of_weights = [], [], []
@@ -154,10 +160,17 @@ def _place_biases(
             dense.append(b)
         elif isinstance(b, KeyBias):
             of_keys.append(b.dense(q, k))
+        elif (
+            isinstance(b, relative)
+            and getattr(b, "place", "logit") == "logit"
+            and found["rel_y"] is None
+            and not extended
+        ):
+            found["rel_y"], found["rel_x"] = b.per_query(q)
+        elif on_cpu and tables.place(found, b):
+            pass
         elif isinstance(b, ManhattanDecay) and b.place == "prob":
             of_weights.append(b.dense(*seen_by(b, q, k, longest)).exp())
-        elif isinstance(b, relative) and found["rel_y"] is None and not extended:
-            found["rel_y"], found["rel_x"] = b.per_query(q)
         elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None and not extended:
             found["rel_y"] = b.vector.transpose(1, 2)[..., None]  # [1, Tq, H|1, 1]
             found["rel_x"] = b.vector.new_zeros(()).expand(1, q.shape[1], 1, found["max_k"])
@@ -170,6 +183,16 @@ def _place_biases(
             _refuse_second(b, longest)
             dense.append(b.dense(*seen_by(b, q, k, longest)))
     return dense, of_keys, of_weights
+
+
+def _place_ratio(found: dict[str, Any], modifier: Any, acc: torch.dtype) -> bool:
+    """Whether the modifier is a SoftCausal, whose ratio multiplies those before it."""
+    if not isinstance(modifier, SoftCausal):
+        return False
+    ratio, before = modifier.ratio, found["later_ratio"]
+    ratio = ratio.reshape(()) if isinstance(ratio, Tensor) else torch.full((), ratio, dtype=acc)
+    found["later_ratio"] = ratio if before is None else before.to(acc) * ratio.to(acc)
+    return True
 
 
 def _refuse_second(modifier: Any, longest: Any) -> None:
@@ -256,7 +279,12 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
     if found["path_row"] is not None:
         path = path_of(found).of_queries(chosen)
         some |= {"path_row": None, "bias": path if some["bias"] is None else some["bias"] + path}
-    some |= {"weight": None, "dropout_p": 0.0, "query_weight": None}
+    for name in ("bias", "gain"):
+        if found[f"{name}_table"] is not None:
+            of_offsets = tables.dense(found, f"{name}_table")[:, :, chosen]
+            both = [t for t in (some[name], of_offsets) if t is not None]
+            some |= {f"{name}_table": None, name: joined(both, torch.add if name == "bias" else torch.mul)}
+    some |= {"weight": None, "weight_table": None, "later_ratio": None, "dropout_p": 0.0, "query_weight": None}
     probs = dense_call(some, ("probs",))[1].probs
     assert probs is not None
     return probs

@@ -120,7 +120,7 @@ def run(
         _call.torch_only(NAME, why, backend)
     if why or (packed is None and backends.forced(backend) == "reference"):
         return reference(*lowered.values())
-    found = slots.slots(lowered, packed)
+    found = slots.slots(lowered, packed, backend)
     wanted, result = lowered["stats"], {}
     if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted or "index" in wanted:
         out, lse, key_mean = _call.run(OP, tuple(found.values()), backend)
@@ -198,7 +198,7 @@ def _explain(*args: Any, backend: str | None = None, lepe: Any = None, **options
     why = slots.unserved(lowered)
     if why:
         return _call.torch_only(NAME, why, backend)
-    return _call.explanation(NAME, OP, tuple(slots.slots(lowered).values()), backend)
+    return _call.explanation(NAME, OP, tuple(slots.slots(lowered, None, backend).values()), backend)
 
 
 def _triton() -> Any:
@@ -211,8 +211,9 @@ OP = Op(
     NAME,
     tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in definition.TENSORS),
     "str normalizer, float scale, bool causal, SymInt offset, float dropout_p, SymInt topk, str rule, SymInt path_width, "
-    "bool path_transposed, SymInt max_q, SymInt max_k, float policy_eps, bool policy_diagonal, str gpu",
-    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 24, 25, 26, 27, 28),
+    "bool path_transposed, SymInt max_q, SymInt max_k, float policy_eps, bool policy_diagonal, "
+    "SymInt grid_height, SymInt grid_width, SymInt grid_prefix, SymInt grid_step, str gpu",
+    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 24, 25, 26, 27, 28, 29, 30, 31, 32),
     batched=0,  # a bias or a mask may have a batch of its own
     definition=definition.definition,
     fake=definition.fake,
