@@ -353,6 +353,8 @@ POSITIONS = {
     "distance": "bias=bias.EuclideanDistance(torch.rand(4), torch.randn(1, s * s, 2), torch.randn(1, s * s, 2))",
     "table": "bias=bias.RelativePosition(torch.randn((2 * s - 1) ** 2, 4), grid=(s, s))",
     "decay": "bias=bias.ManhattanDecay(-torch.rand(4), (s, s), 'prob')",
+    "context": "bias=bias.ContextualPosition(torch.randn(9, 4, 16), torch.randn(9, 1, 16), torch.randn(9, 4, 16), "
+    "torch.randint(0, 9, (s * s,), dtype=torch.int32).expand(s * s, -1))",
     "soft": "modulation=modulation.SoftCausal(torch.tensor(0.3))",
     "mixture": "modulation=modulation.GaussianMixture(torch.rand(2, 4) + 1, torch.randn(2, 4), (s, s))",
 }
@@ -362,7 +364,7 @@ def call(s):
     leaves = [torch.randn(1, s * s, 4, 16, requires_grad=True) for _ in range(3)]
     made = dict({made})
     for t in (t for m in made.values() for t in vars(m).values()):
-        if isinstance(t, torch.Tensor):
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
             t.requires_grad_()
     vitkern.attention(*leaves, **made, return_stats=("lse", "key_mean"))[0].sum().backward()
 call(4)

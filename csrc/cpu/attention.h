@@ -25,6 +25,12 @@ struct IdsView {
   int64_t batch, token;
 };
 
+// The row of the tables that each pair has, [Nq, Nk].
+struct PairsView {
+  const int32_t* data;
+  int64_t batch, row, column;
+};
+
 // first_key: 1 at the first largest key of a row; first_query: at the first largest query of a column.
 enum class Normalizer : int32_t { softmax, sigmoid, relu, none, first_key, first_query };
 // What depends on the offset on a grid alone: added to the scores, a factor of the scores, a factor of the weights.
@@ -41,6 +47,9 @@ struct AttentionProblem {
   ScoreView tables[kTables];     // [H, entries] of the offsets on the grid below: row is 0
   HeadsView rel_y, rel_x;        // [Nq, H, kh], [Nq, H, kw]: added to the key of row y, column x
   HeadsView path_row, path_col;  // [N, H]: log-decays along rows and columns of a grid
+  PairsView positions;
+  HeadsView position_q, position_k;  // [Nq, H, position_count], [Nk, H, position_count], Acc: added to the scores
+  ScoreView position_v;              // [H, position_count, width]: added to the values
   HeadsView query_weight, dkey_mean;  // [Nq, H], [Nk, H]
   RowsView q_xy, k_xy;           // [Nq, 2], [Nk, 2]
   RowsView policy;               // [Nk]: what the exponentials of a softmax are multiplied by
@@ -58,6 +67,7 @@ struct AttentionProblem {
   // Keys are grid_prefix tokens and a grid, queries the same tokens and every grid_step-th place of it, grid_columns in a row.
   // An entry: (key - query) row-major in [2 height - 1][2 width - 1]; behind them prefix to grid, grid to prefix, and among prefix.
   int32_t grid_height, grid_width, grid_prefix, grid_step, grid_columns;
+  int32_t position_count;
   int32_t padded;   // keys, rounded up to the vector length
   int32_t pitch;    // of rows of keys that are transposed, the same for all samples
   int32_t block;    // rows of scores worked on together
@@ -83,10 +93,10 @@ struct ScoreSums {
 };
 
 // What backward leaves beside dq, dk, dv; a null pointer is not wanted. Acc [N][heads][width] of the sample's tokens, and
-// double [heads]; all are overwritten, but for path_row, path_col and later_ratio, which must be 0 before.
+// double [heads]; all are overwritten, but for path_row, path_col, position_q, position_k and later_ratio, which must be 0 before.
 struct AttentionSums {
-  ScoreSums bias, gain, weight, tables[kTables];
-  void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight, *policy;
+  ScoreSums bias, gain, weight, tables[kTables], position_v;
+  void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight, *policy, *position_q, *position_k;
   double *factor, *sink, *slope, *later_ratio;
   double *pre_weight, *pre_bias, *post_weight, *post_bias;
 };

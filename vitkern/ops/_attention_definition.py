@@ -8,6 +8,7 @@ from torch import Tensor
 from vitkern.bias import DecomposedRelativePosition, EuclideanDistance, PolylinePath
 from vitkern.mask import BlockCausal, Causal, Segments
 from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
+from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.reference.attention import attention as reference
 from vitkern.stats import Stats
@@ -16,7 +17,7 @@ TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
     "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
     "pre_bias", "post_weight", "post_bias", "policy", "bias_table", "gain_table", "weight_table",
-    "later_ratio",
+    "later_ratio", "position_index", "position_q", "position_k", "position_v",
 )  # fmt: skip
 OPTIONS = (
     "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
@@ -116,6 +117,7 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
         biases.append(EuclideanDistance(found["slope"], found["q_xy"], found["k_xy"]))
     if found["bias_table"] is not None:
         biases.append(tables.dense(found, "bias_table"))
+    biases += positions.dense(found)
     masks: list[Any] = [found["mask"]] if found["mask"] is not None else []
     if found["causal"]:
         masks.append(Causal(found["offset"]))

@@ -125,7 +125,7 @@ def _lower(
         if not 0 <= _checks.integer(NAME, "stat_rows", row, what="ints") < lengths[0]:
             raise ValueError(f"{NAME}: stat_rows must be queries of [0, {lengths[0]}), got {row}")
     lowered = lower(q[None], k[None], v[None], **options, query_weight=weight, longest=longest)
-    why = slots.unserved(lowered)
+    why = slots.unserved(lowered, None)
     if why:
         raise NotImplementedError(f"{NAME}: {why}")
     return lowered, slots.Packed(cu_q, cu_k, longest)
