@@ -11,7 +11,9 @@ from vitkern.bias import ContextualPosition
 
 def chosen(biases: tuple[Any, ...]) -> ContextualPosition | None:
     """The one that has the slots: the first with a table of values, else the first with any."""
-    found = [b for b in biases if isinstance(b, ContextualPosition) and (b.q_table, b.k_table, b.v_table) != (None,) * 3]
+    found = [
+        b for b in biases if isinstance(b, ContextualPosition) and (b.q_table, b.k_table, b.v_table) != (None,) * 3
+    ]
     return next((b for b in found if b.v_table is not None), found[0] if found else None)
 
 
