@@ -58,6 +58,25 @@ def test_absolute_offsets_and_strided_queries_are_those_of_levit():
         torch.testing.assert_close(module.proj(out.flatten(2)), module(x))
 
 
+@pytest.mark.parametrize("sign", bias.SIGNS)
+@pytest.mark.parametrize("prefix, stride", [(0, 1), (2, 1), (0, 2), (1, 3)])
+@pytest.mark.parametrize("grid", [(3, 7), (20,)])
+def test_a_table_on_a_grid_is_that_of_its_index(grid, prefix, stride, sign):
+    table = normal(bias.table_rows(grid, sign, prefix), 2, grad=False)
+    table[[0, 4]], table[2] = -math.inf, math.nan
+    queries = prefix + math.prod(-(-n // stride) for n in grid)
+    q, k, v = qkv(queries, prefix + math.prod(grid), heads=2)
+    table.requires_grad_()
+    modifier = bias.RelativePosition(table, grid=grid, sign=sign, prefix_tokens=prefix, q_stride=stride)
+    index = modifier.rows((), q.device)
+    visible = (index != 2) & (torch.arange(k.shape[1]) != 1)  # what meets the NaN is hidden
+    of_index = bias.RelativePosition(table, index)
+    got, want = (vitkern.attention(q, k, v, bias=b, mask=visible) for b in ([modifier, modifier], [of_index, of_index]))
+    torch.testing.assert_close(got, want)
+    go = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad(out, table, go)[0] for out in (got, want)))
+
+
 @pytest.mark.parametrize("q_grid, k_grid", [((4, 4), (4, 4)), ((3, 5), (3, 5)), ((4, 6), (2, 3)), ((2, 3), (4, 6))])
 def test_decomposed_positions_are_those_of_sam(q_grid, k_grid):
     q, k, v = qkv(math.prod(q_grid), math.prod(k_grid), heads=2, kv_heads=2)
@@ -328,20 +347,26 @@ def test_modifiers_compose():
 
 
 POSITIONS = {
-    "decomposed": "bias.DecomposedRelativePosition(torch.randn(2 * s - 1, 16), torch.randn(2 * s - 1, 16), (s, s), (s, s))",
-    "manhattan": "bias.ManhattanDecay(-torch.rand(4), (s, s))",
-    "path": "bias.PolylinePath(-torch.rand(1, s, s, 4), -torch.rand(1, s, s, 4))",
-    "distance": "bias.EuclideanDistance(torch.rand(4), torch.randn(1, s * s, 2), torch.randn(1, s * s, 2))",
+    "decomposed": "bias=bias.DecomposedRelativePosition(torch.randn(2 * s - 1, 16), torch.randn(2 * s - 1, 16), (s, s), (s, s))",
+    "manhattan": "bias=bias.ManhattanDecay(-torch.rand(4), (s, s))",
+    "path": "bias=bias.PolylinePath(-torch.rand(1, s, s, 4), -torch.rand(1, s, s, 4))",
+    "distance": "bias=bias.EuclideanDistance(torch.rand(4), torch.randn(1, s * s, 2), torch.randn(1, s * s, 2))",
+    "table": "bias=bias.RelativePosition(torch.randn((2 * s - 1) ** 2, 4), grid=(s, s))",
+    "decay": "bias=bias.ManhattanDecay(-torch.rand(4), (s, s), 'prob')",
+    "context": "bias=bias.ContextualPosition(torch.randn(9, 4, 16), torch.randn(9, 1, 16), torch.randn(9, 4, 16), "
+    "torch.randint(0, 9, (s * s,), dtype=torch.int32).expand(s * s, -1))",
+    "soft": "modulation=modulation.SoftCausal(torch.tensor(0.3))",
+    "mixture": "modulation=modulation.GaussianMixture(torch.rand(2, 4) + 1, torch.randn(2, 4), (s, s))",
 }
 MEASURED = """
-from vitkern import bias
+from vitkern import bias, modulation
 def call(s):
     leaves = [torch.randn(1, s * s, 4, 16, requires_grad=True) for _ in range(3)]
-    made = {made}
-    for t in vars(made).values():
-        if isinstance(t, torch.Tensor):
+    made = dict({made})
+    for t in (t for m in made.values() for t in vars(m).values()):
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
             t.requires_grad_()
-    vitkern.attention(*leaves, bias=made, return_stats=("lse", "key_mean"))[0].sum().backward()
+    vitkern.attention(*leaves, **made, return_stats=("lse", "key_mean"))[0].sum().backward()
 call(4)
 """
 

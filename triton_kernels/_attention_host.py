@@ -48,6 +48,14 @@ class Call(NamedTuple):
     post_weight: Tensor | None
     post_bias: Tensor | None
     policy: Tensor | None
+    bias_table: Tensor | None
+    gain_table: Tensor | None
+    weight_table: Tensor | None
+    later_ratio: Tensor | None
+    position_index: Tensor | None
+    position_q: Tensor | None
+    position_k: Tensor | None
+    position_v: Tensor | None
     normalizer: str
     scale: float
     causal: bool
@@ -61,14 +69,22 @@ class Call(NamedTuple):
     max_k: int
     policy_eps: float
     policy_diagonal: bool
+    grid_height: int
+    grid_width: int
+    grid_prefix: int
+    grid_step: int
 
 
 DIFFERENTIABLE = (
     "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
+    "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
     "topk": "topk", "policy": "modulation.Policy",
+    **dict.fromkeys(("bias_table", "gain_table", "weight_table"), "tables of offsets on a grid"),
+    "later_ratio": "a ratio of later keys",
+    **dict.fromkeys(("position_index", "position_q", "position_k", "position_v"), "bias.ContextualPosition"),
     **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
 }  # fmt: skip
 

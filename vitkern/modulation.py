@@ -32,17 +32,24 @@ class GaussianMixture:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[H, N, N]``."""
-        acc = torch.promote_types(self.sigma.dtype, torch.float32)
         xy = coordinates(self.grid, q.device)
-        square = (xy[:, None] - xy[None, :]).square().sum(-1).to(acc)  # [n, n]
-        width = 2 * (self.sigma.to(acc).square() + self.eps)[:, :, None, None]  # [K, H, 1, 1]
+        factor = self.of_squares((xy[:, None] - xy[None, :]).square().sum(-1))  # [H, n, n]
+        return torch.nn.functional.pad(factor, (self.prefix_tokens, 0, self.prefix_tokens, 0), value=1.0)
+
+    def of_squares(self, square: Tensor) -> Tensor:
+        """The factor ``[H, *]`` at these squared distances ``[*]``."""
+        acc = torch.promote_types(self.sigma.dtype, torch.float32)
+        square = square.to(acc)
+        sigma, alpha = (
+            t.to(acc).reshape(*t.shape, *[1] * square.dim()) for t in (self.sigma, self.alpha)
+        )  # [K, H, 1 ...]
+        width = 2 * (sigma.square() + self.eps)
         if self.mode == "published":
             gone = (-square).to(torch.float32).exp() == 0
             bells = (-square / width).exp().masked_fill(gone, 0.0)
         else:
-            bells = (-square / width).exp()  # [K, H, n, n]
-        factor = (self.alpha.to(acc)[:, :, None, None] * bells).sum(0)  # [H, n, n]
-        return torch.nn.functional.pad(factor, (self.prefix_tokens, 0, self.prefix_tokens, 0), value=1.0)
+            bells = (-square / width).exp()  # [K, H, *]
+        return (alpha * bells).sum(0)
 
 
 @exportable

@@ -25,8 +25,16 @@ struct IdsView {
   int64_t batch, token;
 };
 
+// The row of the tables that each pair has, [Nq, Nk].
+struct PairsView {
+  const int32_t* data;
+  int64_t batch, row, column;
+};
+
 // first_key: 1 at the first largest key of a row; first_query: at the first largest query of a column.
 enum class Normalizer : int32_t { softmax, sigmoid, relu, none, first_key, first_query };
+// What depends on the offset on a grid alone: added to the scores, a factor of the scores, a factor of the weights.
+enum Table { kBiasTable, kGainTable, kWeightTable, kTables };
 // Which ids a query sees: its own, those of its row of a table, those up to its own.
 enum class Rule : int32_t { none, equal, table, upto };
 
@@ -36,8 +44,12 @@ struct AttentionProblem {
   ScoreView bias, key_bias;      // key_bias: row is 0
   ScoreView gain, weight;        // factors of the scores, and of the weights
   ScoreView mask;                // bool
+  ScoreView tables[kTables];     // [H, entries] of the offsets on the grid below: row is 0
   HeadsView rel_y, rel_x;        // [Nq, H, kh], [Nq, H, kw]: added to the key of row y, column x
   HeadsView path_row, path_col;  // [N, H]: log-decays along rows and columns of a grid
+  PairsView positions;
+  HeadsView position_q, position_k;  // [Nq, H, position_count], [Nk, H, position_count], Acc: added to the scores
+  ScoreView position_v;              // [H, position_count, width]: added to the values
   HeadsView query_weight, dkey_mean;  // [Nq, H], [Nk, H]
   RowsView q_xy, k_xy;           // [Nq, 2], [Nk, 2]
   RowsView policy;               // [Nk]: what the exponentials of a softmax are multiplied by
@@ -48,9 +60,14 @@ struct AttentionProblem {
   const double* factor;          // [heads]: of the products
   const double* sink;            // [heads] or null
   const double* slope;           // [heads] or null: of the distance
+  const double* later_ratio;     // one or null: the factor of the weights of keys behind the query's own place
   const double *pre_weight, *pre_bias, *post_weight, *post_bias;  // [heads][heads], [heads] or null: heads that mix
   int32_t queries, keys, heads, kv_heads, depth, width;  // depth of q and k, width of v
   int32_t rel_height, rel_width, path_height, path_width;
+  // Keys are grid_prefix tokens and a grid, queries the same tokens and every grid_step-th place of it, grid_columns in a row.
+  // An entry: (key - query) row-major in [2 height - 1][2 width - 1]; behind them prefix to grid, grid to prefix, and among prefix.
+  int32_t grid_height, grid_width, grid_prefix, grid_step, grid_columns;
+  int32_t position_count;
   int32_t padded;   // keys, rounded up to the vector length
   int32_t pitch;    // of rows of keys that are transposed, the same for all samples
   int32_t block;    // rows of scores worked on together
@@ -76,11 +93,11 @@ struct ScoreSums {
 };
 
 // What backward leaves beside dq, dk, dv; a null pointer is not wanted. Acc [N][heads][width] of the sample's tokens, and
-// double [heads]; all are overwritten, but for path_row and path_col, which must be 0 before.
+// double [heads]; all are overwritten, but for path_row, path_col, position_q, position_k and later_ratio, which must be 0 before.
 struct AttentionSums {
-  ScoreSums bias, gain, weight;
-  void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight, *policy;
-  double *factor, *sink, *slope;
+  ScoreSums bias, gain, weight, tables[kTables], position_v;
+  void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight, *policy, *position_q, *position_k;
+  double *factor, *sink, *slope, *later_ratio;
   double *pre_weight, *pre_bias, *post_weight, *post_bias;
 };
 
@@ -88,6 +105,10 @@ struct AttentionSums {
 static inline bool is_hard(const AttentionProblem& p) {
   return p.normalizer == Normalizer::first_key || p.normalizer == Normalizer::first_query;
 }
+// Whether the scores, or the weights, have a factor for every pair.
+static inline bool has_gain(const AttentionProblem& p) { return p.gain.data || p.tables[kGainTable].data; }
+static inline bool has_weight(const AttentionProblem& p) { return p.weight.data || p.tables[kWeightTable].data; }
+static inline int32_t table_entries(const AttentionProblem& p) { return (2 * p.grid_height - 1) * (2 * p.grid_width - 1) + (p.grid_prefix ? 3 : 0); }
 // Whether the scores or the weights of all heads mix.
 static inline bool mixes(const AttentionProblem& p) { return p.pre_weight || p.pre_bias || p.post_weight || p.post_bias; }
 

@@ -21,10 +21,10 @@ struct SharedSums {
   bool wanted = false;
   std::vector<Acc> data;
 
-  void measure(const OptTensor& t, bool needed, const AttentionProblem& p) {
+  void measure(const OptTensor& t, bool needed, int64_t columns) {
     if (!(wanted = needed && t)) return;
     for (int a = 0; a < 4; ++a) sizes[a] = t->size(a);
-    row = sizes[3] == 1 ? 1 : p.padded;
+    row = sizes[3] == 1 ? 1 : columns;
     total = sizes[0] * sizes[1] * sizes[2] * row;
   }
   ScoreSums at(int64_t chunk, int64_t batch) {
@@ -58,19 +58,21 @@ struct SharedSums {
 template <typename Acc>
 struct Families {
   int64_t all, kv_heads, samples, heads, chunks = 1;
+  bool shared = false;  // whether there are such sums at all
 
-  Families(const AttentionCall& c, std::initializer_list<SharedSums<Acc>*> shared)
+  Families(const AttentionCall& c, std::initializer_list<SharedSums<Acc>*> sums)
       : all(int64_t(c.samples.size())), kv_heads(c.units), samples(all), heads(kv_heads) {
     int64_t bytes = 1;
-    for (const SharedSums<Acc>* s : shared) {
+    for (const SharedSums<Acc>* s : sums) {
       if (!s->wanted) continue;
+      shared = true;
       if (s->sizes[0] == 1) samples = 1;
       if (s->sizes[1] == 1) heads = 1;
       bytes = std::max<int64_t>(bytes, s->total * int64_t(sizeof(Acc)));
     }
     const int64_t fit = (int64_t(64) << 20) / bytes;
     if (samples * heads > 0) chunks = std::clamp<int64_t>(std::min(16 / (samples * heads), fit), 1, std::max<int64_t>(members(), 1));
-    for (SharedSums<Acc>* s : shared) {
+    for (SharedSums<Acc>* s : sums) {
       if (!s->wanted) continue;
       if (s->sizes[0] == 1 || s->sizes[1] == 1) s->copies = chunks;
       s->data.assign(size_t(s->total * s->copies), Acc(0));
@@ -119,7 +121,7 @@ struct TokenSums {
   }
 };
 
-// Values of every sample, summed: [H] or [H, H], as `like`.
+// Values of every sample, summed: [], [H] or [H, H], as `like`.
 OptTensor head_sums(bool wanted, const std::vector<double>& each, const OptTensor& like) {
   if (!wanted) return std::nullopt;
   const Dtype dtype = dtype_of(*like, kOp);
@@ -135,11 +137,12 @@ OptTensor head_sums(bool wanted, const std::vector<double>& each, const OptTenso
 
 using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
                              OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
-                             OptTensor, OptTensor, OptTensor, OptTensor>;
+                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
 
 // The bits of `need`.
 enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight, kPreWeight,
-              kPreBias, kPostWeight, kPostBias, kPolicy };
+              kPreBias, kPostWeight, kPostBias, kPolicy, kTable,
+              kLaterRatio = kTable + kTables, kPositionQ, kPositionK, kPositionV };
 
 template <typename Acc>
 Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q, int64_t tokens_k, int64_t need) {
@@ -152,11 +155,15 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   p.dv = heads_view(dv);
   const auto wants = [&](Wanted bit, const OptTensor& t) { return bool(need >> bit & 1) && t.has_value(); };
   SharedSums<Acc> bias, gain, weight;
-  bias.measure(o.bias, wants(kBias, o.bias), p);
-  gain.measure(o.gain, wants(kGain, o.gain), p);
-  weight.measure(o.weight, wants(kWeight, o.weight), p);
-  const Families<Acc> families(c, {&bias, &gain, &weight});
-  TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries, policy;
+  bias.measure(o.bias, wants(kBias, o.bias), p.padded);
+  gain.measure(o.gain, wants(kGain, o.gain), p.padded);
+  weight.measure(o.weight, wants(kWeight, o.weight), p.padded);
+  const OptTensor* const given_tables[kTables] = {&o.bias_table, &o.gain_table, &o.weight_table};  // in the order of Table
+  SharedSums<Acc> tables[kTables], position_v;
+  for (int t = 0; t < kTables; ++t) tables[t].measure(*given_tables[t], wants(Wanted(kTable + t), *given_tables[t]), table_entries(p));
+  position_v.measure(o.position_v, wants(kPositionV, o.position_v), p.width);
+  const Families<Acc> families(c, {&bias, &gain, &weight, &tables[0], &tables[1], &tables[2], &position_v});
+  TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries, policy, position_q, position_k;
   keys.make(wants(kKeyBias, o.key_bias), c.all_keys(), p.heads, 1);
   rel_y.make(wants(kRelY, o.rel_y), c.all_queries(), p.heads, p.rel_height);
   rel_x.make(wants(kRelX, o.rel_x), c.all_queries(), p.heads, p.rel_width);
@@ -166,9 +173,11 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   k_xy.make(wants(kKxy, o.k_xy), c.all_keys(), p.heads, 2);
   of_queries.make(wants(kQueryWeight, o.query_weight), c.all_queries(), p.heads, 1);
   policy.make(wants(kPolicy, o.policy), c.all_keys(), p.heads, 1);
+  position_q.make(wants(kPositionQ, o.position_q), c.all_queries(), p.heads, p.position_count);
+  position_k.make(wants(kPositionK, o.position_k), c.all_keys(), p.heads, p.position_count);
   const size_t places = c.samples.size() * size_t(p.heads);
   std::vector<double> factor(wants(kFactor, o.factor) ? places : 0), sink(wants(kSink, o.sink) ? places : 0);
-  std::vector<double> slope(wants(kSlope, o.slope) ? places : 0);
+  std::vector<double> slope(wants(kSlope, o.slope) ? places : 0), later(wants(kLaterRatio, o.later_ratio) ? places : 0);
   const struct {
     Wanted bit;
     const OptTensor& like;
@@ -181,14 +190,16 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
     const Tokens& t = c.samples[size_t(s)];
     const int64_t b = c.packed ? 0 : s, first_q = b * tokens_q + t.first_query, first_k = b * tokens_k + t.first_key;
     const auto of = [&](std::vector<double>& each) { return each.empty() ? nullptr : each.data() + s * int64_t(each.size() / c.samples.size()); };
-    const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b), keys.at(first_k, p.heads),
+    const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b),
+                             {tables[0].at(chunk, b), tables[1].at(chunk, b), tables[2].at(chunk, b)}, position_v.at(chunk, b), keys.at(first_k, p.heads),
                              rel_y.at(first_q, p.heads), rel_x.at(first_q, p.heads), path_row.at(first_k, p.heads),
                              path_col.at(first_k, p.heads), q_xy.at(first_q, p.heads), k_xy.at(first_k, p.heads),
-                             of_queries.at(first_q, p.heads), policy.at(first_k, p.heads), of(factor), of(sink), of(slope), of(mixed[0]), of(mixed[1]),
+                             of_queries.at(first_q, p.heads), policy.at(first_k, p.heads),
+                             position_q.at(first_q, p.heads), position_k.at(first_k, p.heads), of(factor), of(sink), of(slope), of(later), of(mixed[0]), of(mixed[1]),
                              of(mixed[2]), of(mixed[3])};
     c.kernels->backward(sample, head, sums, scratch);
   };
-  if (bias.wanted || gain.wanted || weight.wanted) {
+  if (families.shared) {
     const int64_t count = families.samples * families.heads, members = families.members(), chunks = families.chunks;
     const int64_t bytes = c.kernels->scratch_bytes(p, true);
     torch::stable::parallel_for(0, count * chunks, 1, [&](int64_t first, int64_t last) {
@@ -218,7 +229,11 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
           k_xy.gradient(wants(kKxy, o.k_xy), o.k_xy, c, tokens_k, places_of),
           of_queries.gradient(wants(kQueryWeight, o.query_weight), o.query_weight, c, tokens_q, flat),
           mixture(0), mixture(1), mixture(2), mixture(3),
-          policy.gradient(wants(kPolicy, o.policy), o.policy, c, tokens_k, keys_of)};
+          policy.gradient(wants(kPolicy, o.policy), o.policy, c, tokens_k, keys_of),
+          tables[0].gradient(o.bias_table), tables[1].gradient(o.gain_table), tables[2].gradient(o.weight_table),
+          head_sums(wants(kLaterRatio, o.later_ratio), later, o.later_ratio),
+          position_q.gradient(wants(kPositionQ, o.position_q), o.position_q, c, tokens_q, tokens),
+          position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(o.position_v)};
 }
 
 Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,

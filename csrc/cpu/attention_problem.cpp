@@ -108,6 +108,8 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   if (o.seed) p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
   read_scores(o);
   read_positions(o);
+  read_tables(o);
+  read_contexts(o);
   read_ids(o);
   read_mixtures(o);
   choose_block();
@@ -191,6 +193,11 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
     p.q_xy = rows(*o.q_xy, tokens_q_);
     p.k_xy = rows(*o.k_xy, tokens_k_);
   }
+  if (o.later_ratio) {
+    check(o.later_ratio->numel() == 1, kOp, "the ratio of later keys must be one number");
+    later_ratio_ = {scalar<double>(o.later_ratio->const_data_ptr(), 0, dtype_of(*o.later_ratio, kOp))};
+    p.later_ratio = later_ratio_.data();
+  }
   if (o.policy) {
     const Tensor& t = *o.policy;
     check(!packed && t.dim() == 2 && (t.size(0) == 1 || t.size(0) == batch) && t.size(1) == tokens_k_, kOp, "the policy must have shape [B or 1, Nk]");
@@ -200,6 +207,59 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
     p.policy_diagonal = o.policy_diagonal;
   }
   if (o.query_weight) p.query_weight = token_view(*o.query_weight, batch, tokens_q_, p.heads);
+}
+
+void AttentionCall::read_contexts(const AttentionOptions& o) {
+  if (!o.position_index) return;
+  const Tensor& index = *o.position_index;
+  const Dtype acc = wide ? Dtype::f64 : Dtype::f32;
+  check(!packed && index.dim() == 3 && (index.size(0) == 1 || index.size(0) == batch) && index.size(1) == p.queries && index.size(2) == p.keys &&
+            index.scalar_type() == torch::headeronly::ScalarType::Int,
+        kOp, "position_index must be int32 [B or 1, Nq, Nk]");
+  p.positions = {static_cast<const int32_t*>(index.const_data_ptr()), index.size(0) == 1 ? 0 : index.stride(0), index.stride(1), index.stride(2)};
+  const auto of = [&](const Tensor& t, int64_t tokens) {
+    check(t.dim() == 4 && t.size(0) == batch && t.size(1) == tokens && t.size(2) == p.heads && dtype_of(t, kOp) == acc, kOp,
+          "position_q and position_k must have shape [B, N, H, n], in the dtype of lse");
+    p.position_count = int32_t(t.size(3));
+    return heads_view(t);
+  };
+  if (o.position_q) p.position_q = of(*o.position_q, tokens_q_);
+  if (o.position_k) p.position_k = of(*o.position_k, tokens_k_);
+  if (o.position_v) {
+    const Tensor& t = *o.position_v;
+    check(t.dim() == 4 && t.size(0) == 1 && (t.size(1) == 1 || t.size(1) == p.heads) && t.size(3) == p.width, kOp,
+          "position_v must have shape [1, H or 1, n, Dv]");
+    p.position_count = int32_t(t.size(2));
+    p.position_v = {static_cast<const char*>(t.const_data_ptr()), dtype_of(t, kOp), 0, t.size(1) == 1 ? 0 : t.stride(1), t.stride(2), t.stride(3)};
+  }
+  bool inside = (!o.position_q || o.position_q->size(3) == p.position_count) && (!o.position_k || o.position_k->size(3) == p.position_count);
+  for (int64_t b = 0; b < index.size(0); ++b)
+    for (int64_t i = 0; i < p.queries; ++i) {
+      const int32_t* row = p.positions.data + b * p.positions.batch + i * p.positions.row;
+      for (int64_t j = 0; j < p.keys; ++j) inside &= uint32_t(row[j * p.positions.column]) < uint32_t(p.position_count);
+    }
+  check(inside, kOp, "position_index must lie in [0, n), the rows of all tables");
+}
+
+void AttentionCall::read_tables(const AttentionOptions& o) {
+  const OptTensor* const tables[kTables] = {&o.bias_table, &o.gain_table, &o.weight_table};  // in the order of Table
+  const int64_t most = int64_t(1) << 15, height = o.grid_height, width = o.grid_width, step = o.grid_step;
+  for (int i = 0; i < kTables; ++i) {
+    if (!*tables[i]) continue;
+    const Tensor& t = **tables[i];
+    check(height > 0 && height < most && width > 0 && width < most && step > 0 && o.grid_prefix >= 0 && o.grid_prefix < most &&
+              o.grid_prefix + height * width >= p.keys &&
+              o.grid_prefix + ((height + step - 1) / step) * ((width + step - 1) / step) >= p.queries,
+          kOp, "the grid of a table must hold all queries and keys");
+    p.grid_height = int32_t(height);
+    p.grid_width = int32_t(width);
+    p.grid_prefix = int32_t(o.grid_prefix);
+    p.grid_step = int32_t(std::min(step, most));
+    p.grid_columns = int32_t((width + step - 1) / step);
+    check(t.dim() == 4 && t.size(0) == 1 && (t.size(1) == 1 || t.size(1) == p.heads) && t.size(2) == 1 && t.size(3) == table_entries(p), kOp,
+          "a table must have shape [1, H or 1, 1, entries]");
+    p.tables[i] = {static_cast<const char*>(t.const_data_ptr()), dtype_of(t, kOp), 0, t.size(1) == 1 ? 0 : t.stride(1), 0, t.stride(3)};
+  }
 }
 
 void AttentionCall::read_ids(const AttentionOptions& o) {
@@ -272,9 +332,9 @@ AttentionProblem AttentionCall::sample(int64_t s) const {
   one.keys = int32_t(t.keys);
   one.padded = (one.keys + lanes - 1) / lanes * lanes;
   one.sample = uint32_t(s);
-  for (HeadsView* v : {&one.q, &one.out, &one.lse, &one.dout, &one.dlse, &one.dq, &one.rel_y, &one.rel_x, &one.query_weight})
+  for (HeadsView* v : {&one.q, &one.out, &one.lse, &one.dout, &one.dlse, &one.dq, &one.rel_y, &one.rel_x, &one.query_weight, &one.position_q})
     shift(*v, b, t.first_query);
-  for (HeadsView* v : {&one.k, &one.v, &one.dk, &one.dv, &one.path_row, &one.path_col, &one.dkey_mean}) shift(*v, b, t.first_key);
+  for (HeadsView* v : {&one.k, &one.v, &one.dk, &one.dv, &one.path_row, &one.path_col, &one.dkey_mean, &one.position_k}) shift(*v, b, t.first_key);
   shift(one.q_xy, b, t.first_query);
   shift(one.k_xy, b, t.first_key);
   shift(one.policy, b, t.first_key);
@@ -283,6 +343,7 @@ AttentionProblem AttentionCall::sample(int64_t s) const {
   for (ScoreView* v : {&one.bias, &one.gain, &one.weight})
     if (v->data) v->data += b * v->batch * size_of(v->dtype);
   if (one.key_bias.data) one.key_bias.data += (b * one.key_bias.batch + t.first_key * one.key_bias.column) * size_of(one.key_bias.dtype);
+  if (one.positions.data) one.positions.data += b * one.positions.batch;
   if (one.mask.data) one.mask.data += b * one.mask.batch;
   return one;
 }

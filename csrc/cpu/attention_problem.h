@@ -16,6 +16,7 @@ using OptTensor = std::optional<torch::stable::Tensor>;
 struct AttentionOptions {
   OptTensor bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy;
   OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias, policy;
+  OptTensor bias_table, gain_table, weight_table, later_ratio, position_index, position_q, position_k, position_v;
   std::string normalizer;
   double scale;
   bool causal;
@@ -28,6 +29,7 @@ struct AttentionOptions {
   int64_t max_q, max_k;
   double policy_eps;
   bool policy_diagonal;
+  int64_t grid_height, grid_width, grid_prefix, grid_step;
 };
 
 // The tokens of one sample or sequence among all.
@@ -55,11 +57,13 @@ class AttentionCall {
   int64_t all_keys() const { return batch * tokens_k_; }
 
  private:
-  std::vector<double> factor_, sink_, slope_, mixtures_[4];
+  std::vector<double> factor_, sink_, slope_, later_ratio_, mixtures_[4];
   int64_t tokens_q_, tokens_k_;
 
   void read_scores(const AttentionOptions& o);
   void read_positions(const AttentionOptions& o);
+  void read_contexts(const AttentionOptions& o);
+  void read_tables(const AttentionOptions& o);
   void read_ids(const AttentionOptions& o);
   void read_mixtures(const AttentionOptions& o);
   void read_sequences(const AttentionOptions& o);

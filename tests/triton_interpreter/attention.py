@@ -14,6 +14,7 @@ from vitkern import testing
 from vitkern.ops import _attention_definition as definition
 from vitkern.ops.attention import OP
 from vitkern.testing import attention as registry
+from vitkern.testing import attention_varlen as packed
 from vitkern.triton_kernels import _attention_visits, _host
 from vitkern.triton_kernels import attention as kernels
 from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, UNSERVED, Call, widths
@@ -165,13 +166,13 @@ def test_several_tiles(name, tuned):
 
 
 PACKED = [
-    *registry.small_packed(),
-    registry.packed(
+    *packed.small_packed(),
+    packed.packed(
         7, ((3, 40), (0, 2), (35, 1), (4, 0), (0, 0), (20, 37)), causal=True, ids=True, return_stats=("lse",)
     ),
-    registry.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k"),
-    registry.packed(9, ((18, 3), (3, 0), (2, 40)), causal=True, normalizer="argmax_q"),
-    registry.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
+    packed.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k"),
+    packed.packed(9, ((18, 3), (3, 0), (2, 40)), causal=True, normalizer="argmax_q"),
+    packed.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
 ]
 
 

@@ -7,18 +7,21 @@ from torch import Tensor
 
 from vitkern.bias import DecomposedRelativePosition, EuclideanDistance, PolylinePath
 from vitkern.mask import BlockCausal, Causal, Segments
-from vitkern.modulation import ElementwiseMask, Policy, TalkingHeads
+from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
+from vitkern.ops import _attention_positions as positions
+from vitkern.ops import _attention_tables as tables
 from vitkern.reference.attention import attention as reference
 from vitkern.stats import Stats
 
 TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
     "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
-    "pre_bias", "post_weight", "post_bias", "policy",
+    "pre_bias", "post_weight", "post_bias", "policy", "bias_table", "gain_table", "weight_table",
+    "later_ratio", "position_index", "position_q", "position_k", "position_v",
 )  # fmt: skip
 OPTIONS = (
     "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
-    "policy_eps", "policy_diagonal",
+    "policy_eps", "policy_diagonal", "grid_height", "grid_width", "grid_prefix", "grid_step",
 )  # fmt: skip
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 
@@ -112,6 +115,9 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
         biases.append(path_of(found))
     if found["slope"] is not None:
         biases.append(EuclideanDistance(found["slope"], found["q_xy"], found["k_xy"]))
+    if found["bias_table"] is not None:
+        biases.append(tables.dense(found, "bias_table"))
+    biases += positions.dense(found)
     masks: list[Any] = [found["mask"]] if found["mask"] is not None else []
     if found["causal"]:
         masks.append(Causal(found["offset"]))
@@ -122,6 +128,13 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     places = (("gain", "logit"), ("weight", "prob"))
     factors: tuple[Any, ...] = tuple(
         ElementwiseMask(found[name], place) for name, place in places if found[name] is not None
+    )
+    if found["later_ratio"] is not None:
+        factors = (*factors, SoftCausal(found["later_ratio"]))
+    factors += tuple(
+        ElementwiseMask(tables.dense(found, f"{name}_table"), place)
+        for name, place in places
+        if found[f"{name}_table"] is not None
     )
     if any(found[name] is not None for name in MIXTURES):
         factors = (TalkingHeads(*(found[name] for name in MIXTURES)),)

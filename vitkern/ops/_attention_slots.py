@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern import backends
 from vitkern.bias import (
     ContextualPosition,
     DecomposedRelativePosition,
@@ -18,7 +19,9 @@ from vitkern.bias import (
     RowBias,
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
-from vitkern.modulation import Policy, TalkingHeads
+from vitkern.modulation import Policy, SoftCausal, TalkingHeads
+from vitkern.ops import _attention_positions as positions
+from vitkern.ops import _attention_tables as tables
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, dense_call, padded, path_of
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
@@ -29,7 +32,12 @@ MIXED_HEADS = 128
 KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean", "index")
 
 
-def unserved(lowered: dict[str, Any]) -> str:
+def on_cpu(q: Tensor, backend: str | None) -> bool:
+    """Whether the call may use the slots that only the CPU's kernel has."""
+    return q.device.type == "cpu" and backends.forced(backend) != "triton"
+
+
+def unserved(lowered: dict[str, Any], backend: str | None) -> str:
     """Why no kernel serves the call, "" if the op does."""
     policies = [m for m in lowered["modulations"] if isinstance(m, Policy)]
     others = len(lowered["modulations"]) > 1 or any(getattr(b, "place", "") == "prob" for b in lowered["biases"])
@@ -44,8 +52,9 @@ def unserved(lowered: dict[str, Any]) -> str:
     stored = [name for name in lowered["stats"] if name not in KERNEL_STATS]
     if stored:
         return f"return_stats {stored[0]!r} stores the whole map of scores, which no kernel does"
-    if any(isinstance(b, ContextualPosition) and b.v_table is not None for b in lowered["biases"]):
-        return "no kernel has the value table of bias.ContextualPosition"
+    values = sum(isinstance(b, ContextualPosition) and b.v_table is not None for b in lowered["biases"])
+    if values > 1 or (values and not on_cpu(lowered["q"], backend)):
+        return "only the CPU's kernel has the value table of bias.ContextualPosition, of one of them"
     return ""
 
 
@@ -63,22 +72,30 @@ def seen_by(modifier: Any, q: Tensor, k: Tensor, longest: tuple[Tensor, Tensor] 
     return (q, k) if longest is None or isinstance(modifier, PER_TOKEN) else longest
 
 
-def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, Any]:
+def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -> dict[str, Any]:
     """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
-    whose slot is taken, or that meets further keys, takes its dense form."""
+    whose slot is taken, or that meets further keys, takes its dense form; so does one whose slot only the CPU's kernel has,
+    where another runs."""
     q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
     acc = torch.promote_types(q.dtype, torch.float32)
     found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
     found |= {"sink": lowered["sink"], "seed": lowered["seed"], "normalizer": lowered["normalizer"]}
     found |= {"dropout_p": lowered["dropout_p"], "topk": lowered["topk"] or 0, "rule": "none", "path_width": 0}
     found |= {"path_transposed": False, "causal": False, "offset": 0, "max_q": 0, "max_k": 0}
-    found |= {"policy_eps": 0.0, "policy_diagonal": False}
+    found |= {"policy_eps": 0.0, "policy_diagonal": False} | dict.fromkeys(tables.GRID, 0)
     extra = lowered["extra_kv"]
     longest = None
     if packed is not None:
         longest = packed.longest
         found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
-    dense, of_keys, of_weights = _place_biases(found, lowered["biases"], q, k, extra is not None, longest)
+    native = on_cpu(q, backend)
+    biases = lowered["biases"]
+    context = positions.chosen(biases) if native else None
+    if context is not None:
+        positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
+        biases = [b for b in biases if b is not context]
+    native = native and extra is None
+    dense, of_keys, of_weights = _place_biases(found, biases, q, k, extra is not None, longest, native)
     seen = _place_masks(found, lowered["masks"], q, k, extra is not None, longest)
     factors: list[Tensor] = []
     for m in lowered["modulations"]:
@@ -87,6 +104,8 @@ def slots(lowered: dict[str, Any], packed: Packed | None = None) -> dict[str, An
             continue
         if isinstance(m, Policy):
             found |= {"policy": m.keep, "policy_eps": float(m.eps), "policy_diagonal": m.keep_diagonal}
+            continue
+        if native and (tables.place(found, m) or _place_ratio(found, m, acc)):
             continue
         (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
     rope = lowered["rope"]
@@ -144,7 +163,7 @@ def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
 
 
 def _place_biases(
-    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any
+    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any, native: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Fills the slots of the typed biases; returns the dense biases, those of the keys alone, and factors of the weights."""
     dense, of_keys, of_weights = [], [], []
@@ -154,10 +173,17 @@ def _place_biases(
             dense.append(b)
         elif isinstance(b, KeyBias):
             of_keys.append(b.dense(q, k))
+        elif (
+            isinstance(b, relative)
+            and getattr(b, "place", "logit") == "logit"
+            and found["rel_y"] is None
+            and not extended
+        ):
+            found["rel_y"], found["rel_x"] = b.per_query(q)
+        elif native and tables.place(found, b):
+            pass
         elif isinstance(b, ManhattanDecay) and b.place == "prob":
             of_weights.append(b.dense(*seen_by(b, q, k, longest)).exp())
-        elif isinstance(b, relative) and found["rel_y"] is None and not extended:
-            found["rel_y"], found["rel_x"] = b.per_query(q)
         elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None and not extended:
             found["rel_y"] = b.vector.transpose(1, 2)[..., None]  # [1, Tq, H|1, 1]
             found["rel_x"] = b.vector.new_zeros(()).expand(1, q.shape[1], 1, found["max_k"])
@@ -170,6 +196,16 @@ def _place_biases(
             _refuse_second(b, longest)
             dense.append(b.dense(*seen_by(b, q, k, longest)))
     return dense, of_keys, of_weights
+
+
+def _place_ratio(found: dict[str, Any], modifier: Any, acc: torch.dtype) -> bool:
+    """Whether the modifier is a SoftCausal, whose ratio multiplies those before it."""
+    if not isinstance(modifier, SoftCausal):
+        return False
+    ratio, before = modifier.ratio, found["later_ratio"]
+    ratio = ratio.reshape(()) if isinstance(ratio, Tensor) else torch.full((), ratio, dtype=acc)
+    found["later_ratio"] = ratio if before is None else before.to(acc) * ratio.to(acc)
+    return True
 
 
 def _refuse_second(modifier: Any, longest: Any) -> None:
@@ -244,7 +280,7 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
     count, keys = found["q"].shape[1], found["k"].shape[1]
     chosen = [i % count for i in rows]
     some = dict(found)
-    for name in ("q", "rel_y", "rel_x", "q_xy", "q_ids"):
+    for name in ("q", "rel_y", "rel_x", "q_xy", "q_ids", "position_index", "position_q"):
         some[name] = None if found[name] is None else found[name][:, chosen]
     for name in ("bias", "mask", "gain"):
         t = found[name]
@@ -256,7 +292,19 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
     if found["path_row"] is not None:
         path = path_of(found).of_queries(chosen)
         some |= {"path_row": None, "bias": path if some["bias"] is None else some["bias"] + path}
-    some |= {"weight": None, "dropout_p": 0.0, "query_weight": None}
+    for name in ("bias", "gain"):
+        if found[f"{name}_table"] is not None:
+            of_offsets = tables.dense(found, f"{name}_table")[:, :, chosen]
+            both = [t for t in (some[name], of_offsets) if t is not None]
+            some |= {f"{name}_table": None, name: joined(both, torch.add if name == "bias" else torch.mul)}
+    some |= {
+        "weight": None,
+        "weight_table": None,
+        "later_ratio": None,
+        "position_v": None,
+        "dropout_p": 0.0,
+        "query_weight": None,
+    }
     probs = dense_call(some, ("probs",))[1].probs
     assert probs is not None
     return probs

@@ -76,8 +76,8 @@ def attention(
             ``[B, H, R, Nk]``, the weights of the queries ``stat_rows``; ``"logits_mean"`` ``[B, Nq, Nk]``, the head mean of
             the scores before modulations; ``"probs"``, ``"logits"`` in full; ``"index"`` of argmax_k.
         query_weight: ``[B, Nq]`` or ``[B, Nq, H]``, of key_mean; with gradient.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run. The value table of
-            ContextualPosition, ``"probs"`` and ``"logits"`` have no kernel.
+        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run. ``"probs"``
+            and ``"logits"`` have no kernel, the value table of ContextualPosition has one on CPUs alone.
 
     Returns:
         ``out [B, Nq, H, Dv]`` in the dtype of v (None for ``v=None``), with return_stats ``(out, Stats)``. A row that sees no
@@ -92,7 +92,7 @@ def attention(
         return_stats, stat_rows, query_weight, key_index=key_index,
     )  # fmt: skip
     checks.check_lepe(lepe, q, v)
-    out, found = run(lowered, backend, slots.unserved(lowered))
+    out, found = run(lowered, backend, slots.unserved(lowered, backend))
     if lepe is not None and out is not None:
         out = out + lepe.of(v if out.dtype == v.dtype else v.to(out.dtype)).repeat_interleave(
             q.shape[2] // k.shape[2], 2
@@ -120,7 +120,7 @@ def run(
         _call.torch_only(NAME, why, backend)
     if why or (packed is None and backends.forced(backend) == "reference"):
         return reference(*lowered.values())
-    found = slots.slots(lowered, packed)
+    found = slots.slots(lowered, packed, backend)
     wanted, result = lowered["stats"], {}
     if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted or "index" in wanted:
         out, lse, key_mean = _call.run(OP, tuple(found.values()), backend)
@@ -195,10 +195,10 @@ def lower(
 
 def _explain(*args: Any, backend: str | None = None, lepe: Any = None, **options: Any) -> _call.Found:
     lowered = lower(*args, **options)
-    why = slots.unserved(lowered)
+    why = slots.unserved(lowered, backend)
     if why:
         return _call.torch_only(NAME, why, backend)
-    return _call.explanation(NAME, OP, tuple(slots.slots(lowered).values()), backend)
+    return _call.explanation(NAME, OP, tuple(slots.slots(lowered, None, backend).values()), backend)
 
 
 def _triton() -> Any:
@@ -211,8 +211,39 @@ OP = Op(
     NAME,
     tuple(f"{'Tensor' if name in 'qkv' else 'Tensor?'} {name}" for name in definition.TENSORS),
     "str normalizer, float scale, bool causal, SymInt offset, float dropout_p, SymInt topk, str rule, SymInt path_width, "
-    "bool path_transposed, SymInt max_q, SymInt max_k, float policy_eps, bool policy_diagonal, str gpu",
-    differentiable=(0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 24, 25, 26, 27, 28),
+    "bool path_transposed, SymInt max_q, SymInt max_k, float policy_eps, bool policy_diagonal, "
+    "SymInt grid_height, SymInt grid_width, SymInt grid_prefix, SymInt grid_step, str gpu",
+    differentiable=(
+        0,
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        9,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+        16,
+        17,
+        21,
+        24,
+        25,
+        26,
+        27,
+        28,
+        29,
+        30,
+        31,
+        32,
+        34,
+        35,
+        36,
+    ),
     batched=0,  # a bias or a mask may have a batch of its own
     definition=definition.definition,
     fake=definition.fake,

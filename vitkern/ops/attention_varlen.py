@@ -125,7 +125,7 @@ def _lower(
         if not 0 <= _checks.integer(NAME, "stat_rows", row, what="ints") < lengths[0]:
             raise ValueError(f"{NAME}: stat_rows must be queries of [0, {lengths[0]}), got {row}")
     lowered = lower(q[None], k[None], v[None], **options, query_weight=weight, longest=longest)
-    why = slots.unserved(lowered)
+    why = slots.unserved(lowered, None)
     if why:
         raise NotImplementedError(f"{NAME}: {why}")
     return lowered, slots.Packed(cu_q, cu_k, longest)
@@ -154,7 +154,7 @@ def _explain(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, *, backend: str | None = None, **options: Any
 ) -> _call.Found:
     lowered, packed = _lower(q, k, v, cu_q, cu_k, max_q, max_k, **options)
-    return _call.explanation(NAME, OP, tuple(slots.slots(lowered, packed).values()), backend)
+    return _call.explanation(NAME, OP, tuple(slots.slots(lowered, packed, backend).values()), backend)
 
 
 attention_varlen.explain = _explain  # type: ignore[attr-defined]

@@ -9,12 +9,14 @@ from torch import Tensor
 import vitkern
 from vitkern import CosineScore
 from vitkern.bias import (
+    ContextualPosition,
     DecomposedRelativePosition,
     EuclideanDistance,
     KeyBias,
     ManhattanDecay,
     PolylinePath,
-    RowBias,
+    RelativePosition,
+    table_rows,
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
 from vitkern.modulation import ElementwiseMask, GaussianMixture, Policy, SoftCausal, TalkingHeads
@@ -26,7 +28,21 @@ NORMALIZERS = ("softmax", "softmax", "softmax", "sigmoid", "relu", "none")
 # of them that cancels, and is compared in float64 alone (tests/test_attention.py).
 PATTERNS = tuple((b, h, q, k) for b in (0, 1) for h in (0, 1) for q in (0, 1) for k in (0, 1) if q or k)
 
+PREFIX = 2
+TABLES = {
+    "table": ("query-key", 0, 1),
+    "prefix": ("key-query", PREFIX, 1),
+    "strided": ("abs", 0, 2),
+}  # RelativePosition
 POSITIONS = {
+    **{
+        name: lambda t, grid, how=how: RelativePosition(t["table"].t(), None, grid, *how)
+        for name, how in TABLES.items()
+    },
+    "decay": lambda t, grid: ManhattanDecay(t["rate"], grid, "prob"),
+    "context": lambda t, grid: ContextualPosition(t["t_q"], t["t_k"], t["t_v"], t["index"]),
+    "keys of context": lambda t, grid: ContextualPosition(None, t["t_k"], None, t["index"]),
+    "values of context": lambda t, grid: ContextualPosition(None, None, t["t_v"], t["index"][0]),
     "decomposed": lambda t, grid: DecomposedRelativePosition(t["rel_y"], t["rel_x"], None, grid),
     "manhattan": lambda t, grid: ManhattanDecay(t["rate"], grid),
     "euclidean": lambda t, grid: EuclideanDistance(t["slope"], t["q_xy"], t["k_xy"]),
@@ -42,6 +58,7 @@ FACTORS = {
     "gain": lambda t, grid: ElementwiseMask(t["factors"]),
     "weight": lambda t, grid: ElementwiseMask(t["factors"], "prob"),
     "mixture": lambda t, grid: GaussianMixture(t["sigma"], t["alpha"], grid),
+    "behind": lambda t, grid: GaussianMixture(t["sigma"], t["alpha"], grid, PREFIX),
     "soft": lambda t, grid: SoftCausal(t["ratio"]),
     "policy": lambda t, grid: Policy(t["keep"], 1e-3),
     "heads": lambda t, grid: TalkingHeads(t["pre"], t["pre_bias"], t["post"], t["post_bias"]),
@@ -75,8 +92,8 @@ def make(
 ) -> Call:
     """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
     and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
-    both; `modulation`: a key of FACTORS; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor; `extra`: further
-    keys; `layout` as of window_attention."""
+    both; `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
+    `extra`: further keys; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -101,23 +118,32 @@ def make(
         tensors["logits"] = normal(batch, queries, 3, 4)
     if typed == "decomposed":
         tensors["rel_y"], tensors["rel_x"] = normal(batch, queries, heads, grid[0]), normal(1, queries, 1, grid[1])
-    if typed == "manhattan":
+    if "context" in typed:
+        tensors["index"] = torch.randint(0, 7, (batch, queries, keys), generator=g, dtype=torch.int32)
+        tensors |= {"t_q": normal(7, 1, d) / 2, "t_k": normal(7, heads, d) / 2, "t_v": normal(7, heads, dv)}
+        tensors = {
+            n: t for n, t in tensors.items() if typed == "context" or n not in {"t_q", "t_k", "t_v"} - {f"t_{typed[0]}"}
+        }
+    if typed in TABLES:
+        tensors["table"] = normal(heads, table_rows(grid, *TABLES[typed][:2]))
+    if typed in ("manhattan", "decay"):
         tensors["rate"] = -torch.rand(heads, generator=g, dtype=torch.float64)
     if typed == "euclidean":
         tensors["slope"] = torch.rand(heads, generator=g, dtype=torch.float64)
         tensors["q_xy"], tensors["k_xy"] = normal(batch, queries, 2), normal(1, keys, 2)
     if typed in ("path", "transposed"):
         tensors["row"], tensors["col"] = -normal(batch, *grid, heads).abs() / 4, normal(batch, *grid, heads) / 4
-    if modulation in ("gain", "weight"):
+    factors = modulation.split("+") if modulation else []
+    if {"gain", "weight"} & {*factors}:
         tensors["factors"] = normal(1, heads, queries, keys)
-    if modulation == "mixture":
+    if {"mixture", "behind"} & {*factors}:
         tensors["sigma"], tensors["alpha"] = normal(2, heads).abs() + 1, normal(2, heads)
-    if modulation == "heads":
+    if "heads" in factors:
         tensors |= {"pre": normal(heads, heads), "pre_bias": normal(heads), "post": normal(heads, heads)}
         tensors["post_bias"] = normal(heads)
-    if modulation == "policy":
+    if "policy" in factors:
         tensors["keep"] = torch.rand(batch, keys, generator=g, dtype=torch.float64).round(decimals=1)
-    if modulation == "soft":
+    if "soft" in factors:
         tensors["ratio"] = torch.rand((), generator=g, dtype=torch.float64)
     if weighed:
         tensors["query_weight"] = torch.rand(batch, queries, generator=g, dtype=torch.float64) + 0.1
@@ -144,8 +170,7 @@ def make(
             hidden.append(RULES[masks](t["ids"][:, : q.shape[1]], t["ids"][:, : k.shape[1]], t["allow"]))
         if masks == "logits":
             hidden.append(FromLogits(t["logits"], (1, k.shape[1])))
-        if modulation:
-            given["modulation"] = FACTORS[modulation](t, grid)
+        given["modulation"] = [FACTORS[name](t, grid) for name in factors]
         if weighed:
             given["query_weight"] = t["query_weight"]
         given |= {"bias": biases, "mask": hidden, "scale": t.get("scale", scale), "sink": t.get("sink")}
@@ -176,6 +201,10 @@ def draw(rng: random.Random) -> Call:
         )
         if more.get("typed") in ("decomposed", "euclidean"):
             queries = rng.choice((1, 7, 65))
+        if more.get("typed") == "strided":
+            queries = -(-grid[0] // 2) * -(-grid[1] // 2)
+        if "prefix" in more.values() or "behind" in more.values():
+            queries = keys = keys + PREFIX
     heads = rng.choice((1, 2, 3, 4))
     d = rng.choice(HEAD_SIZES if queries * keys < 5000 else HEAD_SIZES[:9])
     # a direction of one dimension has no gradient to compare; with one head that of logit_scale is one number, which can be lucky
@@ -242,9 +271,33 @@ def small() -> list[Call]:
              return_stats=("key_mean",), weighed=True),
         make(21, 2, 6, 9, heads=2, normalizer="argmax_k", masks="empty", return_stats=("index", "key_mean")),
         make(22, 2, 6, 9, heads=2, normalizer="argmax_q", masks="dense", dropout_p=0.3, dropout_seed=8),
+        *offsets(),
         make(10, 0, 4, 5, heads=2, bias=(0, 1, 1, 1)),
         make(11, 2, 0, 5, bias=(0, 1, 1, 1)),
         make(12, 2, 4, 0, heads=2, sink=True, return_stats=("lse",)),
+    ]  # fmt: skip
+
+
+def offsets() -> list[Call]:
+    """Calls whose modifiers depend on offsets: on a grid, before or behind the query, or of tables that meet the content."""
+    return [
+        make(23, 2, 15, 15, typed="table", grid=(3, 5), modulation="mixture", masks="empty", bias=(0, 1, 1, 1)),
+        make(24, 2, 10, 10, heads=4, kv_heads=2, typed="prefix", grid=(2, 4), modulation="behind+gain", key_bias=True, sink=True),
+        make(25, 2, 6, 15, d=4, typed="strided", grid=(3, 5), masks="causal", modulation="weight", topk=4),
+        make(26, 1, 8, 8, typed="decay", grid=(2, 4), modulation="weight+mixture+gain", masks="dense", return_stats=("key_mean",),
+             weighed=True),
+        make(29, 2, 9, 20, modulation="soft+weight", masks="dense", dropout_p=0.3, dropout_seed=3, normalizer="sigmoid"),
+        make(31, 2, 5, 9, heads=4, kv_heads=2, d=4, dv=6, typed="context", masks="empty", bias=(0, 1, 1, 1), sink=True,
+             dropout_p=0.2, dropout_seed=4, return_stats=("lse",)),
+        make(32, 2, 6, 6, typed="context", modulation="weight+soft", masks="both", normalizer="sigmoid", extra=3),
+        make(33, 1, 40, 70, d=20, dv=20, typed="context", masks="segments", return_stats=("row",), stat_rows=(1, 30)),
+        make(34, 2, 4, 6, typed="keys of context", key_bias=True, topk=3),
+        make(35, 2, 17, 6, typed="values of context", normalizer="argmax_k", modulation="weight"),
+        make(30, 2, 6, 6, typed="decay", grid=(2, 3), modulation="soft+mixture", return_stats=("key_mean",)),
+        make(27, 2, 99, 99, d=4, typed="prefix", grid=(1, 97), modulation="behind", masks="segments", normalizer="sigmoid",
+             dropout_p=0.2, dropout_seed=3),
+        make(28, 3, 70, 70, heads=8, d=4, typed="table", grid=(2, 35), modulation="mixture", return_stats=("row",),
+             stat_rows=(0, 68)),
     ]  # fmt: skip
 
 
@@ -253,74 +306,13 @@ def sizes() -> list[Call]:
     return [make(1, 2, q, k, bias=(0, 1, 1, 1), **options) for q, k in ((17, 20), (30, 12), (41, 50))]
 
 
-def packed(
-    seed: int, lengths: tuple[tuple[int, int], ...], *, heads: int = 2, kv_heads: int = 1, d: int = 8, bias: bool = True,
-    rows: bool = False, causal: bool = False, ids: bool = False, **options: Any,
-) -> Call:  # fmt: skip
-    """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key."""
-    g = torch.Generator().manual_seed(seed)
-    of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
-    longest = (max(of_queries, default=0), max(of_keys, default=0))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64)
-
-    def bounds(each: list[int]) -> Tensor:
-        return torch.tensor([0, *each]).cumsum(0).to(torch.int32)
-
-    tensors = {"q": normal(sum(of_queries), heads, d)}
-    tensors |= {name: normal(sum(of_keys), kv_heads, d) for name in "kv"}
-    tensors |= {"cu_q": bounds(of_queries), "cu_k": bounds(of_keys)}
-    tensors["vector"] = normal(1, heads, sum(of_queries)) if rows else normal(1, 1, sum(of_keys))
-    if bias:
-        tensors["bias"] = normal(heads, *longest)
-    if ids:
-        tensors["q_ids"], tensors["k_ids"] = (
-            torch.randint(-1, 2, (1, sum(n)), generator=g) for n in (of_queries, of_keys)
-        )
-
-    def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden: list[Any] = [Causal(1)] if causal else []
-        hidden += [Segments(t["q_ids"], t["k_ids"])] if ids else []
-        biases = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])] + ([t["bias"]] if bias else [])
-        most = t["bias"].shape[1:] if bias else longest
-        return (t["q"], t["k"], t["v"], t["cu_q"], t["cu_k"], *most), {"bias": biases, "mask": hidden, **options}
-
-    text = label(seed, {"lengths": lengths, "H": heads, "Hk": kv_heads, "D": d, "bias": bias, "rows": rows} | options)
-    return Call(text, vitkern.attention_varlen, build, tensors, frozenset(("vector", "bias")), False, seed)
-
-
-def draw_packed(rng: random.Random) -> Call:
-    lengths = tuple((rng.choice((0, 1, 5, 40, 64)), rng.choice((0, 1, 5, 63, 90))) for _ in range(rng.randint(1, 6)))
-    options: dict[str, Any] = {"normalizer": rng.choice(NORMALIZERS)}
-    if options["normalizer"] == "softmax":
-        options["return_stats"] = rng.choice(((), ("lse",), ("key_mean",)))
-    if rng.random() < 0.2:
-        options |= {"dropout_p": 0.3, "dropout_seed": rng.randrange(2**62)}
-    heads = rng.choice((1, 2, 4))
-    return packed(
-        rng.randrange(2**31), lengths, heads=heads, kv_heads=rng.choice((1, heads)), d=rng.choice(HEAD_SIZES[:9]),
-        bias=rng.random() < 0.5, rows=rng.random() < 0.3, causal=rng.random() < 0.3, ids=rng.random() < 0.3, **options,
-    )  # fmt: skip
-
-
-def small_packed() -> list[Call]:
-    return [
-        packed(1, ((3, 5), (0, 2), (1, 1), (4, 0), (2, 7)), return_stats=("key_mean",)),
-        packed(
-            2, ((4, 4), (6, 3)), kv_heads=2, rows=True, causal=True, normalizer="sigmoid", dropout_p=0.3, dropout_seed=4
-        ),
-        packed(3, ((2, 9), (5, 5)), bias=False, scale=0.3, return_stats=("lse",)),
-        packed(5, ((2, 9), (5, 5)), ids=True),
-        packed(4, ((0, 0),), bias=False),
-    ]
-
-
-def sizes_packed() -> list[Call]:
-    return [packed(1, lengths) for lengths in (((3, 5), (4, 6)), ((7, 9), (2, 8)), ((11, 6), (5, 10)))]
-
-
 ENTRIES = (
-    Entry("attention", draw, small, sizes, cast=("q", "k", "v")),
-    Entry("attention_varlen", draw_packed, small_packed, sizes_packed, cast=("q", "k", "v"), last="attention"),
+    Entry(
+        "attention",
+        draw,
+        small,
+        sizes,
+        cast=("q", "k", "v"),
+        derived=lambda: [c for c in offsets() if c.seed not in (27, 28, 33)],
+    ),
 )

@@ -109,6 +109,7 @@ def entries() -> dict[str, Entry]:
     """Every op's entry, by name."""
     from vitkern.testing import (
         attention,
+        attention_varlen,
         bipartite_match,
         chain_sum,
         channel_attention,
@@ -133,6 +134,7 @@ def entries() -> dict[str, Entry]:
     modules = (
         window_attention,
         attention,
+        attention_varlen,
         linear_attention,
         feature_rows,
         chain_sum,

@@ -1,0 +1,102 @@
+"""Sampled and hand-picked calls of attention_varlen."""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vitkern
+from vitkern.bias import KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
+from vitkern.mask import Causal, Segments
+from vitkern.modulation import GaussianMixture
+from vitkern.testing.attention import NORMALIZERS
+from vitkern.testing.registry import Call, Entry, label
+from vitkern.testing.window_attention import HEAD_SIZES
+
+
+def packed(
+    seed: int, lengths: tuple[tuple[int, int], ...], *, heads: int = 2, kv_heads: int = 1, d: int = 8, bias: bool = True,
+    rows: bool = False, causal: bool = False, ids: bool = False, grid: tuple[int, int] | None = None, **options: Any,
+) -> Call:  # fmt: skip
+    """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key; `grid`: of
+    the longest sequence, for tables of offsets."""
+    g = torch.Generator().manual_seed(seed)
+    of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
+    longest = (max(of_queries, default=0), max(of_keys, default=0))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    def bounds(each: list[int]) -> Tensor:
+        return torch.tensor([0, *each]).cumsum(0).to(torch.int32)
+
+    tensors = {"q": normal(sum(of_queries), heads, d)}
+    tensors |= {name: normal(sum(of_keys), kv_heads, d) for name in "kv"}
+    tensors |= {"cu_q": bounds(of_queries), "cu_k": bounds(of_keys)}
+    tensors["vector"] = normal(1, heads, sum(of_queries)) if rows else normal(1, 1, sum(of_keys))
+    if bias:
+        tensors["bias"] = normal(heads, *longest)
+    if grid:
+        tensors |= {"table": normal(heads, table_rows(grid, "query-key")), "rate": -normal(heads).abs()}
+        tensors |= {"sigma": normal(2, heads).abs() + 1, "alpha": normal(2, heads)}
+    if ids:
+        tensors["q_ids"], tensors["k_ids"] = (
+            torch.randint(-1, 2, (1, sum(n)), generator=g) for n in (of_queries, of_keys)
+        )
+
+    def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden: list[Any] = [Causal(1)] if causal else []
+        hidden += [Segments(t["q_ids"], t["k_ids"])] if ids else []
+        biases = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])] + ([t["bias"]] if bias else [])
+        if grid:
+            options["modulation"] = GaussianMixture(t["sigma"], t["alpha"], grid)
+            biases += [RelativePosition(t["table"].t(), None, grid), ManhattanDecay(t["rate"], grid)]
+            biases += [ManhattanDecay(t["rate"], grid, "prob")]
+        most = t["bias"].shape[1:] if bias else longest
+        return (t["q"], t["k"], t["v"], t["cu_q"], t["cu_k"], *most), {"bias": biases, "mask": hidden, **options}
+
+    text = label(seed, {"lengths": lengths, "H": heads, "Hk": kv_heads, "D": d, "bias": bias, "rows": rows} | options)
+    return Call(
+        text,
+        vitkern.attention_varlen,
+        build,
+        tensors,
+        frozenset(("vector", "bias", "table", "rate", "sigma", "alpha")),
+        False,
+        seed,
+    )
+
+
+def draw_packed(rng: random.Random) -> Call:
+    lengths = tuple((rng.choice((0, 1, 5, 40, 64)), rng.choice((0, 1, 5, 63, 90))) for _ in range(rng.randint(1, 6)))
+    options: dict[str, Any] = {"normalizer": rng.choice(NORMALIZERS)}
+    if options["normalizer"] == "softmax":
+        options["return_stats"] = rng.choice(((), ("lse",), ("key_mean",)))
+    if rng.random() < 0.2:
+        options |= {"dropout_p": 0.3, "dropout_seed": rng.randrange(2**62)}
+    heads = rng.choice((1, 2, 4))
+    return packed(
+        rng.randrange(2**31), lengths, heads=heads, kv_heads=rng.choice((1, heads)), d=rng.choice(HEAD_SIZES[:9]),
+        bias=rng.random() < 0.5, rows=rng.random() < 0.3, causal=rng.random() < 0.3, ids=rng.random() < 0.3, **options,
+    )  # fmt: skip
+
+
+def small_packed() -> list[Call]:
+    return [
+        packed(1, ((3, 5), (0, 2), (1, 1), (4, 0), (2, 7)), return_stats=("key_mean",)),
+        packed(
+            2, ((4, 4), (6, 3)), kv_heads=2, rows=True, causal=True, normalizer="sigmoid", dropout_p=0.3, dropout_seed=4
+        ),
+        packed(3, ((2, 9), (5, 5)), bias=False, scale=0.3, return_stats=("lse",)),
+        packed(5, ((2, 9), (5, 5)), ids=True),
+        packed(6, ((2, 9), (15, 15), (0, 3), (7, 7)), kv_heads=2, bias=False, grid=(3, 5)),
+        packed(4, ((0, 0),), bias=False),
+    ]
+
+
+def sizes_packed() -> list[Call]:
+    return [packed(1, lengths) for lengths in (((3, 5), (4, 6)), ((7, 9), (2, 8)), ((11, 6), (5, 10)))]
+
+
+ENTRIES = (Entry("attention_varlen", draw_packed, small_packed, sizes_packed, cast=("q", "k", "v"), last="attention"),)
