@@ -56,6 +56,8 @@ class Call(NamedTuple):
     position_q: Tensor | None
     position_k: Tensor | None
     position_v: Tensor | None
+    axis_y: Tensor | None
+    axis_x: Tensor | None
     normalizer: str
     scale: float
     causal: bool
@@ -78,11 +80,12 @@ class Call(NamedTuple):
 DIFFERENTIABLE = (
     "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
-    "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v",
+    "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v", "axis_y", "axis_x",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
     "topk": "topk", "policy": "modulation.Policy",
     **dict.fromkeys(("bias_table", "gain_table", "weight_table"), "tables of offsets on a grid"),
+    **dict.fromkeys(("axis_y", "axis_x"), "tables of decomposed positions"),
     "later_ratio": "a ratio of later keys",
     **dict.fromkeys(("position_index", "position_q", "position_k", "position_v"), "bias.ContextualPosition"),
     **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),

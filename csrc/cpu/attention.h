@@ -46,6 +46,8 @@ struct AttentionProblem {
   ScoreView mask;                // bool
   ScoreView tables[kTables];     // [H, entries] of the offsets on the grid below: row is 0
   HeadsView rel_y, rel_x;        // [Nq, H, kh], [Nq, H, kw]: added to the key of row y, column x
+  RowsView axis_table[2];        // or from tables [axis_rows, depth]: products with q
+  int32_t axis_rows[2];
   HeadsView path_row, path_col;  // [N, H]: log-decays along rows and columns of a grid
   PairsView positions;
   HeadsView position_q, position_k;  // [Nq, H, position_count], [Nk, H, position_count], Acc: added to the scores
@@ -97,6 +99,7 @@ struct ScoreSums {
 struct AttentionSums {
   ScoreSums bias, gain, weight, tables[kTables], position_v;
   void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight, *policy, *position_q, *position_k;
+  void* axis[2];  // Acc [heads][axis_rows][depth]
   double *factor, *sink, *slope, *later_ratio;
   double *pre_weight, *pre_bias, *post_weight, *post_bias;
 };
@@ -109,6 +112,9 @@ static inline bool is_hard(const AttentionProblem& p) {
 static inline bool has_gain(const AttentionProblem& p) { return p.gain.data || p.tables[kGainTable].data; }
 static inline bool has_weight(const AttentionProblem& p) { return p.weight.data || p.tables[kWeightTable].data; }
 static inline int32_t table_entries(const AttentionProblem& p) { return (2 * p.grid_height - 1) * (2 * p.grid_width - 1) + (p.grid_prefix ? 3 : 0); }
+// Whether positions are decomposed, and from tables.
+static inline bool has_axes(const AttentionProblem& p) { return p.axis_table[0].data; }
+static inline bool has_relative(const AttentionProblem& p) { return p.rel_y.rows.data || has_axes(p); }
 // Whether the scores or the weights of all heads mix.
 static inline bool mixes(const AttentionProblem& p) { return p.pre_weight || p.pre_bias || p.post_weight || p.post_bias; }
 

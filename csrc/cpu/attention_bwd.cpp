@@ -135,14 +135,28 @@ OptTensor head_sums(bool wanted, const std::vector<double>& each, const OptTenso
   return grad;
 }
 
-using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
-                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
-                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
+using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
+                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
+                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
+                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
+
+// The sum of what every sample and head left, [rows, depth] each.
+template <typename Acc>
+OptTensor table_sum(bool wanted, const std::vector<Acc>& each, const OptTensor& like) {
+  if (!wanted) return std::nullopt;
+  const Dtype dtype = dtype_of(*like, kOp);
+  Tensor grad = new_tensor({like->sizes().begin(), like->sizes().end()}, dtype);
+  std::vector<double> sums(size_t(grad.numel()), 0.0);
+  for (size_t i = 0; i < each.size();)
+    for (double& sum : sums) sum += double(each[i++]);
+  for (size_t i = 0; i < sums.size(); ++i) set_scalar<double>(grad.mutable_data_ptr(), int64_t(i), dtype, sums[i]);
+  return grad;
+}
 
 // The bits of `need`.
 enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight, kPreWeight,
               kPreBias, kPostWeight, kPostBias, kPolicy, kTable,
-              kLaterRatio = kTable + kTables, kPositionQ, kPositionK, kPositionV };
+              kLaterRatio = kTable + kTables, kPositionQ, kPositionK, kPositionV, kAxisY, kAxisX };
 
 template <typename Acc>
 Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q, int64_t tokens_k, int64_t need) {
@@ -178,6 +192,11 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   const size_t places = c.samples.size() * size_t(p.heads);
   std::vector<double> factor(wants(kFactor, o.factor) ? places : 0), sink(wants(kSink, o.sink) ? places : 0);
   std::vector<double> slope(wants(kSlope, o.slope) ? places : 0), later(wants(kLaterRatio, o.later_ratio) ? places : 0);
+  std::vector<Acc> axes[2];
+  const bool axis_wanted[2] = {wants(kAxisY, o.axis_y), wants(kAxisX, o.axis_x)};
+  const int64_t axis_size[2] = {int64_t(p.axis_rows[0]) * p.depth, int64_t(p.axis_rows[1]) * p.depth};
+  for (int a = 0; a < 2; ++a)
+    if (axis_wanted[a]) axes[a].resize(places * size_t(axis_size[a]));
   const struct {
     Wanted bit;
     const OptTensor& like;
@@ -190,12 +209,13 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
     const Tokens& t = c.samples[size_t(s)];
     const int64_t b = c.packed ? 0 : s, first_q = b * tokens_q + t.first_query, first_k = b * tokens_k + t.first_key;
     const auto of = [&](std::vector<double>& each) { return each.empty() ? nullptr : each.data() + s * int64_t(each.size() / c.samples.size()); };
+    const auto axis = [&](int a) { return axes[a].empty() ? nullptr : axes[a].data() + s * p.heads * axis_size[a]; };
     const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b),
                              {tables[0].at(chunk, b), tables[1].at(chunk, b), tables[2].at(chunk, b)}, position_v.at(chunk, b), keys.at(first_k, p.heads),
                              rel_y.at(first_q, p.heads), rel_x.at(first_q, p.heads), path_row.at(first_k, p.heads),
                              path_col.at(first_k, p.heads), q_xy.at(first_q, p.heads), k_xy.at(first_k, p.heads),
                              of_queries.at(first_q, p.heads), policy.at(first_k, p.heads),
-                             position_q.at(first_q, p.heads), position_k.at(first_k, p.heads), of(factor), of(sink), of(slope), of(later), of(mixed[0]), of(mixed[1]),
+                             position_q.at(first_q, p.heads), position_k.at(first_k, p.heads), {axis(0), axis(1)}, of(factor), of(sink), of(slope), of(later), of(mixed[0]), of(mixed[1]),
                              of(mixed[2]), of(mixed[3])};
     c.kernels->backward(sample, head, sums, scratch);
   };
@@ -233,7 +253,8 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
           tables[0].gradient(o.bias_table), tables[1].gradient(o.gain_table), tables[2].gradient(o.weight_table),
           head_sums(wants(kLaterRatio, o.later_ratio), later, o.later_ratio),
           position_q.gradient(wants(kPositionQ, o.position_q), o.position_q, c, tokens_q, tokens),
-          position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(o.position_v)};
+          position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(o.position_v),
+          table_sum(axis_wanted[0], axes[0], o.axis_y), table_sum(axis_wanted[1], axes[1], o.axis_x)};
 }
 
 Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,

@@ -109,6 +109,7 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   read_scores(o);
   read_positions(o);
   read_tables(o);
+  read_axes(o);
   read_contexts(o);
   read_ids(o);
   read_mixtures(o);
@@ -207,6 +208,22 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
     p.policy_diagonal = o.policy_diagonal;
   }
   if (o.query_weight) p.query_weight = token_view(*o.query_weight, batch, tokens_q_, p.heads);
+}
+
+void AttentionCall::read_axes(const AttentionOptions& o) {
+  if (!o.axis_y || !o.axis_x) return;
+  check(!packed && !p.rel_y.rows.data && o.grid_height > 0 && o.grid_width > 0 && o.grid_height * o.grid_width == p.queries &&
+            p.queries == p.keys,
+        kOp, "tables of decomposed positions must have a grid of all queries and keys");
+  p.rel_height = int32_t(o.grid_height);
+  p.rel_width = int32_t(o.grid_width);
+  for (int a = 0; a < 2; ++a) {
+    const Tensor& t = a == 0 ? *o.axis_y : *o.axis_x;
+    check(t.dim() == 2 && t.size(0) == 2 * (a == 0 ? p.rel_height : p.rel_width) - 1 && t.size(1) == p.depth, kOp,
+          "a table of decomposed positions must have shape [2 n - 1, D]");
+    p.axis_table[a] = {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype_of(t, kOp), 0, t.stride(0), t.stride(1)};
+    p.axis_rows[a] = int32_t(t.size(0));
+  }
 }
 
 void AttentionCall::read_contexts(const AttentionOptions& o) {

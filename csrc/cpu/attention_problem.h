@@ -16,7 +16,7 @@ using OptTensor = std::optional<torch::stable::Tensor>;
 struct AttentionOptions {
   OptTensor bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy;
   OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias, policy;
-  OptTensor bias_table, gain_table, weight_table, later_ratio, position_index, position_q, position_k, position_v;
+  OptTensor bias_table, gain_table, weight_table, later_ratio, position_index, position_q, position_k, position_v, axis_y, axis_x;
   std::string normalizer;
   double scale;
   bool causal;
@@ -64,6 +64,7 @@ class AttentionCall {
   void read_positions(const AttentionOptions& o);
   void read_contexts(const AttentionOptions& o);
   void read_tables(const AttentionOptions& o);
+  void read_axes(const AttentionOptions& o);
   void read_ids(const AttentionOptions& o);
   void read_mixtures(const AttentionOptions& o);
   void read_sequences(const AttentionOptions& o);

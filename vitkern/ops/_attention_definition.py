@@ -17,12 +17,14 @@ TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
     "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
     "pre_bias", "post_weight", "post_bias", "policy", "bias_table", "gain_table", "weight_table",
-    "later_ratio", "position_index", "position_q", "position_k", "position_v",
+    "later_ratio", "position_index", "position_q", "position_k", "position_v", "axis_y",
+    "axis_x",
 )  # fmt: skip
 OPTIONS = (
     "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
     "policy_eps", "policy_diagonal", "grid_height", "grid_width", "grid_prefix", "grid_step",
 )  # fmt: skip
+WHOLE = ("mask", "seed", "q_ids", "k_ids", "allow", "cu_q", "cu_k", "position_index")  # of no gradient
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 
 
@@ -87,6 +89,11 @@ def path_of(found: dict[str, Any]) -> PolylinePath:
     return PolylinePath(row, col, found["path_transposed"])
 
 
+def axes_of(found: dict[str, Any]) -> DecomposedRelativePosition:
+    grid = (found["grid_height"], found["grid_width"])
+    return DecomposedRelativePosition(found["axis_y"], found["axis_x"], grid, grid)
+
+
 def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     stats = {"softmax": ("lse",), "argmax_k": ("index",)}.get(found["normalizer"], ())
     weight = found["query_weight"]
@@ -111,6 +118,8 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     if found["rel_y"] is not None:
         rows, columns = found["rel_y"], found["rel_x"]
         biases.append(DecomposedRelativePosition(rows, columns, None, (0, 0)).dense(q, k)[..., : k.shape[1]])
+    if found["axis_y"] is not None:
+        biases.append(axes_of(found))
     if found["path_row"] is not None:
         biases.append(path_of(found))
     if found["slope"] is not None:

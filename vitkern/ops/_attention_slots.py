@@ -22,7 +22,7 @@ from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
 from vitkern.modulation import Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
-from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, dense_call, padded, path_of
+from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
@@ -95,7 +95,8 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
         positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
         biases = [b for b in biases if b is not context]
     native = native and extra is None
-    dense, of_keys, of_weights = _place_biases(found, biases, q, k, extra is not None, longest, native)
+    axes = native and lowered["rope"] is None and lowered["cosine"] is None and longest is None  # q is what tables meet
+    dense, of_keys, of_weights = _place_biases(found, biases, q, k, extra is not None, longest, native, axes)
     seen = _place_masks(found, lowered["masks"], q, k, extra is not None, longest)
     factors: list[Tensor] = []
     for m in lowered["modulations"]:
@@ -163,7 +164,7 @@ def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
 
 
 def _place_biases(
-    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any, native: bool
+    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any, native: bool, axes: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Fills the slots of the typed biases; returns the dense biases, those of the keys alone, and factors of the weights."""
     dense, of_keys, of_weights = [], [], []
@@ -173,10 +174,13 @@ def _place_biases(
             dense.append(b)
         elif isinstance(b, KeyBias):
             of_keys.append(b.dense(q, k))
+        elif axes and isinstance(b, DecomposedRelativePosition) and _place_axes(found, b):
+            pass
         elif (
             isinstance(b, relative)
             and getattr(b, "place", "logit") == "logit"
             and found["rel_y"] is None
+            and found["axis_y"] is None
             and not extended
         ):
             found["rel_y"], found["rel_x"] = b.per_query(q)
@@ -196,6 +200,16 @@ def _place_biases(
             _refuse_second(b, longest)
             dense.append(b.dense(*seen_by(b, q, k, longest)))
     return dense, of_keys, of_weights
+
+
+def _place_axes(found: dict[str, Any], b: DecomposedRelativePosition) -> bool:
+    """Whether the tables of a modifier whose queries and keys share the grid of the call went into their slots."""
+    geometry = dict(zip(tables.GRID, (*b.k_grid, 0, 1), strict=True))
+    taken = found["axis_y"] is not None or found["rel_y"] is not None
+    if taken or b.q_grid != b.k_grid or (found["grid_height"] and any(found[n] != geometry[n] for n in geometry)):
+        return False
+    found |= geometry | {"axis_y": b.rel_h, "axis_x": b.rel_w}
+    return True
 
 
 def _place_ratio(found: dict[str, Any], modifier: Any, acc: torch.dtype) -> bool:
@@ -279,6 +293,9 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
         return rows_of(padded(found)[0], rows).transpose(1, 2)[None]
     count, keys = found["q"].shape[1], found["k"].shape[1]
     chosen = [i % count for i in rows]
+    if found["axis_y"] is not None:
+        by_row, by_column = axes_of(found).per_query(found["q"])
+        found = found | {"axis_y": None, "axis_x": None, "rel_y": by_row, "rel_x": by_column}
     some = dict(found)
     for name in ("q", "rel_y", "rel_x", "q_xy", "q_ids", "position_index", "position_q"):
         some[name] = None if found[name] is None else found[name][:, chosen]
