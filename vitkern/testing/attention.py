@@ -43,6 +43,7 @@ POSITIONS = {
     "context": lambda t, grid: ContextualPosition(t["t_q"], t["t_k"], t["t_v"], t["index"]),
     "keys of context": lambda t, grid: ContextualPosition(None, t["t_k"], None, t["index"]),
     "values of context": lambda t, grid: ContextualPosition(None, None, t["t_v"], t["index"][0]),
+    "axes": lambda t, grid: DecomposedRelativePosition(t["axis_y"], t["axis_x"], grid, grid),
     "decomposed": lambda t, grid: DecomposedRelativePosition(t["rel_y"], t["rel_x"], None, grid),
     "manhattan": lambda t, grid: ManhattanDecay(t["rate"], grid),
     "euclidean": lambda t, grid: EuclideanDistance(t["slope"], t["q_xy"], t["k_xy"]),
@@ -118,6 +119,8 @@ def make(
         tensors["logits"] = normal(batch, queries, 3, 4)
     if typed == "decomposed":
         tensors["rel_y"], tensors["rel_x"] = normal(batch, queries, heads, grid[0]), normal(1, queries, 1, grid[1])
+    if typed == "axes":
+        tensors |= {f"axis_{name}": normal(2 * n - 1, d) / 2 for name, n in zip("yx", grid, strict=True)}
     if "context" in typed:
         tensors["index"] = torch.randint(0, 7, (batch, queries, keys), generator=g, dtype=torch.int32)
         tensors |= {"t_q": normal(7, 1, d) / 2, "t_k": normal(7, heads, d) / 2, "t_v": normal(7, heads, dv)}
@@ -293,6 +296,13 @@ def offsets() -> list[Call]:
         make(33, 1, 40, 70, d=20, dv=20, typed="context", masks="segments", return_stats=("row",), stat_rows=(1, 30)),
         make(34, 2, 4, 6, typed="keys of context", key_bias=True, topk=3),
         make(35, 2, 17, 6, typed="values of context", normalizer="argmax_k", modulation="weight"),
+        make(36, 2, 15, 15, heads=4, kv_heads=2, typed="axes", grid=(3, 5), scale="heads", masks="empty", bias=(0, 1, 1, 1), sink=True,
+             return_stats=("lse",)),
+        make(37, 2, 70, 70, d=24, typed="axes", grid=(10, 7), modulation="gain", dropout_p=0.3, dropout_seed=7, return_stats=("row",),
+             stat_rows=(1, 30)),
+        make(38, 1, 6, 6, d=4, typed="axes", grid=(1, 6), modulation="heads", normalizer="sigmoid", masks="dense"),
+        make(39, 1, 6, 6, typed="axes", grid=(2, 3), cosine=True),
+        make(40, 1, 6, 6, typed="axes", grid=(3, 2), normalizer="argmax_q"),
         make(30, 2, 6, 6, typed="decay", grid=(2, 3), modulation="soft+mixture", return_stats=("key_mean",)),
         make(27, 2, 99, 99, d=4, typed="prefix", grid=(1, 97), modulation="behind", masks="segments", normalizer="sigmoid",
              dropout_p=0.2, dropout_seed=3),
@@ -313,6 +323,6 @@ ENTRIES = (
         small,
         sizes,
         cast=("q", "k", "v"),
-        derived=lambda: [c for c in offsets() if c.seed not in (27, 28, 33)],
+        derived=lambda: [c for c in offsets() if c.seed not in (27, 28, 33, 37)],
     ),
 )
