@@ -56,6 +56,8 @@ class Call(NamedTuple):
     position_q: Tensor | None
     position_k: Tensor | None
     position_v: Tensor | None
+    early_gain: Tensor | None
+    early_weight: Tensor | None
     normalizer: str
     scale: float
     causal: bool
@@ -78,14 +80,17 @@ class Call(NamedTuple):
 DIFFERENTIABLE = (
     "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
-    "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v",
+    "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v", "early_gain",
+    "early_weight",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
     "topk": "topk", "policy": "modulation.Policy",
     **dict.fromkeys(("bias_table", "gain_table", "weight_table"), "tables of offsets on a grid"),
     "later_ratio": "a ratio of later keys",
     **dict.fromkeys(("position_index", "position_q", "position_k", "position_v"), "bias.ContextualPosition"),
-    **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
+    **dict.fromkeys(
+        ("pre_weight", "pre_bias", "post_weight", "post_bias", "early_gain", "early_weight"), "modulation.TalkingHeads"
+    ),
 }  # fmt: skip
 
 

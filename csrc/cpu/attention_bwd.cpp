@@ -137,12 +137,13 @@ OptTensor head_sums(bool wanted, const std::vector<double>& each, const OptTenso
 
 using Gradients = std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
                              OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
-                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor>;
+                             OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor, OptTensor,
+                             OptTensor, OptTensor>;
 
 // The bits of `need`.
 enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight, kPreWeight,
               kPreBias, kPostWeight, kPostBias, kPolicy, kTable,
-              kLaterRatio = kTable + kTables, kPositionQ, kPositionK, kPositionV };
+              kLaterRatio = kTable + kTables, kPositionQ, kPositionK, kPositionV, kEarlyGain, kEarlyWeight };
 
 template <typename Acc>
 Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q, int64_t tokens_k, int64_t need) {
@@ -159,10 +160,12 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   gain.measure(o.gain, wants(kGain, o.gain), p.padded);
   weight.measure(o.weight, wants(kWeight, o.weight), p.padded);
   const OptTensor* const given_tables[kTables] = {&o.bias_table, &o.gain_table, &o.weight_table};  // in the order of Table
-  SharedSums<Acc> tables[kTables], position_v;
+  SharedSums<Acc> tables[kTables], position_v, early_gain, early_weight;
   for (int t = 0; t < kTables; ++t) tables[t].measure(*given_tables[t], wants(Wanted(kTable + t), *given_tables[t]), table_entries(p));
   position_v.measure(o.position_v, wants(kPositionV, o.position_v), p.width);
-  const Families<Acc> families(c, {&bias, &gain, &weight, &tables[0], &tables[1], &tables[2], &position_v});
+  early_gain.measure(o.early_gain, wants(kEarlyGain, o.early_gain), p.padded);
+  early_weight.measure(o.early_weight, wants(kEarlyWeight, o.early_weight), p.padded);
+  const Families<Acc> families(c, {&bias, &gain, &weight, &tables[0], &tables[1], &tables[2], &position_v, &early_gain, &early_weight});
   TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries, policy, position_q, position_k;
   keys.make(wants(kKeyBias, o.key_bias), c.all_keys(), p.heads, 1);
   rel_y.make(wants(kRelY, o.rel_y), c.all_queries(), p.heads, p.rel_height);
@@ -191,7 +194,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
     const int64_t b = c.packed ? 0 : s, first_q = b * tokens_q + t.first_query, first_k = b * tokens_k + t.first_key;
     const auto of = [&](std::vector<double>& each) { return each.empty() ? nullptr : each.data() + s * int64_t(each.size() / c.samples.size()); };
     const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b),
-                             {tables[0].at(chunk, b), tables[1].at(chunk, b), tables[2].at(chunk, b)}, position_v.at(chunk, b), keys.at(first_k, p.heads),
+                             {tables[0].at(chunk, b), tables[1].at(chunk, b), tables[2].at(chunk, b)}, position_v.at(chunk, b), early_gain.at(chunk, b), early_weight.at(chunk, b), keys.at(first_k, p.heads),
                              rel_y.at(first_q, p.heads), rel_x.at(first_q, p.heads), path_row.at(first_k, p.heads),
                              path_col.at(first_k, p.heads), q_xy.at(first_q, p.heads), k_xy.at(first_k, p.heads),
                              of_queries.at(first_q, p.heads), policy.at(first_k, p.heads),
@@ -233,7 +236,8 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
           tables[0].gradient(o.bias_table), tables[1].gradient(o.gain_table), tables[2].gradient(o.weight_table),
           head_sums(wants(kLaterRatio, o.later_ratio), later, o.later_ratio),
           position_q.gradient(wants(kPositionQ, o.position_q), o.position_q, c, tokens_q, tokens),
-          position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(o.position_v)};
+          position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(o.position_v),
+          early_gain.gradient(o.early_gain), early_weight.gradient(o.early_weight)};
 }
 
 Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,

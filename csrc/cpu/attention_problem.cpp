@@ -142,7 +142,7 @@ void AttentionCall::read_sequences(const AttentionOptions& o) {
   check(o.max_q < (int64_t(1) << 30) && o.max_k < (int64_t(1) << 30), kOp, "max_seqlen_q and max_seqlen_k must be below 2^30");
   p.queries = int32_t(o.max_q);
   p.keys = int32_t(o.max_k);
-  if (o.bias || o.gain || o.weight || o.mask) return;  // whose shapes are of the greatest lengths
+  if (o.bias || o.gain || o.weight || o.mask || o.early_gain || o.early_weight) return;  // whose shapes are of the greatest lengths
   p.queries = p.keys = 0;
   for (const Tokens& t : samples) {
     p.queries = std::max(p.queries, int32_t(t.queries));
@@ -155,7 +155,7 @@ void AttentionCall::read_scores(const AttentionOptions& o) {
   const struct {
     const OptTensor& from;
     ScoreView& to;
-  } floats[] = {{o.bias, p.bias}, {o.gain, p.gain}, {o.weight, p.weight}};
+  } floats[] = {{o.bias, p.bias}, {o.gain, p.gain}, {o.weight, p.weight}, {o.early_gain, p.early_gain}, {o.early_weight, p.early_weight}};
   for (const auto& t : floats)
     if (t.from) t.to = score_view(*t.from, shape, dtype_of(*t.from, kOp));
   if (o.key_bias) p.key_bias = score_view(*o.key_bias, all, dtype_of(*o.key_bias, kOp));
@@ -293,6 +293,7 @@ void AttentionCall::read_mixtures(const AttentionOptions& o) {
         mixtures_[i].push_back(scalar<double>(t.const_data_ptr(), g * t.stride(0) + (i % 2 ? 0 : h * t.stride(1)), dtype_of(t, kOp)));
     parts[i].to = mixtures_[i].data();
   }
+  check(mixes(p) || !(o.early_gain || o.early_weight), kOp, "early factors must go with mixtures");
   units = mixes(p) ? 1 : p.kv_heads;
 }
 
@@ -340,7 +341,7 @@ AttentionProblem AttentionCall::sample(int64_t s) const {
   shift(one.policy, b, t.first_key);
   shift(one.q_ids, b, t.first_query);
   shift(one.k_ids, b, t.first_key);
-  for (ScoreView* v : {&one.bias, &one.gain, &one.weight})
+  for (ScoreView* v : {&one.bias, &one.gain, &one.weight, &one.early_gain, &one.early_weight})
     if (v->data) v->data += b * v->batch * size_of(v->dtype);
   if (one.key_bias.data) one.key_bias.data += (b * one.key_bias.batch + t.first_key * one.key_bias.column) * size_of(one.key_bias.dtype);
   if (one.positions.data) one.positions.data += b * one.positions.batch;

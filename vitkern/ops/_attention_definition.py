@@ -17,7 +17,8 @@ TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
     "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
     "pre_bias", "post_weight", "post_bias", "policy", "bias_table", "gain_table", "weight_table",
-    "later_ratio", "position_index", "position_q", "position_k", "position_v",
+    "later_ratio", "position_index", "position_q", "position_k", "position_v", "early_gain",
+    "early_weight",
 )  # fmt: skip
 OPTIONS = (
     "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
@@ -129,6 +130,13 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     factors: tuple[Any, ...] = tuple(
         ElementwiseMask(found[name], place) for name, place in places if found[name] is not None
     )
+    if any(found[name] is not None for name in MIXTURES):
+        early = (
+            ElementwiseMask(found[f"early_{name}"], place)
+            for name, place in places
+            if found[f"early_{name}"] is not None
+        )
+        factors = (*early, TalkingHeads(*(found[name] for name in MIXTURES)), *factors)
     if found["later_ratio"] is not None:
         factors = (*factors, SoftCausal(found["later_ratio"]))
     factors += tuple(
@@ -136,8 +144,6 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
         for name, place in places
         if found[f"{name}_table"] is not None
     )
-    if any(found[name] is not None for name in MIXTURES):
-        factors = (TalkingHeads(*(found[name] for name in MIXTURES)),)
     if found["policy"] is not None:
         factors = (*factors, Policy(found["policy"], found["policy_eps"], found["policy_diagonal"]))
     scale = found["scale"] if found["factor"] is None else found["factor"]
