@@ -12,6 +12,7 @@ from timm.models import beit, cait, levit, vision_transformer_sam
 
 import vitkern
 from vitkern import bias, mask, modulation
+from vitkern.testing import attention as registry
 
 D = torch.float64
 
@@ -161,6 +162,18 @@ def test_contextual_positions_meet_queries_keys_and_values():
     want = output(s.softmax(-1), v) + torch.einsum("bhij,ijhd->bihd", s.softmax(-1), c)
     torch.testing.assert_close(vitkern.attention(q, k, v, bias=modifier), want)
     check(4, 6, *tables, bias=modifier)
+
+
+def test_a_key_that_a_bias_hides_may_be_nan_beside_contextual_positions():
+    q, k, v = qkv(4, 6, heads=2, kv_heads=1, d=4, dv=3)
+    modifier = bias.ContextualPosition(
+        normal(5, 2, 4), normal(5, 1, 4), normal(5, 2, 3), torch.arange(24).view(4, 6) % 5
+    )
+    hidden = bias.KeyBias(torch.tensor([0.0, -math.inf, 0, 0, 0, 0], dtype=D).expand(1, 1, -1))
+    want = vitkern.attention(q, k, v, bias=[modifier, hidden])
+    k, v = (t.clone() for t in (k, v))
+    k[:, 1], v[:, 1] = math.nan, math.nan
+    torch.testing.assert_close(vitkern.attention(q, k, v, bias=[modifier, hidden]), want)
 
 
 # masks ------------------------------------------------------------------------------------------------------------------
@@ -344,6 +357,16 @@ def test_modifiers_compose():
     s = (logits(q, k) * c + a + b[:, :, None] + far).masked_fill(~visible, -math.inf)
     p = s.softmax(-1).nan_to_num(0.0) * torch.ones(6, 6, dtype=D).tril().clamp(min=0.4) * c
     torch.testing.assert_close(got, output(p, v))
+
+
+@pytest.mark.parametrize("call", [c for c in registry.offsets() if c.seed in (24, 31, 36)], ids=str)
+def test_the_slots_of_offsets_and_mixtures_are_traced(call):
+    torch._dynamo.reset()
+    tensors = call.leaves(torch.float32, grad=True)
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    loss = lambda t: sum(o.square().sum() for o in call.run(t))  # noqa: E731
+    got, want = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)(tensors), loss(tensors)
+    torch.testing.assert_close([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, leaves)])
 
 
 POSITIONS = {

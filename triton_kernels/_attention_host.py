@@ -56,8 +56,8 @@ class Call(NamedTuple):
     position_q: Tensor | None
     position_k: Tensor | None
     position_v: Tensor | None
-    axis_y: Tensor | None
-    axis_x: Tensor | None
+    early_gain: Tensor | None
+    early_weight: Tensor | None
     normalizer: str
     scale: float
     causal: bool
@@ -80,15 +80,17 @@ class Call(NamedTuple):
 DIFFERENTIABLE = (
     "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
-    "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v", "axis_y", "axis_x",
+    "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v", "early_gain",
+    "early_weight",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
     "topk": "topk", "policy": "modulation.Policy",
     **dict.fromkeys(("bias_table", "gain_table", "weight_table"), "tables of offsets on a grid"),
-    **dict.fromkeys(("axis_y", "axis_x"), "tables of decomposed positions"),
     "later_ratio": "a ratio of later keys",
     **dict.fromkeys(("position_index", "position_q", "position_k", "position_v"), "bias.ContextualPosition"),
-    **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
+    **dict.fromkeys(
+        ("pre_weight", "pre_bias", "post_weight", "post_bias", "early_gain", "early_weight"), "modulation.TalkingHeads"
+    ),
 }  # fmt: skip
 
 
@@ -113,6 +115,8 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
     given = {name for name, x in call._asdict().items() if isinstance(x, Tensor) or (name == "topk" and x)}
+    if call.rel_y is not None and call.rel_y.dim() == 2:
+        why.append("no Triton kernel multiplies tables of decomposed positions")
     return why + [f"no Triton kernel has {x}" for x in dict.fromkeys(x for n, x in UNSERVED.items() if n in given)]
 
 

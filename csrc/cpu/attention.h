@@ -43,6 +43,7 @@ struct AttentionProblem {
   HeadsView q, k, v, out, lse, dout, dlse, dq, dk, dv;
   ScoreView bias, key_bias;      // key_bias: row is 0
   ScoreView gain, weight;        // factors of the scores, and of the weights
+  ScoreView early_gain, early_weight;  // the same in front of the mixtures of heads, where gain and weight are behind them
   ScoreView mask;                // bool
   ScoreView tables[kTables];     // [H, entries] of the offsets on the grid below: row is 0
   HeadsView rel_y, rel_x;        // [Nq, H, kh], [Nq, H, kw]: added to the key of row y, column x
@@ -97,7 +98,7 @@ struct ScoreSums {
 // What backward leaves beside dq, dk, dv; a null pointer is not wanted. Acc [N][heads][width] of the sample's tokens, and
 // double [heads]; all are overwritten, but for path_row, path_col, position_q, position_k and later_ratio, which must be 0 before.
 struct AttentionSums {
-  ScoreSums bias, gain, weight, tables[kTables], position_v;
+  ScoreSums bias, gain, weight, tables[kTables], position_v, early_gain, early_weight;
   void *key_bias, *rel_y, *rel_x, *path_row, *path_col, *q_xy, *k_xy, *query_weight, *policy, *position_q, *position_k;
   void* axis[2];  // Acc [heads][axis_rows][depth]
   double *factor, *sink, *slope, *later_ratio;

@@ -156,7 +156,7 @@ OptTensor table_sum(bool wanted, const std::vector<Acc>& each, const OptTensor& 
 // The bits of `need`.
 enum Wanted { kQ, kK, kV, kBias, kKeyBias, kFactor, kSink, kGain, kWeight, kRelY, kRelX, kPathRow, kPathCol, kSlope, kQxy, kKxy, kQueryWeight, kPreWeight,
               kPreBias, kPostWeight, kPostBias, kPolicy, kTable,
-              kLaterRatio = kTable + kTables, kPositionQ, kPositionK, kPositionV, kAxisY, kAxisX };
+              kLaterRatio = kTable + kTables, kPositionQ, kPositionK, kPositionV, kEarlyGain, kEarlyWeight };
 
 template <typename Acc>
 Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q, int64_t tokens_k, int64_t need) {
@@ -173,14 +173,16 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   gain.measure(o.gain, wants(kGain, o.gain), p.padded);
   weight.measure(o.weight, wants(kWeight, o.weight), p.padded);
   const OptTensor* const given_tables[kTables] = {&o.bias_table, &o.gain_table, &o.weight_table};  // in the order of Table
-  SharedSums<Acc> tables[kTables], position_v;
+  SharedSums<Acc> tables[kTables], position_v, early_gain, early_weight;
   for (int t = 0; t < kTables; ++t) tables[t].measure(*given_tables[t], wants(Wanted(kTable + t), *given_tables[t]), table_entries(p));
   position_v.measure(o.position_v, wants(kPositionV, o.position_v), p.width);
-  const Families<Acc> families(c, {&bias, &gain, &weight, &tables[0], &tables[1], &tables[2], &position_v});
+  early_gain.measure(o.early_gain, wants(kEarlyGain, o.early_gain), p.padded);
+  early_weight.measure(o.early_weight, wants(kEarlyWeight, o.early_weight), p.padded);
+  const Families<Acc> families(c, {&bias, &gain, &weight, &tables[0], &tables[1], &tables[2], &position_v, &early_gain, &early_weight});
   TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries, policy, position_q, position_k;
   keys.make(wants(kKeyBias, o.key_bias), c.all_keys(), p.heads, 1);
-  rel_y.make(wants(kRelY, o.rel_y), c.all_queries(), p.heads, p.rel_height);
-  rel_x.make(wants(kRelX, o.rel_x), c.all_queries(), p.heads, p.rel_width);
+  rel_y.make(wants(kRelY, o.rel_y) && !has_axes(p), c.all_queries(), p.heads, p.rel_height);
+  rel_x.make(wants(kRelX, o.rel_x) && !has_axes(p), c.all_queries(), p.heads, p.rel_width);
   path_row.make(wants(kPathRow, o.path_row), c.all_keys(), p.heads, 1);
   path_col.make(wants(kPathCol, o.path_col), c.all_keys(), p.heads, 1);
   q_xy.make(wants(kQxy, o.q_xy), c.all_queries(), p.heads, 2);
@@ -193,7 +195,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   std::vector<double> factor(wants(kFactor, o.factor) ? places : 0), sink(wants(kSink, o.sink) ? places : 0);
   std::vector<double> slope(wants(kSlope, o.slope) ? places : 0), later(wants(kLaterRatio, o.later_ratio) ? places : 0);
   std::vector<Acc> axes[2];
-  const bool axis_wanted[2] = {wants(kAxisY, o.axis_y), wants(kAxisX, o.axis_x)};
+  const bool axis_wanted[2] = {has_axes(p) && wants(kRelY, o.rel_y), has_axes(p) && wants(kRelX, o.rel_x)};
   const int64_t axis_size[2] = {int64_t(p.axis_rows[0]) * p.depth, int64_t(p.axis_rows[1]) * p.depth};
   for (int a = 0; a < 2; ++a)
     if (axis_wanted[a]) axes[a].resize(places * size_t(axis_size[a]));
@@ -211,7 +213,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
     const auto of = [&](std::vector<double>& each) { return each.empty() ? nullptr : each.data() + s * int64_t(each.size() / c.samples.size()); };
     const auto axis = [&](int a) { return axes[a].empty() ? nullptr : axes[a].data() + s * p.heads * axis_size[a]; };
     const AttentionSums sums{bias.at(chunk, b), gain.at(chunk, b), weight.at(chunk, b),
-                             {tables[0].at(chunk, b), tables[1].at(chunk, b), tables[2].at(chunk, b)}, position_v.at(chunk, b), keys.at(first_k, p.heads),
+                             {tables[0].at(chunk, b), tables[1].at(chunk, b), tables[2].at(chunk, b)}, position_v.at(chunk, b), early_gain.at(chunk, b), early_weight.at(chunk, b), keys.at(first_k, p.heads),
                              rel_y.at(first_q, p.heads), rel_x.at(first_q, p.heads), path_row.at(first_k, p.heads),
                              path_col.at(first_k, p.heads), q_xy.at(first_q, p.heads), k_xy.at(first_k, p.heads),
                              of_queries.at(first_q, p.heads), policy.at(first_k, p.heads),
@@ -240,8 +242,8 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
           keys.gradient(wants(kKeyBias, o.key_bias), o.key_bias, c, tokens_k, vectors),
           head_sums(wants(kFactor, o.factor), factor, o.factor), head_sums(wants(kSink, o.sink), sink, o.sink),
           gain.gradient(o.gain), weight.gradient(o.weight),
-          rel_y.gradient(wants(kRelY, o.rel_y), o.rel_y, c, tokens_q, tokens),
-          rel_x.gradient(wants(kRelX, o.rel_x), o.rel_x, c, tokens_q, tokens),
+          has_axes(p) ? table_sum(axis_wanted[0], axes[0], o.rel_y) : rel_y.gradient(wants(kRelY, o.rel_y), o.rel_y, c, tokens_q, tokens),
+          has_axes(p) ? table_sum(axis_wanted[1], axes[1], o.rel_x) : rel_x.gradient(wants(kRelX, o.rel_x), o.rel_x, c, tokens_q, tokens),
           path_row.gradient(wants(kPathRow, o.path_row), o.path_row, c, tokens_k, flat),
           path_col.gradient(wants(kPathCol, o.path_col), o.path_col, c, tokens_k, flat),
           head_sums(wants(kSlope, o.slope), slope, o.slope),
@@ -254,7 +256,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
           head_sums(wants(kLaterRatio, o.later_ratio), later, o.later_ratio),
           position_q.gradient(wants(kPositionQ, o.position_q), o.position_q, c, tokens_q, tokens),
           position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(o.position_v),
-          table_sum(axis_wanted[0], axes[0], o.axis_y), table_sum(axis_wanted[1], axes[1], o.axis_x)};
+          early_gain.gradient(o.early_gain), early_weight.gradient(o.early_weight)};
 }
 
 Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,

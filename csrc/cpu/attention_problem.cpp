@@ -109,7 +109,6 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   read_scores(o);
   read_positions(o);
   read_tables(o);
-  read_axes(o);
   read_contexts(o);
   read_ids(o);
   read_mixtures(o);
@@ -143,7 +142,7 @@ void AttentionCall::read_sequences(const AttentionOptions& o) {
   check(o.max_q < (int64_t(1) << 30) && o.max_k < (int64_t(1) << 30), kOp, "max_seqlen_q and max_seqlen_k must be below 2^30");
   p.queries = int32_t(o.max_q);
   p.keys = int32_t(o.max_k);
-  if (o.bias || o.gain || o.weight || o.mask) return;  // whose shapes are of the greatest lengths
+  if (o.bias || o.gain || o.weight || o.mask || o.early_gain || o.early_weight) return;  // whose shapes are of the greatest lengths
   p.queries = p.keys = 0;
   for (const Tokens& t : samples) {
     p.queries = std::max(p.queries, int32_t(t.queries));
@@ -156,7 +155,7 @@ void AttentionCall::read_scores(const AttentionOptions& o) {
   const struct {
     const OptTensor& from;
     ScoreView& to;
-  } floats[] = {{o.bias, p.bias}, {o.gain, p.gain}, {o.weight, p.weight}};
+  } floats[] = {{o.bias, p.bias}, {o.gain, p.gain}, {o.weight, p.weight}, {o.early_gain, p.early_gain}, {o.early_weight, p.early_weight}};
   for (const auto& t : floats)
     if (t.from) t.to = score_view(*t.from, shape, dtype_of(*t.from, kOp));
   if (o.key_bias) p.key_bias = score_view(*o.key_bias, all, dtype_of(*o.key_bias, kOp));
@@ -167,7 +166,9 @@ void AttentionCall::read_scores(const AttentionOptions& o) {
 }
 
 void AttentionCall::read_positions(const AttentionOptions& o) {
-  if (o.rel_y && o.rel_x) {
+  if (o.rel_y && o.rel_x && o.rel_y->dim() == 2) {
+    read_axes(o);
+  } else if (o.rel_y && o.rel_x) {
     p.rel_y = token_view(*o.rel_y, batch, tokens_q_, p.heads);
     p.rel_x = token_view(*o.rel_x, batch, tokens_q_, p.heads);
     p.rel_height = int32_t(o.rel_y->size(3));
@@ -211,14 +212,13 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
 }
 
 void AttentionCall::read_axes(const AttentionOptions& o) {
-  if (!o.axis_y || !o.axis_x) return;
-  check(!packed && !p.rel_y.rows.data && o.grid_height > 0 && o.grid_width > 0 && o.grid_height * o.grid_width == p.queries &&
+  check(!packed && o.grid_height > 0 && o.grid_width > 0 && o.grid_height * o.grid_width == p.queries &&
             p.queries == p.keys,
         kOp, "tables of decomposed positions must have a grid of all queries and keys");
   p.rel_height = int32_t(o.grid_height);
   p.rel_width = int32_t(o.grid_width);
   for (int a = 0; a < 2; ++a) {
-    const Tensor& t = a == 0 ? *o.axis_y : *o.axis_x;
+    const Tensor& t = a == 0 ? *o.rel_y : *o.rel_x;
     check(t.dim() == 2 && t.size(0) == 2 * (a == 0 ? p.rel_height : p.rel_width) - 1 && t.size(1) == p.depth, kOp,
           "a table of decomposed positions must have shape [2 n - 1, D]");
     p.axis_table[a] = {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype_of(t, kOp), 0, t.stride(0), t.stride(1)};
@@ -310,6 +310,7 @@ void AttentionCall::read_mixtures(const AttentionOptions& o) {
         mixtures_[i].push_back(scalar<double>(t.const_data_ptr(), g * t.stride(0) + (i % 2 ? 0 : h * t.stride(1)), dtype_of(t, kOp)));
     parts[i].to = mixtures_[i].data();
   }
+  check(mixes(p) || !(o.early_gain || o.early_weight), kOp, "early factors must go with mixtures");
   units = mixes(p) ? 1 : p.kv_heads;
 }
 
@@ -357,7 +358,7 @@ AttentionProblem AttentionCall::sample(int64_t s) const {
   shift(one.policy, b, t.first_key);
   shift(one.q_ids, b, t.first_query);
   shift(one.k_ids, b, t.first_key);
-  for (ScoreView* v : {&one.bias, &one.gain, &one.weight})
+  for (ScoreView* v : {&one.bias, &one.gain, &one.weight, &one.early_gain, &one.early_weight})
     if (v->data) v->data += b * v->batch * size_of(v->dtype);
   if (one.key_bias.data) one.key_bias.data += (b * one.key_bias.batch + t.first_key * one.key_bias.column) * size_of(one.key_bias.dtype);
   if (one.positions.data) one.positions.data += b * one.positions.batch;

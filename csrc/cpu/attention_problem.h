@@ -16,7 +16,8 @@ using OptTensor = std::optional<torch::stable::Tensor>;
 struct AttentionOptions {
   OptTensor bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy;
   OptTensor q_ids, k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias, policy;
-  OptTensor bias_table, gain_table, weight_table, later_ratio, position_index, position_q, position_k, position_v, axis_y, axis_x;
+  OptTensor bias_table, gain_table, weight_table, later_ratio, position_index, position_q, position_k, position_v;
+  OptTensor early_gain, early_weight;
   std::string normalizer;
   double scale;
   bool causal;

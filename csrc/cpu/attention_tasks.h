@@ -10,14 +10,14 @@
       OptTensor allow, OptTensor query_weight, OptTensor cu_q, OptTensor cu_k, OptTensor pre_weight, OptTensor pre_bias,           \
       OptTensor post_weight, OptTensor post_bias, OptTensor policy, OptTensor bias_table, OptTensor gain_table,                \
       OptTensor weight_table, OptTensor later_ratio, OptTensor position_index, OptTensor position_q,                            \
-      OptTensor position_k, OptTensor position_v, OptTensor axis_y, OptTensor axis_x, std::string normalizer, double scale, bool causal, \
+      OptTensor position_k, OptTensor position_v, OptTensor early_gain, OptTensor early_weight, std::string normalizer, double scale, bool causal, \
       int64_t offset, double dropout_p, int64_t topk, std::string rule, int64_t path_width, bool path_transposed, int64_t max_q, \
       int64_t max_k, double policy_eps, bool policy_diagonal, int64_t grid_height, int64_t grid_width, int64_t grid_prefix,      \
       int64_t grid_step, std::string /*gpu*/
 #define VITKERN_ATTENTION_OPTIONS                                                                                          \
   {bias, key_bias, mask, factor, sink, seed, gain, weight, rel_y, rel_x, path_row, path_col, slope, q_xy, k_xy, q_ids,     \
    k_ids, allow, query_weight, cu_q, cu_k, pre_weight, pre_bias, post_weight, post_bias, policy, bias_table, gain_table, weight_table, later_ratio, position_index,  \
-   position_q, position_k, position_v, axis_y, axis_x, normalizer, scale, causal, offset, dropout_p, topk, rule, path_width,           \
+   position_q, position_k, position_v, early_gain, early_weight, normalizer, scale, causal, offset, dropout_p, topk, rule, path_width,           \
    path_transposed, max_q, max_k, policy_eps, policy_diagonal, grid_height, grid_width, grid_prefix, grid_step}
 
 namespace vitkern {

@@ -17,8 +17,8 @@ TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
     "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
     "pre_bias", "post_weight", "post_bias", "policy", "bias_table", "gain_table", "weight_table",
-    "later_ratio", "position_index", "position_q", "position_k", "position_v", "axis_y",
-    "axis_x",
+    "later_ratio", "position_index", "position_q", "position_k", "position_v", "early_gain",
+    "early_weight",
 )  # fmt: skip
 OPTIONS = (
     "normalizer", "scale", "causal", "offset", "dropout_p", "topk", "rule", "path_width", "path_transposed", "max_q", "max_k",
@@ -90,8 +90,9 @@ def path_of(found: dict[str, Any]) -> PolylinePath:
 
 
 def axes_of(found: dict[str, Any]) -> DecomposedRelativePosition:
+    """Of tables in the slots of what each query adds."""
     grid = (found["grid_height"], found["grid_width"])
-    return DecomposedRelativePosition(found["axis_y"], found["axis_x"], grid, grid)
+    return DecomposedRelativePosition(found["rel_y"], found["rel_x"], grid, grid)
 
 
 def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,11 +116,11 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     """The reference on slots, those of the typed modifiers in their dense form."""
     q, k, v = (found[name] for name in "qkv")
     biases = [found[name] for name in ("bias", "key_bias") if found[name] is not None]
-    if found["rel_y"] is not None:
+    if found["rel_y"] is not None and found["rel_y"].dim() == 2:
+        biases.append(axes_of(found))
+    elif found["rel_y"] is not None:
         rows, columns = found["rel_y"], found["rel_x"]
         biases.append(DecomposedRelativePosition(rows, columns, None, (0, 0)).dense(q, k)[..., : k.shape[1]])
-    if found["axis_y"] is not None:
-        biases.append(axes_of(found))
     if found["path_row"] is not None:
         biases.append(path_of(found))
     if found["slope"] is not None:
@@ -138,6 +139,13 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     factors: tuple[Any, ...] = tuple(
         ElementwiseMask(found[name], place) for name, place in places if found[name] is not None
     )
+    if any(found[name] is not None for name in MIXTURES):
+        early = (
+            ElementwiseMask(found[f"early_{name}"], place)
+            for name, place in places
+            if found[f"early_{name}"] is not None
+        )
+        factors = (*early, TalkingHeads(*(found[name] for name in MIXTURES)), *factors)
     if found["later_ratio"] is not None:
         factors = (*factors, SoftCausal(found["later_ratio"]))
     factors += tuple(
@@ -145,8 +153,6 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
         for name, place in places
         if found[f"{name}_table"] is not None
     )
-    if any(found[name] is not None for name in MIXTURES):
-        factors = (TalkingHeads(*(found[name] for name in MIXTURES)),)
     if found["policy"] is not None:
         factors = (*factors, Policy(found["policy"], found["policy_eps"], found["policy_diagonal"]))
     scale = found["scale"] if found["factor"] is None else found["factor"]

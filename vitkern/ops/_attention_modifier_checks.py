@@ -164,7 +164,7 @@ def _contextual(b: Any, q: Tensor, k: Tensor, v: Tensor | None) -> None:
         raise ValueError(
             f"{NAME}: bias ContextualPosition.index must have shape {want} or {['B or 1', *want]}, got {list(shape)}"
         )
-    rows = min((len(t) for t in (b.q_table, b.k_table, b.v_table) if t is not None), default=LARGEST)
+    rows = min([LARGEST, *(t.shape[0] for t in (b.q_table, b.k_table, b.v_table) if t is not None)])
     if backends.may_read(b.index) and b.index.numel() and not 0 <= int(b.index.min()) <= int(b.index.max()) < rows:
         raise ValueError(
             f"{NAME}: bias ContextualPosition.index must lie in [0, {rows}), the rows of the tables, "

@@ -20,7 +20,7 @@ def chosen(biases: tuple[Any, ...]) -> ContextualPosition | None:
 def place(found: dict[str, Any], b: ContextualPosition, q: Tensor, k: Tensor, values: bool, more: int) -> None:
     """Fills the slots. `values`: whether there are any; `more`: further keys, which have a row of zeros."""
     heads, acc = q.shape[2], torch.promote_types(q.dtype, torch.float32)
-    rows = min(len(t) for t in (b.q_table, b.k_table, b.v_table) if t is not None)
+    rows = min([t.shape[0] for t in (b.q_table, b.k_table, b.v_table) if t is not None])
     tables = {
         name: None if t is None else t[:rows] for name, t in (("q", b.q_table), ("k", b.k_table), ("v", b.v_table))
     }

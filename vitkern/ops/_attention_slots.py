@@ -40,13 +40,9 @@ def on_cpu(q: Tensor, backend: str | None) -> bool:
 def unserved(lowered: dict[str, Any], backend: str | None) -> str:
     """Why no kernel serves the call, "" if the op does."""
     policies = [m for m in lowered["modulations"] if isinstance(m, Policy)]
-    others = len(lowered["modulations"]) > 1 or any(getattr(b, "place", "") == "prob" for b in lowered["biases"])
-    if any(isinstance(m, TalkingHeads) for m in lowered["modulations"]) and (
-        others or lowered["topk"] or lowered["normalizer"].startswith("argmax") or lowered["q"].shape[2] > MIXED_HEADS
-    ):
-        return (
-            f"modulation.TalkingHeads has a kernel by itself, without topk and argmax, of at most {MIXED_HEADS} heads"
-        )
+    mixtures = sum(isinstance(m, TalkingHeads) for m in lowered["modulations"])
+    if mixtures and (mixtures > 1 or policies or lowered["q"].shape[2] > MIXED_HEADS):
+        return f"modulation.TalkingHeads has a kernel once in a call, without Policy, of at most {MIXED_HEADS} heads"
     if "row" in lowered["stats"] and (policies or lowered["normalizer"] == "argmax_q"):
         return "return_stats 'row' of a policy or of argmax_q takes the weights of all queries"
     stored = [name for name in lowered["stats"] if name not in KERNEL_STATS]
@@ -99,16 +95,23 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
     dense, of_keys, of_weights = _place_biases(found, biases, q, k, extra is not None, longest, native, axes)
     seen = _place_masks(found, lowered["masks"], q, k, extra is not None, longest)
     factors: list[Tensor] = []
+    early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
+    mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
+    mixed = [] if mixtures is None else _mixes(mixtures)
+    ahead = mixtures is not None
     for m in lowered["modulations"]:
-        if isinstance(m, TalkingHeads):
+        if m is mixtures:
             found |= {name: getattr(m, name) for name in MIXTURES}
+            ahead = False
             continue
         if isinstance(m, Policy):
             found |= {"policy": m.keep, "policy_eps": float(m.eps), "policy_diagonal": m.keep_diagonal}
             continue
-        if native and (tables.place(found, m) or _place_ratio(found, m, acc)):
-            continue
-        (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
+        soft = isinstance(m, SoftCausal)
+        if m.place in mixed and (ahead or soft):
+            early[m.place].append(m.dense(*seen_by(m, q, k, longest)).to(acc))
+        elif not (native and (tables.place(found, m) or (not any(mixed) and _place_ratio(found, m, acc)))):
+            (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
     rope = lowered["rope"]
     if rope is not None:
         q, k = rope.turn(q, rope.q_range), rope.turn(k, rope.k_range)
@@ -119,6 +122,7 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
         more, own = extra[0].shape[1], k.shape[1] if longest is None else longest[1].shape[1]
         dense = [wider(t, own, more, 0.0) for t in dense]
         factors, of_weights = ([wider(t, own, more, 1.0) for t in each] for each in (factors, of_weights))
+        early = {name: [wider(t, own, more, 1.0) for t in each] for name, each in early.items()}
         seen = [wider(t, own, more, True) for t in seen]
         k, v = (
             torch.cat((t, e.expand(len(q), -1, -1, -1)), 1) for t, e in zip((k, v), (extra[0], values), strict=True)
@@ -130,6 +134,7 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
             dense, seen, factors, of_weights = (
                 [t.roll(more, -1) for t in x] for x in (dense, seen, factors, of_weights)
             )
+            early = {name: [t.roll(more, -1) for t in each] for name, each in early.items()}
             found["cu_k"] = found["cu_k"] + more * torch.arange(len(found["cu_k"]), device=k.device, dtype=torch.int32)
             found["max_k"] += more
     if lowered["cosine"] is not None:
@@ -141,6 +146,7 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
     found |= {"q": q, "k": k, "v": v, "bias": joined(dense, torch.add), "key_bias": joined(of_keys, torch.add)}
     found |= {"mask": joined(seen, torch.logical_and), "scale": 1.0 if found["factor"] is not None else float(scale)}
     found |= {"gain": joined(factors, torch.mul), "weight": joined(of_weights, torch.mul)}
+    found |= {"early_gain": joined(early["logit"], torch.mul), "early_weight": joined(early["prob"], torch.mul)}
     if "key_mean" in lowered["stats"]:
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
     return found
@@ -180,7 +186,6 @@ def _place_biases(
             isinstance(b, relative)
             and getattr(b, "place", "logit") == "logit"
             and found["rel_y"] is None
-            and found["axis_y"] is None
             and not extended
         ):
             found["rel_y"], found["rel_x"] = b.per_query(q)
@@ -205,11 +210,20 @@ def _place_biases(
 def _place_axes(found: dict[str, Any], b: DecomposedRelativePosition) -> bool:
     """Whether the tables of a modifier whose queries and keys share the grid of the call went into their slots."""
     geometry = dict(zip(tables.GRID, (*b.k_grid, 0, 1), strict=True))
-    taken = found["axis_y"] is not None or found["rel_y"] is not None
-    if taken or b.q_grid != b.k_grid or (found["grid_height"] and any(found[n] != geometry[n] for n in geometry)):
+    if (
+        found["rel_y"] is not None
+        or b.q_grid != b.k_grid
+        or (found["grid_height"] and any(found[n] != geometry[n] for n in geometry))
+    ):
         return False
-    found |= geometry | {"axis_y": b.rel_h, "axis_x": b.rel_w}
+    found |= geometry | {"rel_y": b.rel_h, "rel_x": b.rel_w}
     return True
+
+
+def _mixes(m: TalkingHeads) -> list[str]:
+    """The places in which heads mix."""
+    pairs = (("logit", m.pre_weight, m.pre_bias), ("prob", m.post_weight, m.post_bias))
+    return [place for place, weight, offset in pairs if weight is not None or offset is not None]
 
 
 def _place_ratio(found: dict[str, Any], modifier: Any, acc: torch.dtype) -> bool:
@@ -293,13 +307,13 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
         return rows_of(padded(found)[0], rows).transpose(1, 2)[None]
     count, keys = found["q"].shape[1], found["k"].shape[1]
     chosen = [i % count for i in rows]
-    if found["axis_y"] is not None:
+    if found["rel_y"] is not None and found["rel_y"].dim() == 2:
         by_row, by_column = axes_of(found).per_query(found["q"])
-        found = found | {"axis_y": None, "axis_x": None, "rel_y": by_row, "rel_x": by_column}
+        found = found | {"rel_y": by_row, "rel_x": by_column}
     some = dict(found)
     for name in ("q", "rel_y", "rel_x", "q_xy", "q_ids", "position_index", "position_q"):
         some[name] = None if found[name] is None else found[name][:, chosen]
-    for name in ("bias", "mask", "gain"):
+    for name in ("bias", "mask", "gain", "early_gain"):
         t = found[name]
         some[name] = t if t is None or t.shape[2] == 1 else t[:, :, chosen]
     if found["causal"]:
@@ -314,14 +328,8 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
             of_offsets = tables.dense(found, f"{name}_table")[:, :, chosen]
             both = [t for t in (some[name], of_offsets) if t is not None]
             some |= {f"{name}_table": None, name: joined(both, torch.add if name == "bias" else torch.mul)}
-    some |= {
-        "weight": None,
-        "weight_table": None,
-        "later_ratio": None,
-        "position_v": None,
-        "dropout_p": 0.0,
-        "query_weight": None,
-    }
+    of_weights = ("weight", "weight_table", "early_weight", "later_ratio", "position_v", "query_weight")
+    some |= dict.fromkeys(of_weights) | {"dropout_p": 0.0}
     probs = dense_call(some, ("probs",))[1].probs
     assert probs is not None
     return probs

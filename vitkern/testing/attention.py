@@ -281,6 +281,25 @@ def small() -> list[Call]:
     ]  # fmt: skip
 
 
+MIXED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gain+mixture+heads", {"sink": True, "key_bias": True}),
+    ("heads+gain+mixture+weight", {"scale": "heads", "dropout_p": 0.3, "dropout_seed": 6}),
+    ("weight+soft+heads+mixture", {"normalizer": "sigmoid", "return_stats": ("key_mean",), "weighed": True}),
+    ("heads", {"topk": 3, "return_stats": ("row",), "stat_rows": (1, 7)}),
+    ("gain+heads+weight", {"topk": 5, "extra": 2}),
+    ("weight+heads", {"normalizer": "argmax_k", "return_stats": ("index", "key_mean")}),
+    ("heads+weight+soft", {"normalizer": "argmax_q"}),
+    ("mixture+heads", {"normalizer": "argmax_q", "topk": 4}),
+)
+
+
+def mixed() -> list[Call]:
+    """Calls with a mixture of heads and what may stand beside it."""
+    options: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 4, "grid": (3, 4), "masks": "empty"}
+    each = enumerate(MIXED)
+    return [make(36 + i, 2, 12, 12, typed="decay" * (i % 2), modulation=m, **options, **more) for i, (m, more) in each]
+
+
 def offsets() -> list[Call]:
     """Calls whose modifiers depend on offsets: on a grid, before or behind the query, or of tables that meet the content."""
     return [
@@ -293,16 +312,17 @@ def offsets() -> list[Call]:
         make(31, 2, 5, 9, heads=4, kv_heads=2, d=4, dv=6, typed="context", masks="empty", bias=(0, 1, 1, 1), sink=True,
              dropout_p=0.2, dropout_seed=4, return_stats=("lse",)),
         make(32, 2, 6, 6, typed="context", modulation="weight+soft", masks="both", normalizer="sigmoid", extra=3),
-        make(33, 1, 40, 70, d=20, dv=20, typed="context", masks="segments", return_stats=("row",), stat_rows=(1, 30)),
+        make(33, 3, 17, 35, heads=8, d=4, dv=20, typed="context", masks="segments", return_stats=("row",), stat_rows=(1, 16)),
         make(34, 2, 4, 6, typed="keys of context", key_bias=True, topk=3),
         make(35, 2, 17, 6, typed="values of context", normalizer="argmax_k", modulation="weight"),
-        make(36, 2, 15, 15, heads=4, kv_heads=2, typed="axes", grid=(3, 5), scale="heads", masks="empty", bias=(0, 1, 1, 1), sink=True,
-             return_stats=("lse",)),
-        make(37, 2, 70, 70, d=24, typed="axes", grid=(10, 7), modulation="gain", dropout_p=0.3, dropout_seed=7, return_stats=("row",),
-             stat_rows=(1, 30)),
+        make(36, 2, 15, 15, heads=4, kv_heads=2, typed="axes", grid=(3, 5), scale="heads", masks="empty", bias=(0, 1, 1, 1),
+             sink=True, return_stats=("lse",)),
+        make(37, 2, 70, 70, d=24, typed="axes", grid=(10, 7), modulation="gain", dropout_p=0.3, dropout_seed=7,
+             return_stats=("row",), stat_rows=(1, 30)),
         make(38, 1, 6, 6, d=4, typed="axes", grid=(1, 6), modulation="heads", normalizer="sigmoid", masks="dense"),
         make(39, 1, 6, 6, typed="axes", grid=(2, 3), cosine=True),
         make(40, 1, 6, 6, typed="axes", grid=(3, 2), normalizer="argmax_q"),
+        *mixed(),
         make(30, 2, 6, 6, typed="decay", grid=(2, 3), modulation="soft+mixture", return_stats=("key_mean",)),
         make(27, 2, 99, 99, d=4, typed="prefix", grid=(1, 97), modulation="behind", masks="segments", normalizer="sigmoid",
              dropout_p=0.2, dropout_seed=3),
