@@ -63,6 +63,51 @@ def test_a_hidden_key_that_is_nan_gives_no_gradient_a_nan(options):
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (q, k, v)))
 
 
+HEADS = modulation.TalkingHeads(*(drawn(4, 4, seed=i) if i % 2 == 0 else drawn(4, seed=i) for i in range(4)))
+GAIN, WEIGHT = (
+    modulation.ElementwiseMask(drawn(1, 4, 5, 9, seed=i), place) for i, place in enumerate(("logit", "prob"))
+)
+TABLES = [drawn(6, h, d, seed=d) for h, d in ((4, 8), (1, 8), (4, 6))]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": bias.RelativePosition(drawn(17, 4), grid=(9,), q_stride=2), "modulation": modulation.SoftCausal(0.3)},
+        {"bias": bias.ContextualPosition(*TABLES, torch.arange(45).view(5, 9) % 6)},
+        {"modulation": [GAIN, WEIGHT, HEADS, modulation.SoftCausal(0.3)]},
+        {"modulation": [HEADS, GAIN, WEIGHT], "topk": 5},
+        {"modulation": [GAIN, HEADS], "normalizer": "argmax_k"},
+        {"modulation": [HEADS, WEIGHT], "normalizer": "argmax_q", "topk": 3},
+    ],
+)
+def test_what_nobody_sees_changes_nothing(options):
+    """A key hidden from all, and the query of an empty row."""
+    found = []
+    for spoiled in (0.5, torch.nan, torch.inf):
+        q, k, v = qkv(5, 9, grad=True)
+        k.data[:, 4], v.data[:, 4], q.data[:, 2] = spoiled, spoiled, spoiled
+        seen = (torch.arange(9) != 4) & (torch.arange(5) != 2)[:, None]
+        out = vitkern.attention(q, k, v, mask=seen, **options)
+        grads = torch.autograd.grad(out.sin().sum(), (q, k, v), allow_unused=True)
+        found.append((out, *(g for g in grads if g is not None)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("normalizer", ["argmax_k", "argmax_q"])
+def test_a_value_that_is_seen_but_not_chosen_may_be_nan_where_heads_mix(normalizer):
+    q, k, v = qkv(5, 9, heads=4, kv_heads=4)
+    heads, found = modulation.TalkingHeads(drawn(4, 4)), []
+    chosen = vitkern.attention(q, k, v, modulation=heads, normalizer=normalizer, return_stats="key_mean")[1].key_mean
+    v[:, :, :, 0] = torch.where(chosen[:, :, :] == 0, torch.nan, v[:, :, :, 0])
+    for backend in (None, "reference"):
+        found.append(vitkern.attention(q, k, v, modulation=heads, normalizer=normalizer, backend=backend))
+    assert normalizer == "argmax_q" or found[0].isfinite().all()
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
 def test_heads_that_mix_keep_a_hidden_nan_to_themselves():
     """Masks that differ by head: the clean pairs that one head hides still enter the others."""
     q, k, v = qkv(4, 6, heads=2, kv_heads=2)

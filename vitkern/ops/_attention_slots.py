@@ -86,7 +86,7 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
         found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
     native = on_cpu(q, backend)
     biases = lowered["biases"]
-    context = positions.chosen(biases) if native else None
+    context = positions.chosen(biases) if native and biases else None
     if context is not None:
         positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
         biases = [b for b in biases if b is not context]
@@ -110,7 +110,7 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
         soft = isinstance(m, SoftCausal)
         if m.place in mixed and (ahead or soft):
             early[m.place].append(m.dense(*seen_by(m, q, k, longest)).to(acc))
-        elif not (native and (tables.place(found, m) or (not any(mixed) and _place_ratio(found, m, acc)))):
+        elif not (native and (tables.place(found, m) or (not mixed and _place_ratio(found, m, acc)))):
             (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
     rope = lowered["rope"]
     if rope is not None:
@@ -146,7 +146,8 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
     found |= {"q": q, "k": k, "v": v, "bias": joined(dense, torch.add), "key_bias": joined(of_keys, torch.add)}
     found |= {"mask": joined(seen, torch.logical_and), "scale": 1.0 if found["factor"] is not None else float(scale)}
     found |= {"gain": joined(factors, torch.mul), "weight": joined(of_weights, torch.mul)}
-    found |= {"early_gain": joined(early["logit"], torch.mul), "early_weight": joined(early["prob"], torch.mul)}
+    if mixed:
+        found |= {"early_gain": joined(early["logit"], torch.mul), "early_weight": joined(early["prob"], torch.mul)}
     if "key_mean" in lowered["stats"]:
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
     return found

@@ -323,6 +323,8 @@ def offsets() -> list[Call]:
         make(39, 1, 6, 6, typed="axes", grid=(2, 3), cosine=True),
         make(40, 1, 6, 6, typed="axes", grid=(3, 2), normalizer="argmax_q"),
         *mixed(),
+        make(44, 2, 6, 9, heads=4, kv_heads=2, d=4, typed="context", modulation="weight+heads", masks="dense", dropout_p=0.2,
+             dropout_seed=7),
         make(30, 2, 6, 6, typed="decay", grid=(2, 3), modulation="soft+mixture", return_stats=("key_mean",)),
         make(27, 2, 99, 99, d=4, typed="prefix", grid=(1, 97), modulation="behind", masks="segments", normalizer="sigmoid",
              dropout_p=0.2, dropout_seed=3),
