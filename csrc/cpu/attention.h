@@ -88,11 +88,13 @@ struct AttentionProblem {
 };
 
 // The sums of a score-shaped gradient: Acc, rows `padded` long where it has columns; strides in elements, 0 where it is
-// broadcast. They are added to. data is null where it is not wanted.
+// broadcast. They are added to; with `once` every row comes but once, and is stored in its dtype, rows as long as there are keys.
+// data is null where it is not wanted.
 struct ScoreSums {
   void* data;
   int64_t head, row;
-  bool column;
+  bool column, once;
+  Dtype dtype;
 };
 
 // What backward leaves beside dq, dk, dv; a null pointer is not wanted. Acc [N][heads][width] of the sample's tokens, and

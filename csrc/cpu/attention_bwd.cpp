@@ -18,23 +18,30 @@ constexpr const char* kOp = "attention";
 template <typename Acc>
 struct SharedSums {
   int64_t sizes[4] = {1, 1, 1, 1}, row = 0, total = 0, copies = 1;
-  bool wanted = false;
+  bool wanted = false, map = false;
+  Dtype dtype = Dtype::f32;
   std::vector<Acc> data;
+  OptTensor direct;  // the gradient itself, of a map whose entries come but once
 
-  void measure(const OptTensor& t, bool needed, int64_t columns) {
+  void measure(const OptTensor& t, bool needed, int64_t columns, bool of_pairs = false) {
     if (!(wanted = needed && t)) return;
+    map = of_pairs;
+    dtype = dtype_of(*t, kOp);
     for (int a = 0; a < 4; ++a) sizes[a] = t->size(a);
     row = sizes[3] == 1 ? 1 : columns;
     total = sizes[0] * sizes[1] * sizes[2] * row;
   }
   ScoreSums at(int64_t chunk, int64_t batch) {
     if (!wanted || total == 0) return {};
+    if (direct) {
+      char* to = static_cast<char*>(direct->mutable_data_ptr()) + batch * sizes[1] * sizes[2] * sizes[3] * size_of(dtype);
+      return {to, sizes[2] * sizes[3], sizes[3], true, true, dtype};
+    }
     Acc* base = data.data() + (chunk % copies) * total + (sizes[0] == 1 ? 0 : batch * sizes[1] * sizes[2] * row);
-    return {base, sizes[1] == 1 ? 0 : sizes[2] * row, sizes[2] == 1 ? 0 : row, sizes[3] != 1};
+    return {base, sizes[1] == 1 ? 0 : sizes[2] * row, sizes[2] == 1 ? 0 : row, sizes[3] != 1, false, Dtype::f32};
   }
-  OptTensor gradient(const OptTensor& like) const {
-    if (!wanted) return std::nullopt;
-    const Dtype dtype = dtype_of(*like, kOp);
+  OptTensor gradient() const {
+    if (!wanted || direct) return direct;
     Tensor grad = new_tensor({sizes[0], sizes[1], sizes[2], sizes[3]}, dtype);
     const int64_t rows = sizes[0] * sizes[1] * sizes[2], columns = sizes[3];
     with_element(dtype, [&](auto element) {
@@ -74,6 +81,11 @@ struct Families {
     if (samples * heads > 0) chunks = std::clamp<int64_t>(std::min(16 / (samples * heads), fit), 1, std::max<int64_t>(members(), 1));
     for (SharedSums<Acc>* s : sums) {
       if (!s->wanted) continue;
+      const bool whole = s->sizes[0] == all && s->sizes[1] == c.p.heads && s->sizes[2] == c.p.queries && s->sizes[3] == c.p.keys;
+      if (s->map && whole && members() == 1 && !c.packed) {
+        s->direct = new_tensor({s->sizes[0], s->sizes[1], s->sizes[2], s->sizes[3]}, s->dtype);
+        continue;
+      }
       if (s->sizes[0] == 1 || s->sizes[1] == 1) s->copies = chunks;
       s->data.assign(size_t(s->total * s->copies), Acc(0));
     }
@@ -169,15 +181,15 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   p.dv = heads_view(dv);
   const auto wants = [&](Wanted bit, const OptTensor& t) { return bool(need >> bit & 1) && t.has_value(); };
   SharedSums<Acc> bias, gain, weight;
-  bias.measure(o.bias, wants(kBias, o.bias), p.padded);
-  gain.measure(o.gain, wants(kGain, o.gain), p.padded);
-  weight.measure(o.weight, wants(kWeight, o.weight), p.padded);
+  bias.measure(o.bias, wants(kBias, o.bias), p.padded, true);
+  gain.measure(o.gain, wants(kGain, o.gain), p.padded, true);
+  weight.measure(o.weight, wants(kWeight, o.weight), p.padded, true);
   const OptTensor* const given_tables[kTables] = {&o.bias_table, &o.gain_table, &o.weight_table};  // in the order of Table
   SharedSums<Acc> tables[kTables], position_v, early_gain, early_weight;
   for (int t = 0; t < kTables; ++t) tables[t].measure(*given_tables[t], wants(Wanted(kTable + t), *given_tables[t]), table_entries(p));
   position_v.measure(o.position_v, wants(kPositionV, o.position_v), p.width);
-  early_gain.measure(o.early_gain, wants(kEarlyGain, o.early_gain), p.padded);
-  early_weight.measure(o.early_weight, wants(kEarlyWeight, o.early_weight), p.padded);
+  early_gain.measure(o.early_gain, wants(kEarlyGain, o.early_gain), p.padded, true);
+  early_weight.measure(o.early_weight, wants(kEarlyWeight, o.early_weight), p.padded, true);
   const Families<Acc> families(c, {&bias, &gain, &weight, &tables[0], &tables[1], &tables[2], &position_v, &early_gain, &early_weight});
   TokenSums<Acc> keys, rel_y, rel_x, path_row, path_col, q_xy, k_xy, of_queries, policy, position_q, position_k;
   keys.make(wants(kKeyBias, o.key_bias), c.all_keys(), p.heads, 1);
@@ -238,10 +250,10 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   const auto given = [need](Wanted bit, const Tensor& t) { return need >> bit & 1 ? OptTensor(t) : OptTensor(); };
   const auto mixture = [&](int i) { return head_sums(wants(mixtures[i].bit, mixtures[i].like), mixed[i], mixtures[i].like); };
   const int tokens[4] = {0, 1, 2, 3}, vectors[4] = {0, 3, 1, -1}, flat[4] = {0, 1, 2, -1}, places_of[4] = {0, 1, -1, 2}, keys_of[4] = {0, 1, -1, -1};
-  return {given(kQ, dq), given(kK, dk), given(kV, dv), bias.gradient(o.bias),
+  return {given(kQ, dq), given(kK, dk), given(kV, dv), bias.gradient(),
           keys.gradient(wants(kKeyBias, o.key_bias), o.key_bias, c, tokens_k, vectors),
           head_sums(wants(kFactor, o.factor), factor, o.factor), head_sums(wants(kSink, o.sink), sink, o.sink),
-          gain.gradient(o.gain), weight.gradient(o.weight),
+          gain.gradient(), weight.gradient(),
           has_axes(p) ? table_sum(axis_wanted[0], axes[0], o.rel_y) : rel_y.gradient(wants(kRelY, o.rel_y), o.rel_y, c, tokens_q, tokens),
           has_axes(p) ? table_sum(axis_wanted[1], axes[1], o.rel_x) : rel_x.gradient(wants(kRelX, o.rel_x), o.rel_x, c, tokens_q, tokens),
           path_row.gradient(wants(kPathRow, o.path_row), o.path_row, c, tokens_k, flat),
@@ -252,11 +264,11 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
           of_queries.gradient(wants(kQueryWeight, o.query_weight), o.query_weight, c, tokens_q, flat),
           mixture(0), mixture(1), mixture(2), mixture(3),
           policy.gradient(wants(kPolicy, o.policy), o.policy, c, tokens_k, keys_of),
-          tables[0].gradient(o.bias_table), tables[1].gradient(o.gain_table), tables[2].gradient(o.weight_table),
+          tables[0].gradient(), tables[1].gradient(), tables[2].gradient(),
           head_sums(wants(kLaterRatio, o.later_ratio), later, o.later_ratio),
           position_q.gradient(wants(kPositionQ, o.position_q), o.position_q, c, tokens_q, tokens),
-          position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(o.position_v),
-          early_gain.gradient(o.early_gain), early_weight.gradient(o.early_weight)};
+          position_k.gradient(wants(kPositionK, o.position_k), o.position_k, c, tokens_k, tokens), position_v.gradient(),
+          early_gain.gradient(), early_weight.gradient()};
 }
 
 Gradients attention_bwd(OptTensor dout, OptTensor dlse, OptTensor dkey_mean, Tensor /*lse*/, Tensor /*key_mean*/,
