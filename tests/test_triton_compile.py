@@ -23,6 +23,7 @@ from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_tiles,
     _attention_hard,
     _attention_host,
+    _attention_policy,
     _attention_visits,
     _reduce,
     _window_bwd_tiled,
@@ -94,7 +95,7 @@ def caught(family, *more):
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
-        _attention_hard, *more,
+        _attention_hard, _attention_policy, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -219,6 +220,7 @@ ATTENTION = {
     ),
     "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
     "path": dict(width=32, bias=None, path=(56, 56), queries=3136, keys=3136, mask=True),
+    "policy": dict(width=64, policy=True, mask=True),
     "best keys": dict(width=128, width_v=256, heads=4, key_heads=2, mask=True, normalizer="argmax_k"),
     "best queries": dict(width=80, bias=(1, 1, 1, 1), causal=True, normalizer="argmax_q", packed=True),
     "wide": dict(width=256, width_v=192, causal=True),
@@ -234,6 +236,7 @@ def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
+    policy=False,
 ):  # fmt: skip
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
@@ -265,6 +268,8 @@ def attention_launches(
     if path:
         given |= {name: torch.zeros(batch, keys, heads) for name in ("path_row", "path_col")}
         given |= {"path_width": path[1]}
+    if policy:
+        given |= {"policy": torch.zeros(batch, keys), "policy_eps": 1e-6, "policy_diagonal": True}
     if means:
         given["query_weight"] = torch.zeros(batch, queries, heads)
     if packed:
@@ -292,6 +297,7 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     assert ("_backward_relative" in seen) == ("grid" in case or "path" in case) and ("_key_means" in seen) == (
         "means" in case
     )
+    assert ("_policy_rows" in seen) == ("policy" in case)
     assert not name.startswith("masked") or {"_visible", "_join"} <= seen
 
 

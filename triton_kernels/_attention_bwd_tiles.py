@@ -19,6 +19,7 @@ from ._attention_terms import (
     visited,
 )
 from ._attention_tiles import (
+    POLICY,
     SOFTMAX,
     add_weighted,
     clean_parts,
@@ -55,7 +56,7 @@ def query_side(
     q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
     NORM: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """q, dout, lse, low, whether a row has a gradient, and its place in [B, Nq, H]."""
+    """q, dout, lse and low as divided_weights wants them, whether a row has a gradient, and its place in [B, Nq, H]."""
     queries, heads = sizes[1], sizes[3]
     real, token = i < queries, i + sizes[8]
     flat = places(terms, image, i, queries, sizes[8]) * heads + head
@@ -64,7 +65,7 @@ def query_side(
     lse = tl.zeros_like(i).to(tl.float32)
     low = lse
     live = real
-    if NORM == SOFTMAX:
+    if lse_ptr is not None:
         lse = tl.load(lse_ptr + flat, mask=real, other=float("-inf"))
         live = tl.abs(lse) < float("inf")                                              # a NaN is seen by others alone
         if low_ptr is not None:
@@ -98,24 +99,27 @@ def _backward_queries(
     begin, end, visits = listed(count_ptr, visit_strides, image, head, row // BLOCK_M, 0, last, BLOCK_N)
     factor = row_factor(terms, term_strides, head, scale)
     q, dout, lse, low, live, real, flat = query_side(
-        q_ptr, dout_ptr, lse_ptr, None, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
-        NORM, WIDTHS, WIDTHS_V, ALIGN)
+        q_ptr, dout_ptr, lse_ptr, low_ptr if NORM == POLICY else None, terms, q_strides, dout_strides, d_strides, image, head, i,
+        sizes, NORM, WIDTHS, WIDTHS_V, ALIGN)
     delta = tl.zeros([BLOCK_M], tl.float32)
     drow = tl.zeros([BLOCK_M], tl.float32)
 
-    if NORM == SOFTMAX:
+    if delta_ptr is not None:
         norm = tl.zeros([BLOCK_M], tl.float32)
         for n in tl.range(begin, end, num_stages=STAGES):
             start = visited(visit_ptr, visits, n, BLOCK_N)
             j = start + tl.arange(0, BLOCK_N)
             k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                              WIDTHS, WIDTHS_V, ALIGN)
-            p, slope, kept, dp, given = weights(
+            p, slope, kept, dp, given, bare = weights(
                 row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
                 start, sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V,
                 BLOCK_M, BLOCK_N)
             delta += tl.sum(p * dp, 1)
             norm += tl.sum(p, 1)
+    if NORM == POLICY:
+        tl.store(delta_ptr + flat, delta, mask=real)
+    if NORM == SOFTMAX:
         share = tl.zeros([BLOCK_M], tl.float32)                                        # of the sink
         if terms[4] is not None:
             sink = tl.load(terms[4] + head.to(tl.int64) * term_strides[13]).to(tl.float32)
@@ -150,7 +154,7 @@ def _backward_queries(
             k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                              WIDTHS, WIDTHS_V, ALIGN)
             a = row_products(q, k, WIDTHS)
-            p, slope, kept, dp, given = weights(
+            p, slope, kept, dp, given, bare = weights(
                 a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, sizes,
                 threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
@@ -189,16 +193,17 @@ def _backward_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dk_ptr, dv_ptr, dcolumn_ptr,
-    dxy_ptr, visit_ptr, count_ptr,
+    dxy_ptr, dpolicy_ptr, visit_ptr, count_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, visit_strides, sizes,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one key head and sample, and for each of its heads the column sums of dS and the gradient
-    of k_xy.
-    Grid: key heads (fastest) x key tiles x samples, on axis 0. Writes dcolumn [B, Nk, H] and dxy [B, Nk, H, 2].
+    """dk and dv of BLOCK_N keys of one key head and sample, and for each of its heads the column sums of dS and the gradients
+    of k_xy and of the policy.
+    Grid: key heads (fastest) x key tiles x samples, on axis 0. Writes dcolumn [B, Nk, H], dxy [B, Nk, H, 2] and dpolicy
+    [B, Nk, H].
     Any strides: q, k, v, dout, dk, dv and the terms."""
     heads, offset = sizes[3], sizes[4]
     pid = tl.program_id(0)
@@ -220,6 +225,7 @@ def _backward_keys(
         head = key_head * GROUP + g
         factor = row_factor(terms, term_strides, head, scale)
         dcolumn = tl.zeros([BLOCK_N], tl.float32)
+        dpolicy = tl.zeros([BLOCK_N], tl.float32)
         dy = tl.zeros([BLOCK_N], tl.float32)
         dx = tl.zeros([BLOCK_N], tl.float32)
         begin, end, visits = listed(
@@ -231,15 +237,18 @@ def _backward_keys(
                 q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
                 NORM, WIDTHS, WIDTHS_V, ALIGN)
             delta = tl.zeros([BLOCK_M], tl.float32)
-            if NORM == SOFTMAX:
+            if delta_ptr is not None:
                 delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-            p, slope, kept, dp, given = weights(
+            p, slope, kept, dp, given, bare = weights(
                 row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
                 start, sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V,
                 BLOCK_M, BLOCK_N)
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
             if dcolumn_ptr is not None:
                 dcolumn += tl.sum(ds, 0)
+            if dpolicy_ptr is not None:
+                moved = (i[:, None] != j[None, :]) | (sizes[12] == 0)
+                dpolicy += tl.sum(tl.where(moved, bare * (dp - delta[:, None]), 0.0), 0)
             if dxy_ptr is not None:
                 y, x, length = distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
                 pull = ds / tl.where(length == 0.0, 1.0, length)
@@ -254,6 +263,8 @@ def _backward_keys(
         at = places(terms, image, j, keys, sizes[9]) * heads + head
         if dcolumn_ptr is not None:
             tl.store(dcolumn_ptr + at, dcolumn, mask=j < keys)
+        if dpolicy_ptr is not None:
+            tl.store(dpolicy_ptr + at, dpolicy, mask=j < keys)
         if dxy_ptr is not None:
             slope_h = slope_of(terms, term_strides, head)
             tl.store(dxy_ptr + at * 2, dy * slope_h, mask=j < keys)
@@ -309,10 +320,10 @@ def _backward_bias(
         k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, own,
                          WIDTHS, WIDTHS_V, ALIGN)
         delta = tl.zeros([BLOCK_M], tl.float32)
-        if NORM == SOFTMAX:
+        if delta_ptr is not None:
             delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
         a = row_products(q, k, WIDTHS)
-        p, slope, kept, dp, given = weights(
+        p, slope, kept, dp, given, bare = weights(
             a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, own, threshold, keep_scale,
             NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
         if TARGET == WEIGHT:

@@ -12,7 +12,7 @@ MAX_WIDTH = 256                         # D and Dv
 MAX_TOKENS = 2**30                      # of a sample: kernels count them in 32 bits
 MAX_BLOCK = 128                         # queries, keys or columns in a tile
 RULES = ("none", "equal", "table", "upto")                  # RULE
-NORMALIZERS = ("softmax", "sigmoid", "relu", "none", "argmax_k", "argmax_q")  # their places are NORM in the kernels
+NORMALIZERS = ("softmax", "sigmoid", "relu", "none", "argmax_k", "argmax_q", "policy")  # their places are NORM in the kernels
 HARD = ("argmax_k", "argmax_q")
 
 
@@ -68,7 +68,7 @@ DIFFERENTIABLE = (
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
 UNSERVED = {  # slots without a Triton kernel
-    "topk": "topk", "policy": "modulation.Policy",
+    "topk": "topk",
     **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
 }  # fmt: skip
 
@@ -91,6 +91,8 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
         both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
         if x is not None and tuple(x.shape[2:]) != both:
             why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
+    if call.policy is not None and call.cu_q is not None:
+        why.append("modulation.Policy has no Triton kernel of packed sequences")
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
     given = {name for name, x in call._asdict().items() if isinstance(x, Tensor) or (name == "topk" and x)}
@@ -148,18 +150,21 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
         "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
                   seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
-                  call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None))),
+                  call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
+                  call.policy, None if call.policy is None else call.policy_eps / max(1, keys)),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
                          *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1],
-                         *(row_strides(path[0]) if path else (0, 0, 0))),
+                         *(row_strides(path[0]) if path else (0, 0, 0)), *score_strides(call.policy)[:2]),
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
                   1 if call.rel_x is None else call.rel_x.shape[3],
-                  *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed)),
+                  *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed),
+                  int(call.policy_diagonal)),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
-        "NORM": NORMALIZERS.index(call.normalizer), "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
+        "NORM": NORMALIZERS.index("policy" if call.policy is not None else call.normalizer),
+        "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
         "RULE": RULES.index(call.rule), "FAR": far, "CAUSAL": bool(call.causal), "GROUP": heads // k.shape[2],
         "WIDTHS": widths(q.shape[-1]), "WIDTHS_V": widths(v.shape[-1]), "ALIGN": alignment([q, k, v, *others]),
     }  # fmt: skip

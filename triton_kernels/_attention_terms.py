@@ -3,14 +3,15 @@
 What a score is made of stands in `terms`, each a pointer or None:
     0 bias, 1 key_bias, 2 mask, 3 factor, 4 sink, 5 seed, 6 gain, 7 weight, 8 rel_y, 9 rel_x, 10 q_ids, 11 k_ids, 12 allow,
     13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy,
-    20 and 21 the prefix sums of path_row and path_col
+    20 and 21 the prefix sums of path_row and path_col, 22 policy, 23 the number that it adds to every weight's exponential
 and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
 weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
 q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36, of 16 from 39, of 20 and of 21 from
-49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46. AXES says whether bias, key_bias, mask, gain and
-weight vary with the query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw of rel_x, rows and columns
-of allow, queries and keys of all samples, width of the path's grid, whether it is transposed). Of packed sequences these are
-the greatest; `of_sample` makes those of one, whose eighth and ninth are the first of its queries and keys among all.
+49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46; (batch, token) of policy from 52. AXES says whether
+bias, key_bias, mask, gain and weight vary with the query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw
+of rel_x, rows and columns of allow, queries and keys of all samples, width of the path's grid, whether it is transposed, whether
+a policy keeps the diagonal). Of packed sequences these are the greatest; `of_sample` makes those of one, whose eighth and ninth
+are the first of its queries and keys among all.
 """
 
 import triton
@@ -34,7 +35,8 @@ def of_sample(terms, sizes, image):
         queries = tl.minimum(queries, tl.minimum(tl.load(terms[13] + image + 1), sizes[8]) - first_q)
         first_k = tl.maximum(0, tl.minimum(tl.load(terms[14] + image), sizes[9] - 1))
         keys = tl.minimum(keys, tl.minimum(tl.load(terms[14] + image + 1), sizes[9]) - first_k)
-    return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k, sizes[10], sizes[11]
+    return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k, \
+        sizes[10], sizes[11], sizes[12]
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from . import _attention_hard
 from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
 from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, programs, row, row_strides, tuned
+from ._attention_policy import policy_rows
 from ._attention_visits import lists
 from ._host import power
 from ._reduce import add_parts
@@ -24,7 +25,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     *given, need = args
     call = Call(*given)
     q, k, v, bias, key_bias, _, factor, sink = call[:8]
-    softmax = call.normalizer == "softmax"
+    softmax = call.normalizer == "softmax" and call.policy is None
     if not softmax:
         dlse = None
     inputs = [getattr(call, name) for name in DIFFERENTIABLE]
@@ -54,8 +55,11 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         return torch.empty(shape, dtype=torch.float32, device=q.device) if condition else None
 
     tall, wide = (bias is not None and bias.shape[axis] > 1 for axis in (2, 3))
-    delta = new(softmax, batch, queries, heads)
+    delta = new(call.normalizer == "softmax", batch, queries, heads)
     low = new(softmax and q.dtype == torch.float32, batch, queries, heads)
+    if call.policy is not None:
+        shared["lse_ptr"], low = policy_rows(shared, call.policy_eps)
+    dpolicy = new(wanted[21], batch, keys, heads)
     drow = new(wanted[3] and not wide, batch, queries, heads)
     dcolumn = new((wanted[3] and wide and not tall) or wanted[4], batch, keys, heads)
     dweight = new(wanted[16] and dkey_mean is not None, batch, queries, heads)
@@ -63,19 +67,19 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     blocks = tuned("backward_queries", shared)
     count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
     dfactor, dsink, dslope = (new(wanted[n], count // heads, heads) for n in (5, 6, 13))
-    if softmax or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, spots[0])):
+    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, spots[0])):
         _backward_queries[(count,)](
             **shared, **blocks, **lists(shared, blocks), dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
             low_ptr=low, dq_ptr=dq, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
             dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=spots[0])
     shared |= {"delta_ptr": delta, "low_ptr": low}
-    if any(x is not None for x in (dk, dv, dcolumn, spots[1])):
+    if any(x is not None for x in (dk, dv, dcolumn, spots[1], dpolicy)):
         blocks = tuned("backward_keys", shared)
         count = programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"]))
         _backward_keys[(count // shared["GROUP"],)](
             **shared, **blocks, **lists(shared, blocks, of_keys=True),
             dk_ptr=dk, dk_strides=row_strides(dk), dv_ptr=dv, dv_strides=row_strides(dv),
-            dcolumn_ptr=dcolumn, dxy_ptr=spots[1])
+            dcolumn_ptr=dcolumn, dxy_ptr=spots[1], dpolicy_ptr=dpolicy)
 
     dbias = None
     of_keys = None if dcolumn is None else dcolumn.transpose(1, 2)[:, :, None]
@@ -95,7 +99,8 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *_path_gradients(shared, inputs[11:13], wanted[11:13]),
         add_parts(dslope, call.slope.dtype) if wanted[13] else None,
         *(None if x is None else _folded(x.sum(2), at) for x, at in zip(spots, (call.q_xy, call.k_xy), strict=True)),
-        dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * (len(DIFFERENTIABLE) - 17),
+        dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * 4,
+        None if dpolicy is None else _folded(dpolicy.sum(2), call.policy),
     )  # fmt: skip
 
 

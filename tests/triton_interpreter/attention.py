@@ -22,7 +22,7 @@ ENTRY = testing.entries()["attention"]
 OFFSET = len(definition.TENSORS) + definition.OPTIONS.index("offset")
 HALF, FULL = torch.float16, torch.float32  # the interpreter cannot multiply bfloat16
 NAMES = [definition.TENSORS[p] for p in OP.differentiable]
-SMALL = [c for c in registry.small() if c.seed in (*range(1, 16), 17)]  # the others have what UNSERVED names
+SMALL = [c for c in registry.small() if c.seed in (*range(1, 16), 17, 20)]  # the others have what UNSERVED names
 EVERYTHING = (1 << len(NAMES)) - 1
 
 
@@ -143,6 +143,11 @@ CASES = {
     "path, transposed": dict(
         typed="transposed", queries=36, keys=36, grid=(2, 18), normalizer="sigmoid", modulation="weight"
     ),
+    "policy": dict(
+        modulation="policy", masks="empty", bias=(0, 1, 1, 1), kv_heads=1, key_bias=True, dropout_p=0.3, dropout_seed=5
+    ),
+    "policy, causal": dict(modulation="policy", masks="causal", queries=37, keys=50, typed="euclidean", heads=1,
+                           return_stats=("key_mean",), weighed=True),
     "best keys": dict(
         normalizer="argmax_k", masks="empty", bias=(0, 1, 1, 1), kv_heads=1, dv=20, return_stats=("index",)
     ),
@@ -193,6 +198,22 @@ def test_hard_choices_of_ties_and_of_what_is_not_finite(normalizer, tuned):
     args[1][0, 21, 0, 3], args[2][0, 4, 0, 1], args[2][0, 30, 0, 2] = math.nan, math.inf, math.nan
     for got, want in zip(kernels.fwd(*args), OP.definition(*args), strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_policies(tuned):
+    """One for all samples, without its diagonal, with rows that keep nothing; keys of few queries are shared out."""
+    for shape in ((16, 16), (16, 16, 99)):
+        tuned(*shape)
+        given = {"mask": torch.rand(2, 1, 18, 70) < 0.7, "bias": scores((1, 2, 18, 70)), "factor": torch.rand(2)}
+        call = Call(*arguments(2, 18, 70, 2, **given))._replace(policy=(torch.rand(1, 70) < 0.5).float(), policy_eps=1e-6)
+        check_op([*call])
+        call.mask[:, :, 3] &= call.policy[:, None] == 0
+        call = call._replace(weight=scores((1, 1, 18, 70)), rel_y=torch.randn(2, 18, 2, 7), rel_x=torch.randn(1, 18, 1, 10),
+                             gain=scores((1, 2, 18, 70)), policy_eps=1e-3, policy=(call.policy * 0.7).half(),
+                             query_weight=torch.rand(2, 18, 2))  # fmt: skip
+        check_op([*call])
+    call = call._replace(cu_q=torch.zeros(2, dtype=torch.int32))
+    assert "Policy has no Triton kernel of packed" in " ".join(kernels.supported(*call))
 
 
 def test_packed_rows_columns_factors_and_distances(tuned):
@@ -266,12 +287,16 @@ def test_biases_that_hide_and_large_logits():
     check_op(arguments(bias=scores((1, 2, 5, 7)), sink=torch.tensor([-math.inf, 90.0])))
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none", "policy"])
 @pytest.mark.parametrize("hides", ["mask", "bias", "causal", "ids"])
 def test_nothing_hidden_leaks(hides, normalizer, tuned):
     """NaN and infinity in keys and values: rows that do not see them, and all gradients but their own, are as without."""
     tuned(16, 16)
+    policy = normalizer == "policy"
+    normalizer = "softmax" if policy else normalizer
     args = arguments(1, 20, 20, 1, bias=scores((1, 1, 20, 20)), normalizer=normalizer, scale=0.3)
+    if policy:
+        args = [*Call(*args)._replace(policy=torch.rand(1, 20), policy_eps=1e-3, policy_diagonal=True)]
     seen = torch.rand(1, 1, 20, 20) < 0.7
     seen[..., 3] = False  # seen by nobody
     seen[..., 17] = False
