@@ -22,6 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_tiles,
     _attention_hard,
+    _attention_heads_bwd_tiles,
     _attention_host,
     _attention_policy,
     _attention_visits,
@@ -29,6 +30,7 @@ from vitkern.triton_kernels import (  # noqa: E402
     _window_bwd_tiled,
     attention,
     attention_bwd,
+    attention_heads,
     bipartite_match,
     merge_plan,
     merge_tokens,
@@ -95,7 +97,7 @@ def caught(family, *more):
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
-        _attention_hard, _attention_policy, *more,
+        _attention_hard, _attention_policy, attention_heads, _attention_heads_bwd_tiles, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -221,6 +223,10 @@ ATTENTION = {
     "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
     "path": dict(width=32, bias=None, path=(56, 56), queries=3136, keys=3136, mask=True),
     "policy": dict(width=64, policy=True, mask=True),
+    "mixed heads": dict(width=48, heads=8, bias=None, mixed=True),
+    "mixed heads, every term": dict(
+        width=64, heads=16, key_heads=8, mixed=True, key_bias=True, mask=True, parameters=True, dropout=0.1, causal=True,
+        rule="table", means=True, packed=True, bias_dtype=torch.float32),
     "best keys": dict(width=128, width_v=256, heads=4, key_heads=2, mask=True, normalizer="argmax_k"),
     "best queries": dict(width=80, bias=(1, 1, 1, 1), causal=True, normalizer="argmax_q", packed=True),
     "wide": dict(width=256, width_v=192, causal=True),
@@ -228,6 +234,7 @@ ATTENTION = {
 }
 ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for capability in (80, 90)] + [
     ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
+    ("mixed heads, every term", 80, torch.float32), ("mixed heads", 100, torch.float16),
     ("every term", 80, torch.float32), ("packed, every term", 90, torch.float32), ("wide, every term", 90, torch.float32),
 ]  # fmt: skip
 
@@ -236,7 +243,7 @@ def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
-    policy=False,
+    policy=False, mixed=False,
 ):  # fmt: skip
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
@@ -270,6 +277,9 @@ def attention_launches(
         given |= {"path_width": path[1]}
     if policy:
         given |= {"policy": torch.zeros(batch, keys), "policy_eps": 1e-6, "policy_diagonal": True}
+    if mixed:
+        given |= {f"{name}_weight": torch.zeros(heads, heads) for name in ("pre", "post")}
+        given |= {f"{name}_bias": torch.zeros(heads) for name in ("pre", "post")}
     if means:
         given["query_weight"] = torch.zeros(batch, queries, heads)
     if packed:
@@ -290,6 +300,9 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
     if name.startswith("best"):
         assert seen == {"_choose", "_pick", "_collect"}
+        return
+    if name.startswith("mixed"):
+        assert {"_head_rows", "_heads_forward", "_head_deltas", "_heads_queries", "_heads_keys", "_heads_values"} <= seen
         return
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
     case = ATTENTION[name]

@@ -67,10 +67,15 @@ DIFFERENTIABLE = (
     "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
-UNSERVED = {  # slots without a Triton kernel
-    "topk": "topk",
-    **dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"), "modulation.TalkingHeads"),
-}  # fmt: skip
+UNSERVED = {"topk": "topk"}                                 # slots without a Triton kernel
+MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
+MIXED_HEADS = 16
+BESIDE_MIXTURES = ("gain", "weight", "rel_y", "path_row", "slope", "policy")  # what no kernel has together with them
+
+
+def mixes(call: Call) -> bool:
+    """Whether heads mix."""
+    return any(getattr(call, name) is not None for name in MIXTURES)
 
 
 def reasons(call: Call, interpreted: bool) -> list[str]:
@@ -91,6 +96,12 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
         both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
         if x is not None and tuple(x.shape[2:]) != both:
             why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
+    if mixes(call):
+        if q.shape[2] > MIXED_HEADS:
+            why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
+        beside = [name for name in BESIDE_MIXTURES if getattr(call, name) is not None]
+        beside += [call.normalizer] if call.normalizer in HARD else []
+        why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
     if call.policy is not None and call.cu_q is not None:
         why.append("modulation.Policy has no Triton kernel of packed sequences")
     if not 0.0 <= call.dropout_p < 1.0:
@@ -196,6 +207,11 @@ def tuned(kernel: str, shared: dict) -> dict:
 def programs(shared: dict, tiles: int) -> int:
     """One per head, sample or packed sequence, and tile of the greatest."""
     return shared["sizes"][0] * shared["sizes"][3] * tiles
+
+
+def folded(sums: Tensor, like: Tensor) -> Tensor:
+    """Sums over the axes that `like` does not have, in float32, rounded once to its dtype."""
+    return sums.sum_to_size(like.shape).to(like.dtype)
 
 
 UNSPECIALIZED = (

@@ -6,6 +6,7 @@ Where the tiles are too few programs, several share out the keys of one. Biases 
 whatever they are broadcast over. A NaN or infinity in a value is found in the result (0 x NaN is NaN), and only then is the
 tile done again, a few channels at a time, with a record of who sees it, so that rows that do not see it stay as they are;
 finite values pay one comparison per output element. A policy divides by sums that a walk of its own has made.
+Heads that mix go to attention_heads.py.
 """
 
 import torch
@@ -13,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _attention_hard
-from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, programs, reasons, row, tuned
+from . import _attention_hard, attention_heads
+from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, mixes, programs, reasons, row, tuned
 from ._attention_key_means import _key_means
 from ._attention_policy import policy_rows
 from ._attention_terms import last_key, listed, of_sample, places, row_factor, scores, visited, weighed
@@ -244,6 +245,8 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args)
     q, k, v, bias = call[:4]
     batch, queries, heads, _ = q.shape
+    if mixes(call):
+        return attention_heads.forward(call)
     if call.normalizer in HARD:
         return *_attention_hard.forward(call), torch.empty((batch, 0, heads), dtype=torch.float32, device=q.device)
     softmax, counts = call.normalizer == "softmax" and call.policy is None, call.query_weight is not None

@@ -10,10 +10,10 @@ they are seen.
 import torch
 from torch import Tensor
 
-from . import _attention_hard
+from . import _attention_hard, attention_heads_bwd
 from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
-from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, programs, row, row_strides, tuned
+from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, folded, mixes, programs, row, row_strides, tuned
 from ._attention_policy import policy_rows
 from ._attention_visits import lists
 from ._host import power
@@ -43,6 +43,8 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
             grads[2] = _attention_hard.backward(dout.to(v.dtype), call)
         return tuple(grads)
     dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
+    if mixes(call):
+        return attention_heads_bwd.backward(dout, dlse, dkey_mean, lse, call, wanted)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None
                   for x, w in zip((q, k, v), wanted, strict=False))
     shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)], dkey_mean)
@@ -87,26 +89,21 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         if tall and wide:
             dbias = _dense_gradient(shared, bias, 0)
         elif wide:
-            dbias = _folded(of_keys, bias)
+            dbias = folded(of_keys, bias)
         else:
-            dbias = _folded(drow.transpose(1, 2)[..., None], bias)
+            dbias = folded(drow.transpose(1, 2)[..., None], bias)
     if wanted[16] and dweight is None:
         dweight = torch.zeros_like(call.query_weight)
     return (
-        dq, dk, dv, dbias, _folded(of_keys, key_bias) if wanted[4] else None,
+        dq, dk, dv, dbias, folded(of_keys, key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
         *(_dense_gradient(shared, inputs[n], n - 6) if wanted[n] else None for n in (7, 8)),
         *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *_path_gradients(shared, inputs[11:13], wanted[11:13]),
         add_parts(dslope, call.slope.dtype) if wanted[13] else None,
-        *(None if x is None else _folded(x.sum(2), at) for x, at in zip(spots, (call.q_xy, call.k_xy), strict=True)),
+        *(None if x is None else folded(x.sum(2), at) for x, at in zip(spots, (call.q_xy, call.k_xy), strict=True)),
         dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * 4,
-        None if dpolicy is None else _folded(dpolicy.sum(2), call.policy),
+        None if dpolicy is None else folded(dpolicy.sum(2), call.policy),
     )  # fmt: skip
-
-
-def _folded(sums: Tensor, like: Tensor) -> Tensor:
-    """Sums over the axes that `like` does not have, in float32, rounded once to its dtype."""
-    return sums.sum_to_size(like.shape).to(like.dtype)
 
 
 def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
@@ -128,7 +125,7 @@ def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[
     if not any(wanted):
         return [None, None]
     sums = _grid_sums(shared, tuple(x.shape[3] for x in inputs), wanted)
-    return [None if x is None else _folded(x, like) for x, like in zip(sums, inputs, strict=True)]
+    return [None if x is None else folded(x, like) for x, like in zip(sums, inputs, strict=True)]
 
 
 def _path_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tensor | None]:
@@ -143,7 +140,7 @@ def _path_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tens
             steps = _grid_sums(shared, sides, [axis == 1, axis == 0], by_keys)[1 - axis].unflatten(1, sides)
             steps = steps.transpose(1, 2) if axis else steps               # [B, other side, own side, H, own side]
             grad = _between(steps.permute(0, 1, 3, 2, 4)).transpose(2, 3)  # [B, other side, own side, H]
-            found[axis] = _folded((grad.transpose(1, 2) if axis else grad).flatten(1, 2), like)
+            found[axis] = folded((grad.transpose(1, 2) if axis else grad).flatten(1, 2), like)
     return found
 
 

@@ -8,91 +8,32 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from attention_op import EVERYTHING, FULL, HALF, NAMES, arguments, check_op, mixtures, scores, small_tiles, wide
 from gpu_path import tokens_on_gpu
 
 from vitkern import testing
 from vitkern.ops import _attention_definition as definition
 from vitkern.ops.attention import OP
 from vitkern.testing import attention as registry
-from vitkern.triton_kernels import _attention_visits, _host
+from vitkern.triton_kernels import _host
 from vitkern.triton_kernels import attention as kernels
 from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, UNSERVED, Call, widths
 
 ENTRY = testing.entries()["attention"]
 OFFSET = len(definition.TENSORS) + definition.OPTIONS.index("offset")
-HALF, FULL = torch.float16, torch.float32  # the interpreter cannot multiply bfloat16
-NAMES = [definition.TENSORS[p] for p in OP.differentiable]
-SMALL = [c for c in registry.small() if c.seed in (*range(1, 16), 17, 20)]  # the others have what UNSERVED names
-EVERYTHING = (1 << len(NAMES)) - 1
-
-
-def table(block_m, block_n, programs=3):
-    row = {"block_m": block_m, "block_n": block_n, "warps": 4, "stages": 1, "programs": programs}
-    return {x: [row] for x in ("forward", "backward_queries", "backward_keys", "backward_bias")}
+SMALL = [c for c in registry.small() if c.seed in (*range(1, 16), 17, 18, 20)]  # the others have what UNSERVED names
 
 
 @pytest.fixture(autouse=True)
 def tuned(monkeypatch):
-    """One tile for a small call, unless a test asks for other tiles; the interpreter pays for each."""
-
-    def use(block_m, block_n, programs=3):
-        monkeypatch.setattr(_host, "tables", lambda op: {"default": table(block_m, block_n, programs)})
-        _host.config.cache_clear()
-        monkeypatch.setattr(_attention_visits, "FEWEST", 2)
-
-    use(64, 64)
-    yield use
+    """One tile for a small call, unless a test asks for other tiles."""
+    yield small_tiles(monkeypatch)
     _host.config.cache_clear()
 
 
 def check(call, dtype=FULL):
     with tokens_on_gpu("triton"):
         testing.assert_matches(ENTRY, call, dtype, "triton")
-
-
-def scores(shape, *, hide=0.0):
-    x = torch.randn(shape)
-    return x.masked_fill(torch.rand(shape) < hide, -math.inf) if hide else x
-
-
-def arguments(
-    batch=2, queries=5, keys=7, heads=2, kv_heads=None, d=8, dv=None, dtype=FULL, bias=None, key_bias=None, mask=None,
-    factor=None, sink=None, seed=None, normalizer="softmax", scale=0.3, causal=False, offset=0, dropout_p=0.0,
-):  # fmt: skip
-    """The arguments of the op."""
-    kv_heads, dv = kv_heads or heads, dv or d
-    shapes = (queries, heads, d), (keys, kv_heads, d), (keys, kv_heads, dv)
-    q, k, v = (torch.randn(batch, *s).to(dtype) for s in shapes)
-    plain = {name: kind() if kind in (bool, int, float) else None for name, kind in Call.__annotations__.items()}
-    given = {"q": q, "k": k, "v": v, "bias": bias, "key_bias": key_bias, "mask": mask, "factor": factor, "sink": sink}
-    given |= {"seed": seed, "normalizer": normalizer, "scale": scale, "causal": causal, "offset": offset}
-    return list(Call(**plain | given | {"dropout_p": dropout_p, "rule": "none"}))
-
-
-def wide(args):
-    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
-
-
-def check_op(args, dlse=True):
-    """fwd and bwd against the reference on the op's own arguments; returns the gradients."""
-    with testing.poisoned():
-        out, lse, key_mean = kernels.fwd(*args)
-        dout = torch.randn(out.shape).to(out.dtype)
-        dlse = torch.randn(lse.shape).where(lse.isfinite(), 0.0) if dlse and "softmax" in args else None
-        dmean = torch.randn(key_mean.shape) if key_mean.numel() else None
-        got = kernels.bwd(dout, dlse, dmean, lse, key_mean, *args, EVERYTHING)
-    eager, oracle = OP.definition(*args), OP.definition(*wide(args))
-    for name, x, y, z in zip(OP.outputs, (out, lse, key_mean), oracle, eager, strict=True):
-        testing.assert_close_to_oracle(name, x, y, z)
-    rest = [None if x is None else x.double() for x in (dout, dlse, dmean)]
-    eager = OP.reference_backward(dout, dlse, dmean, *[None] * 2, *args, "", EVERYTHING)
-    oracle = OP.reference_backward(*rest, *[None] * 2, *wide(args), "", EVERYTHING)
-    for name, x, y, z in zip(NAMES, got, oracle, eager, strict=True):
-        assert (x is None) == (z is None), name
-        if x is not None:
-            assert x.dtype == z.dtype
-            testing.assert_close_to_oracle(name, x, y, z, gradient=True)
-    return got
 
 
 @pytest.mark.parametrize("call", SMALL, ids=str)
@@ -200,22 +141,6 @@ def test_hard_choices_of_ties_and_of_what_is_not_finite(normalizer, tuned):
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
-def test_policies(tuned):
-    """One for all samples, without its diagonal, with rows that keep nothing; keys of few queries are shared out."""
-    for shape in ((16, 16), (16, 16, 99)):
-        tuned(*shape)
-        given = {"mask": torch.rand(2, 1, 18, 70) < 0.7, "bias": scores((1, 2, 18, 70)), "factor": torch.rand(2)}
-        call = Call(*arguments(2, 18, 70, 2, **given))._replace(policy=(torch.rand(1, 70) < 0.5).float(), policy_eps=1e-6)
-        check_op([*call])
-        call.mask[:, :, 3] &= call.policy[:, None] == 0
-        call = call._replace(weight=scores((1, 1, 18, 70)), rel_y=torch.randn(2, 18, 2, 7), rel_x=torch.randn(1, 18, 1, 10),
-                             gain=scores((1, 2, 18, 70)), policy_eps=1e-3, policy=(call.policy * 0.7).half(),
-                             query_weight=torch.rand(2, 18, 2))  # fmt: skip
-        check_op([*call])
-    call = call._replace(cu_q=torch.zeros(2, dtype=torch.int32))
-    assert "Policy has no Triton kernel of packed" in " ".join(kernels.supported(*call))
-
-
 def test_packed_rows_columns_factors_and_distances(tuned):
     """Slots that belong to tokens, or to the longest sequence, beside bounds that repeat."""
     tuned(16, 16)
@@ -287,16 +212,16 @@ def test_biases_that_hide_and_large_logits():
     check_op(arguments(bias=scores((1, 2, 5, 7)), sink=torch.tensor([-math.inf, 90.0])))
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none", "policy"])
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none", "policy", "heads", "heads, none"])
 @pytest.mark.parametrize("hides", ["mask", "bias", "causal", "ids"])
 def test_nothing_hidden_leaks(hides, normalizer, tuned):
     """NaN and infinity in keys and values: rows that do not see them, and all gradients but their own, are as without."""
     tuned(16, 16)
-    policy = normalizer == "policy"
-    normalizer = "softmax" if policy else normalizer
-    args = arguments(1, 20, 20, 1, bias=scores((1, 1, 20, 20)), normalizer=normalizer, scale=0.3)
-    if policy:
-        args = [*Call(*args)._replace(policy=torch.rand(1, 20), policy_eps=1e-3, policy_diagonal=True)]
+    more = {"policy": {"policy": torch.rand(1, 20), "policy_eps": 1e-3, "policy_diagonal": True}}
+    more |= dict.fromkeys(("heads", "heads, none"), mixtures(1))
+    more = more.get(normalizer, {})
+    normalizer = {"policy": "softmax", "heads": "softmax", "heads, none": "none"}.get(normalizer, normalizer)
+    args = [*Call(*arguments(1, 20, 20, 1, bias=scores((1, 1, 20, 20)), normalizer=normalizer, scale=0.3))._replace(**more)]
     seen = torch.rand(1, 1, 20, 20) < 0.7
     seen[..., 3] = False  # seen by nobody
     seen[..., 17] = False
@@ -310,8 +235,10 @@ def test_nothing_hidden_leaks(hides, normalizer, tuned):
         q_ids[:, 5], k_ids[:, [3, 17]] = -1, -1
         seen = ((q_ids[:, :, None] == k_ids[:, None]) & (q_ids >= 0)[..., None])[:, None]
         call = Call(*args)._replace(q_ids=q_ids.int(), k_ids=k_ids.int(), rule="equal")
-        gain, weight = (scores((1, 1, 20, 20)).masked_fill(~seen, math.nan) for _ in range(2))
-        args = [*call._replace(gain=gain, weight=weight)]
+        if "pre_weight" not in more:
+            gain, weight = (scores((1, 1, 20, 20)).masked_fill(~seen, math.nan) for _ in range(2))
+            call = call._replace(gain=gain, weight=weight)
+        args = [*call]
     else:
         args[OFFSET - 1 : OFFSET + 1] = True, -2
         seen = torch.ones(20, 20, dtype=torch.bool).tril(-2)[None, None]
@@ -330,10 +257,12 @@ def test_nothing_hidden_leaks(hides, normalizer, tuned):
         assert x is None or torch.equal(x, y) or (name in ("k", "v") and torch.equal(x[:, ~never], y[:, ~never])), name
     dirty[1], dirty[2] = args[1].clone(), args[2].clone()
     dirty[2][0, 9, 0, 4], dirty[2][0, 10, 0, 6], dirty[1][0, 11, 0, 2] = math.nan, -math.inf, -math.inf
-    (out, *_), (same, *_) = kernels.fwd(*dirty), OP.definition(*dirty)
+    (out, *rest), (same, *_) = kernels.fwd(*dirty), OP.definition(*dirty)
     oracle, at = OP.definition(*wide(dirty)), same.isfinite()
     assert torch.equal(out.isfinite(), at) and not out.isinf().any() and at.any() and not at.all()
     testing.assert_close_to_oracle("out", out, oracle[0], same)
+    if normalizer == "softmax":  # a row that is NaN has no gradient
+        assert all(x is None or x.isfinite().all() for x in kernels.bwd(dout, None, None, *rest, *dirty, EVERYTHING))
 
 
 def test_causal_tiles_beyond_the_diagonal_are_not_visited(tuned, monkeypatch):
