@@ -24,6 +24,14 @@ UPTO = tl.constexpr(3)
 
 
 @triton.jit
+def _bounds(ptr, longest, total):
+    """The first token of a sequence, the last of all where it has none, and how many it has."""
+    first = tl.maximum(0, tl.load(ptr))
+    count = tl.minimum(longest, tl.minimum(tl.load(ptr + 1), total) - first)
+    return tl.minimum(first, total - 1), count
+
+
+@triton.jit
 def of_sample(terms, sizes, image):
     """The sizes of one sample; bounds that leave the tensors are cut."""
     queries = sizes[1]
@@ -31,10 +39,8 @@ def of_sample(terms, sizes, image):
     first_q = 0
     first_k = 0
     if terms[13] is not None:
-        first_q = tl.maximum(0, tl.minimum(tl.load(terms[13] + image), sizes[8] - 1))
-        queries = tl.minimum(queries, tl.minimum(tl.load(terms[13] + image + 1), sizes[8]) - first_q)
-        first_k = tl.maximum(0, tl.minimum(tl.load(terms[14] + image), sizes[9] - 1))
-        keys = tl.minimum(keys, tl.minimum(tl.load(terms[14] + image + 1), sizes[9]) - first_k)
+        first_q, queries = _bounds(terms[13] + image, queries, sizes[8])
+        first_k, keys = _bounds(terms[14] + image, keys, sizes[9])
     return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k, \
         sizes[10], sizes[11], sizes[12]
 

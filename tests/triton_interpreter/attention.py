@@ -115,6 +115,8 @@ PACKED = [
     registry.packed(
         7, ((3, 40), (0, 2), (35, 1), (4, 0), (0, 0), (20, 37)), causal=True, ids=True, return_stats=("lse",)
     ),
+    registry.packed(11, ((3, 5), (4, 0), (0, 2))),
+    registry.packed(12, ((3, 5), (0, 4), (2, 0)), bias=False, normalizer="none"),
     registry.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k"),
     registry.packed(9, ((18, 3), (3, 0), (2, 40)), causal=True, normalizer="argmax_q"),
     registry.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
