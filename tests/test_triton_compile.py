@@ -25,6 +25,7 @@ from vitkern.triton_kernels import (  # noqa: E402
     _attention_heads_bwd_tiles,
     _attention_host,
     _attention_policy,
+    _attention_topk,
     _attention_visits,
     _reduce,
     _window_bwd_tiled,
@@ -97,7 +98,8 @@ def caught(family, *more):
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
-        _attention_hard, _attention_policy, attention_heads, _attention_heads_bwd_tiles, *more,
+        _attention_hard, _attention_policy, _attention_topk, attention_heads,
+        _attention_heads_bwd_tiles, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -243,7 +245,7 @@ def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
-    policy=False, mixed=False,
+    policy=False, mixed=False, topk=0,
 ):  # fmt: skip
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
@@ -251,7 +253,7 @@ def attention_launches(
     q, k, v = (torch.zeros(batch, *s, dtype=dtype) for s in shapes)
     kinds = attention.Call.__annotations__
     given = {name: kind() if kind in (bool, int, float) else None for name, kind in kinds.items()}
-    given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout}
+    given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout, "topk": topk}
     given |= {"rule": rule, "seed": torch.zeros(1, dtype=torch.int64)}
     if bias is not None:
         shape = [n if has else 1 for n, has in zip((batch, heads, queries, keys), bias, strict=True)]
@@ -312,6 +314,19 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     )
     assert ("_policy_rows" in seen) == ("policy" in case)
     assert not name.startswith("masked") or {"_visible", "_join"} <= seen
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "dtype, case",
+    [(torch.bfloat16, dict(width=64, bias=None)), (torch.float32, dict(width=256, packed=True, rule="equal", **EVERY_TERM))],
+    ids=["plain", "every-term"],
+)
+def test_top_k_compiles_without_spills(capability, dtype, case):
+    """The kernel that finds who survives, and one that reads it."""
+    launches = attention_launches(capability, dtype, topk=8, **case)
+    some = [x for x in launches if x[0].__name__ in ("_survivors", "_forward")]
+    assert compile_all(some, f"top-k, sm_{capability}, {dtype}", capability) == {"_survivors", "_forward"}
 
 
 MATCHES = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._attention_host import UNSPECIALIZED, Call, arguments, programs, row_strides, tuned
 from ._attention_terms import last_key, of_sample, places, row_factor, scores
 from ._attention_tiles import add_weighted, clean_parts, load_parts, offsets, row_products, store_parts, zero_parts
+from ._attention_topk import surviving
 
 
 @triton.jit
@@ -147,7 +148,7 @@ def _collect(
 
 def _chosen(call: Call) -> tuple[Tensor, dict, dict]:
     """What every query, or of argmax_q every key, chooses: [B, N, H] int32, and the arguments of the kernels."""
-    shared = arguments(call)
+    shared = surviving(call, arguments(call))
     blocks = tuned("backward_queries", shared)
     by_keys = call.normalizer == "argmax_q"
     side = 2 if by_keys else 1

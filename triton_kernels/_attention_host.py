@@ -67,7 +67,6 @@ DIFFERENTIABLE = (
     "q", "k", "v", "bias", "key_bias", "factor", "sink", "gain", "weight", "rel_y", "rel_x", "path_row", "path_col", "slope",
     "q_xy", "k_xy", "query_weight", "pre_weight", "pre_bias", "post_weight", "post_bias", "policy",
 )  # fmt: skip
-UNSERVED = {"topk": "topk"}                                 # slots without a Triton kernel
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 16
 BESIDE_MIXTURES = ("gain", "weight", "rel_y", "path_row", "slope", "policy")  # what no kernel has together with them
@@ -100,14 +99,14 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
         if q.shape[2] > MIXED_HEADS:
             why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
         beside = [name for name in BESIDE_MIXTURES if getattr(call, name) is not None]
+        beside += ["topk"] if call.topk else []
         beside += [call.normalizer] if call.normalizer in HARD else []
         why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
     if call.policy is not None and call.cu_q is not None:
         why.append("modulation.Policy has no Triton kernel of packed sequences")
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
-    given = {name for name, x in call._asdict().items() if isinstance(x, Tensor) or (name == "topk" and x)}
-    return why + [f"no Triton kernel has {x}" for x in dict.fromkeys(x for n, x in UNSERVED.items() if n in given)]
+    return why
 
 
 def widths(d: int) -> tuple[int, int, int]:
@@ -162,7 +161,7 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
                   seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
                   call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
-                  call.policy, None if call.policy is None else call.policy_eps / max(1, keys)),
+                  call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
@@ -171,7 +170,7 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
                   1 if call.rel_x is None else call.rel_x.shape[3],
                   *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed),
-                  int(call.policy_diagonal)),
+                  int(call.policy_diagonal), 0),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
         "NORM": NORMALIZERS.index("policy" if call.policy is not None else call.normalizer),

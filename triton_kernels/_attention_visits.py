@@ -27,7 +27,7 @@ def _visible(
     row = pid // n_tiles % m_tiles * BLOCK_M
     head = pid // n_tiles // m_tiles % heads
     image = pid // n_tiles // m_tiles // heads
-    own = sizes[0], sizes[1], sizes[2], heads, sizes[4], sizes[5], sizes[6], sizes[7], 0, 0, 0, 0, 0
+    own = sizes[0], sizes[1], sizes[2], heads, sizes[4], sizes[5], sizes[6], sizes[7], 0, 0, 0, 0, 0, 0
     s = scores(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), 1.0, terms, term_strides, image, head, row, start, own,
                AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
     real = row + tl.arange(0, BLOCK_M) < sizes[1]

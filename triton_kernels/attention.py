@@ -1,4 +1,4 @@
-"""attention on a GPU: every query against every key, with biases, masks, sinks, dropout, six normalisers and policies.
+"""attention on a GPU: every query against every key, with biases, masks, sinks, dropout, six normalisers, top-k and policies.
 
 The meaning of every argument is that of `definition` in vitkern/ops/attention.py. One query tile of one head walks the
 key tiles with an online softmax: those up to the diagonal of a causal mask, those of a list where a mask or ids hide.
@@ -31,6 +31,7 @@ from ._attention_tiles import (
     store_parts,
     zero_parts,
 )
+from ._attention_topk import surviving
 from ._attention_visits import lists
 from ._host import power
 from ._tiles import LN2, LOG2E, clean, keep_tile
@@ -254,7 +255,7 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     lse = (torch.empty if softmax else torch.zeros)((batch, queries, heads), dtype=torch.float32, device=q.device)
     low = torch.empty_like(lse) if softmax and counts and q.dtype == torch.float32 else None
     key_mean = torch.zeros((batch, k.shape[1] if counts else 0, heads), dtype=torch.float32, device=q.device)
-    shared = arguments(call)
+    shared = surviving(call, arguments(call))
     if out.numel():
         top, inverse = policy_rows(shared, call.policy_eps) if call.policy is not None else (lse, low)
         blocks = tuned("forward", shared)

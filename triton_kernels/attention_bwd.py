@@ -15,6 +15,7 @@ from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
 from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, folded, mixes, programs, row, row_strides, tuned
 from ._attention_policy import policy_rows
+from ._attention_topk import surviving
 from ._attention_visits import lists
 from ._host import power
 from ._reduce import add_parts
@@ -48,6 +49,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None
                   for x, w in zip((q, k, v), wanted, strict=False))
     shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)], dkey_mean)
+    shared = surviving(call, shared)
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": lse.contiguous() if softmax else None}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
     batch, queries, heads, _ = q.shape

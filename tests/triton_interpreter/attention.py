@@ -17,11 +17,11 @@ from vitkern.ops.attention import OP
 from vitkern.testing import attention as registry
 from vitkern.triton_kernels import _host
 from vitkern.triton_kernels import attention as kernels
-from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, UNSERVED, Call, widths
+from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, Call, widths
 
 ENTRY = testing.entries()["attention"]
 OFFSET = len(definition.TENSORS) + definition.OPTIONS.index("offset")
-SMALL = [c for c in registry.small() if c.seed in (*range(1, 16), 17, 18, 20)]  # the others have what UNSERVED names
+SMALL = [c for c in registry.small() if c.seed in (*range(1, 19), 20)]  # the others have what reasons() names
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,12 @@ CASES = {
     ),
     "policy, causal": dict(modulation="policy", masks="causal", queries=37, keys=50, typed="euclidean", heads=1,
                            return_stats=("key_mean",), weighed=True),
+    "largest": dict(topk=5, masks="empty", bias=(0, 1, 1, 1), kv_heads=1, sink=True, return_stats=("lse", "key_mean")),
+    "largest, causal": dict(
+        topk=9, queries=20, keys=40, masks="causal", key_bias=True, dropout_p=0.3, dropout_seed=4, modulation="weight"
+    ),
+    "largest, sigmoid": dict(topk=30, queries=18, normalizer="sigmoid", masks="segments", typed="euclidean", modulation="gain"),
+    "largest, policy": dict(topk=3, queries=7, modulation="policy", masks="dense"),
     "best keys": dict(
         normalizer="argmax_k", masks="empty", bias=(0, 1, 1, 1), kv_heads=1, dv=20, return_stats=("index",)
     ),
@@ -97,7 +103,7 @@ CASES = {
 }
 
 
-IN_FLOAT32 = ("dropout", "sigmoid", "distances", "means, sigmoid", "best keys", "best queries", "path")
+IN_FLOAT32 = ("largest", "dropout", "sigmoid", "distances", "means, sigmoid", "best keys", "best queries", "path")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,6 +123,7 @@ PACKED = [
     ),
     registry.packed(11, ((3, 5), (4, 0), (0, 2))),
     registry.packed(12, ((3, 5), (0, 4), (2, 0)), bias=False, normalizer="none"),
+    registry.packed(10, ((18, 3), (0, 1), (20, 40), (3, 0)), topk=4, causal=True),
     registry.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k"),
     registry.packed(9, ((18, 3), (3, 0), (2, 40)), causal=True, normalizer="argmax_q"),
     registry.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
@@ -375,6 +382,3 @@ def test_reasons():
     call = Call(*arguments())._replace(gain=torch.zeros(1, 2, 5, 1), weight=torch.zeros(1, 1, 1, 7))
     gain, weight = kernels.supported(*call)
     assert "gain" in gain and "[1, 2, 5, 1]" in gain and "weight" in weight
-    for name, what in UNSERVED.items():
-        call = Call(*arguments())._replace(**{name: 3 if name == "topk" else torch.zeros(1)})
-        assert kernels.supported(*call) == [f"no Triton kernel has {what}"]

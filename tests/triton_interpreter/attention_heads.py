@@ -90,6 +90,32 @@ def test_policies(tuned):
     assert "Policy has no Triton kernel of packed" in " ".join(kernels.supported(*call))
 
 
+def survivors(args, keys):
+    """Where the kernels give a weight that is not 0, [B, H, Nq, Nk]: the values are unit vectors."""
+    args[2] = torch.eye(keys)[None, :, None].expand(1, keys, args[1].shape[2], keys)
+    out, same = kernels.fwd(*args)[0], OP.definition(*args)[0]
+    assert torch.equal(out != 0, same != 0)
+    return (out != 0).transpose(1, 2)
+
+
+def test_the_largest_of_ties_are_the_first(tuned):
+    """Whole numbers, equal to the bit; -0 ties with 0, a NaN is above all, rows with fewer visible keys keep them all."""
+    tuned(16, 64)
+    keys = 71
+    call = Call(*arguments(1, 9, keys, 2, kv_heads=1, mask=torch.rand(1, 2, 9, keys) < 0.8))._replace(topk=6, scale=1.0)
+    call.mask[:, :, 3, 4:] = call.mask[:, :, 5] = False
+    args = [*call]
+    args[0], args[1] = (torch.randint(-1, 2, t.shape).float() for t in args[:2])
+    args[0][:, 0] = 0.0
+    args[1][:, ::2, :, 0] *= -0.0
+    kept = survivors(args, keys).sum(-1)
+    assert torch.equal(kept, call.mask.sum(-1).clamp(max=6))
+    args[1][0, 33, 0, 1] = math.nan
+    for x, y in zip(kernels.fwd(*args), OP.definition(*args), strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
+    check_op([*call._replace(normalizer="argmax_q", topk=1)])
+
+
 def test_reasons():
     call = Call(*arguments(1, heads=17))._replace(**mixtures(17), gain=scores((1, 1, 5, 7)), policy=torch.ones(1, 7))
     why = kernels.supported(*call)
