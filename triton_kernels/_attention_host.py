@@ -89,8 +89,6 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     for name, tokens in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if tokens >= MAX_TOKENS:
             why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
-    if call.normalizer in HARD and (call.dropout_p or call.weight is not None or call.query_weight is not None):
-        why.append(f"{call.normalizer} has no Triton kernel with dropout, factors of the weights or return_stats 'key_mean'")
     for name, x in (("gain", call.gain), ("weight", call.weight)):
         both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
         if x is not None and tuple(x.shape[2:]) != both:

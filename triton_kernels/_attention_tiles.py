@@ -168,7 +168,7 @@ def weights(
         if ALIGNED:
             keep = keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N)
         else:
-            keep = keep_keys(terms[5], image, head, i, start + tl.arange(0, BLOCK_N), threshold)
+            keep = keep_keys(terms[5], image, head, i[:, None], start + tl.arange(0, BLOCK_N)[None, :], threshold)
         kept = tl.where(keep, kept * keep_scale, 0.0)
         given = tl.where(keep, given * keep_scale, 0.0)
     dp = weighed(given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)

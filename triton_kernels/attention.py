@@ -249,7 +249,7 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     if mixes(call):
         return attention_heads.forward(call)
     if call.normalizer in HARD:
-        return *_attention_hard.forward(call), torch.empty((batch, 0, heads), dtype=torch.float32, device=q.device)
+        return _attention_hard.forward(call)
     softmax, counts = call.normalizer == "softmax" and call.policy is None, call.query_weight is not None
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=v.dtype, device=q.device)
     lse = (torch.empty if softmax else torch.zeros)((batch, queries, heads), dtype=torch.float32, device=q.device)

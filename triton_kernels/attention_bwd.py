@@ -38,12 +38,11 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         if wanted[6] and dlse is not None:                  # a sink is all that rows without keys see
             grads[6] = dlse.sum((0, 1)).to(sink.dtype)
         return tuple(grads)
-    if call.normalizer in HARD:
-        grads = [torch.zeros_like(x) if w and n != 2 else None for n, (x, w) in enumerate(zip(inputs, wanted, strict=True))]
-        if wanted[2]:
-            grads[2] = _attention_hard.backward(dout.to(v.dtype), call)
-        return tuple(grads)
     dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
+    if call.normalizer in HARD:
+        needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
+        found = _attention_hard.backward(dout, dkey_mean, call, needs)
+        return tuple(found.get(n, torch.zeros_like(x) if w else None) for (n, w), x in zip(needs.items(), inputs, strict=True))
     if mixes(call):
         return attention_heads_bwd.backward(dout, dlse, dkey_mean, lse, call, wanted)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None

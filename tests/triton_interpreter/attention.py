@@ -21,7 +21,7 @@ from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, Call, widths
 
 ENTRY = testing.entries()["attention"]
 OFFSET = len(definition.TENSORS) + definition.OPTIONS.index("offset")
-SMALL = [c for c in registry.small() if c.seed in (*range(1, 19), 20)]  # the others have what reasons() names
+SMALL = [c for c in registry.small() if c.seed in (*range(1, 19), 20, 21, 22)]  # the others have what reasons() names
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,13 @@ CASES = {
         normalizer="argmax_k", masks="empty", bias=(0, 1, 1, 1), kv_heads=1, dv=20, return_stats=("index",)
     ),
     "best queries": dict(normalizer="argmax_q", masks="causal", modulation="gain", heads=4, kv_heads=2, dv=20),
+    "best keys, factors": dict(
+        normalizer="argmax_k", masks="empty", modulation="weight", kv_heads=1, dv=72, dropout_p=0.3, dropout_seed=5,
+        return_stats=("index", "key_mean"), weighed=True
+    ),
+    "best queries, factors": dict(
+        normalizer="argmax_q", masks="dense", modulation="weight", dropout_p=0.4, dropout_seed=2, return_stats=("key_mean",)
+    ),
     "none": dict(normalizer="none", bias=(1, 1, 1, 1), masks="empty", dropout_p=0.2, dropout_seed=1),
 }
 
@@ -124,7 +131,7 @@ PACKED = [
     registry.packed(11, ((3, 5), (4, 0), (0, 2))),
     registry.packed(12, ((3, 5), (0, 4), (2, 0)), bias=False, normalizer="none"),
     registry.packed(10, ((18, 3), (0, 1), (20, 40), (3, 0)), topk=4, causal=True),
-    registry.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k"),
+    registry.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k", return_stats=("index", "key_mean")),
     registry.packed(9, ((18, 3), (3, 0), (2, 40)), causal=True, normalizer="argmax_q"),
     registry.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
 ]
@@ -146,8 +153,22 @@ def test_hard_choices_of_ties_and_of_what_is_not_finite(normalizer, tuned):
     check_op(args)
     args[1] = args[1].clone()
     args[1][0, 21, 0, 3], args[2][0, 4, 0, 1], args[2][0, 30, 0, 2] = math.nan, math.inf, math.nan
-    for got, want in zip(kernels.fwd(*args), OP.definition(*args), strict=True):
-        torch.testing.assert_close(got, want, equal_nan=True)
+    factors = Call(*args)._replace(weight=torch.randn(1, 1, 37, 40) * (torch.rand(37, 40) < 0.7))
+    for case in (args, [*factors], [*factors._replace(seed=torch.tensor([6]), dropout_p=0.4)]):
+        for got, want in zip(kernels.fwd(*case), OP.definition(*case), strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("normalizer", ["argmax_k", "argmax_q"])
+def test_samples_and_heads_that_share_a_factor_of_hard_choices(normalizer, tuned):
+    tuned(16, 16)
+    given = {"normalizer": normalizer, "mask": torch.rand(2, 1, 20, 35) < 0.8, "kv_heads": 2, "d": 5, "dv": 20}
+    call = Call(*arguments(2, 20, 35, 4, seed=torch.tensor([8]), dropout_p=0.3, **given))
+    for shape in ((1, 1), (1, 4), (2, 1)):
+        check_op([*call._replace(weight=scores((*shape, 20, 35)), query_weight=torch.rand(2, 20, 4))])
+    bounds = [torch.tensor(x).int() for x in ((0, 9, 20, 20), (0, 18, 30, 35))]
+    packed = Call(*arguments(1, 20, 35, 2, normalizer=normalizer))._replace(cu_q=bounds[0], cu_k=bounds[1], max_q=11, max_k=18)
+    check_op([*packed._replace(weight=scores((1, 2, 11, 18)), query_weight=torch.rand(1, 20, 2))])
 
 
 def test_packed_rows_columns_factors_and_distances(tuned):
@@ -377,8 +398,8 @@ def test_the_order_of_sums_is_fixed_and_parts_are_added(tuned):
 
 def test_reasons():
     assert kernels.supported(*arguments()) == []
-    why = " ".join(kernels.supported(*arguments(d=300, dtype=torch.float64, normalizer="argmax_k", dropout_p=0.1)))
-    assert "300" in why and "float64" in why and "argmax_k" in why
+    why = " ".join(kernels.supported(*arguments(d=300, dtype=torch.float64, normalizer="argmax_k", dropout_p=1.5)))
+    assert "300" in why and "float64" in why and "dropout_p" in why
     call = Call(*arguments())._replace(gain=torch.zeros(1, 2, 5, 1), weight=torch.zeros(1, 1, 1, 7))
     gain, weight = kernels.supported(*call)
     assert "gain" in gain and "[1, 2, 5, 1]" in gain and "weight" in weight

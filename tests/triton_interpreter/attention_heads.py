@@ -59,6 +59,12 @@ def test_mixed_heads(case):
     check_op([*Call(*args)._replace(**more)])
 
 
+def test_large_logits_of_mixed_heads():
+    """An lse that float32 rounds."""
+    for shift in (-90.0, 1e4):
+        check_op([*Call(*arguments(bias=scores((1, 2, 5, 7)) + shift))._replace(**mixtures(2), query_weight=torch.rand(2, 5, 2))])
+
+
 def test_a_head_that_hides_a_nan_mixes_nothing_into_others():
     mask = torch.ones(1, 2, 5, 7, dtype=torch.bool)
     mask[:, 0, :, 3] = mask[:, 1, 2:, 4] = False
