@@ -222,6 +222,7 @@ ATTENTION = {
     "packed, every term": dict(
         width=64, packed=True, distances=True, means=True, rule="table", grid=(14, 14), **EVERY_TERM
     ),
+    "masked tiles of a bias": dict(width=64, queries=512, keys=512, mask=True, key_heads=1),
     "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
     "path": dict(width=32, bias=None, path=(56, 56), queries=3136, keys=3136, mask=True),
     "policy": dict(width=64, policy=True, mask=True),
@@ -237,7 +238,7 @@ ATTENTION = {
     "wide, every term": dict(width=256, **EVERY_TERM),
 }
 ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for capability in (80, 90)] + [
-    ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
+    ("masked tiles of a bias", 100, torch.bfloat16), ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
     ("mixed heads, every term", 80, torch.float32), ("mixed heads", 100, torch.float16),
     ("every term", 80, torch.float32), ("packed, every term", 90, torch.float32), ("wide, every term", 90, torch.float32),
 ]  # fmt: skip

@@ -277,15 +277,16 @@ def _backward_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_bias(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dbias_ptr,
-    terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, members, chunks,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dbias_ptr, seen_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, seen_strides, sizes, members, chunks,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one sample and head of a bias, of gain or of weight, summed over a chunk of the samples
-    and heads that share it, in order; members = (bias heads, samples sharing, heads sharing).
+    and heads that share it, in order; members = (bias heads, samples sharing, heads sharing). `seen` says which of them see
+    something of the tile.
     Grid: bias heads (fastest) x query tiles x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples,
     bias heads, Nq, Nk].
     Any strides: q, k, v, dout and the terms."""
@@ -312,25 +313,30 @@ def _backward_bias(
     for member in tl.range(first, last, num_stages=STAGES):
         image = bias_sample + member // shared
         head = bias_head + member % shared
-        own = of_sample(terms, sizes, image)
-        factor = row_factor(terms, term_strides, head, scale)
-        q, dout, lse, low, live, real, flat = query_side(
-            q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, own,
-            NORM, WIDTHS, WIDTHS_V, ALIGN)
-        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, own,
-                         WIDTHS, WIDTHS_V, ALIGN)
-        delta = tl.zeros([BLOCK_M], tl.float32)
-        if delta_ptr is not None:
-            delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-        a = row_products(q, k, WIDTHS)
-        p, slope, kept, dp, given, bare = weights(
-            a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, own, threshold, keep_scale,
-            NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
-        if TARGET == WEIGHT:
-            dbias += p * given
-        else:
-            ds = slope * (dp - delta[:, None])
-            dbias += tl.where(ds == 0.0, 0.0, ds * (a * factor)) if TARGET == GAIN else ds
+        visit = 1
+        if seen_ptr is not None:
+            at = image.to(tl.int64) * seen_strides[0] + head.to(tl.int64) * seen_strides[1]
+            visit = tl.load(seen_ptr + (at + row // BLOCK_M * n_tiles + start // BLOCK_N)).to(tl.int32)
+        if visit != 0:
+            own = of_sample(terms, sizes, image)
+            factor = row_factor(terms, term_strides, head, scale)
+            q, dout, lse, low, live, real, flat = query_side(
+                q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, own,
+                NORM, WIDTHS, WIDTHS_V, ALIGN)
+            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, own,
+                             WIDTHS, WIDTHS_V, ALIGN)
+            delta = tl.zeros([BLOCK_M], tl.float32)
+            if delta_ptr is not None:
+                delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+            a = row_products(q, k, WIDTHS)
+            p, slope, kept, dp, given, bare = weights(
+                a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, own, threshold, keep_scale,
+                NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
+            if TARGET == WEIGHT:
+                dbias += p * given
+            else:
+                ds = slope * (dp - delta[:, None])
+                dbias += tl.where(ds == 0.0, 0.0, ds * (a * factor)) if TARGET == GAIN else ds
     at = ((chunk * bias_samples + bias_sample) * bias_heads + bias_head) * queries
     tl.store(dbias_ptr + ((at + i)[:, None] * keys + j[None, :]), dbias.to(dbias_ptr.dtype.element_ty),
              mask=(i < queries)[:, None] & (j < keys)[None, :])

@@ -180,12 +180,12 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
 
 def row(kernel: str, shared: dict) -> dict:
     """The row of a kernel's table for these arguments. Dropout, or two score-shaped terms, hold as many registers as heads
-    of twice the width, four terms, distances and paths as heads of four times."""
+    of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
     terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean; slope, path
     many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16)) + 4 * (terms[17] is not None or terms[20] is not None)
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
-    width *= 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
+    width *= 8 if many > 8 else 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())
 
 
@@ -213,5 +213,5 @@ def folded(sums: Tensor, like: Tensor) -> Tensor:
 
 UNSPECIALIZED = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dlse_strides", "dq_strides", "dk_strides", "dv_strides",
-    "sizes", "threshold", "members", "chunks", "sides", "visit_strides", "parts",
+    "sizes", "threshold", "members", "chunks", "sides", "visit_strides", "seen_strides", "parts",
 )  # fmt: skip

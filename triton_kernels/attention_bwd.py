@@ -16,7 +16,7 @@ from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_quer
 from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, folded, mixes, programs, row, row_strides, tuned
 from ._attention_policy import policy_rows
 from ._attention_topk import surviving
-from ._attention_visits import lists
+from ._attention_visits import lists, seen_tiles, shared_strides
 from ._host import power
 from ._reduce import add_parts
 
@@ -117,7 +117,10 @@ def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
     chunks = max(1, min(members[1] * members[2], row("backward_bias", shared)["programs"] // fans))
     dtype = bias.dtype if chunks == 1 else torch.float32
     parts = torch.empty((chunks, *bias.shape), dtype=dtype, device=bias.device)
-    _backward_bias[(fans * chunks,)](**shared, **blocks, dbias_ptr=parts, members=members, chunks=chunks, TARGET=target)
+    seen = seen_tiles(shared, blocks)
+    _backward_bias[(fans * chunks,)](
+        **shared, **blocks, seen_ptr=seen, seen_strides=shared_strides(seen), dbias_ptr=parts, members=members, chunks=chunks,
+        TARGET=target)
     return parts[0] if chunks == 1 else add_parts(parts, bias.dtype)
 
 

@@ -329,6 +329,29 @@ def test_tiles_that_are_wholly_hidden_are_not_visited(tuned, monkeypatch):
         tuned(16, 16)
 
 
+def test_hidden_tiles_of_a_bias_and_of_packed_sequences_are_not_visited(tuned, monkeypatch):
+    """Two samples that share a bias; two sequences of 40 and 20 queries, in which ids part three tiles of queries."""
+    tuned(16, 16)
+    visits, module = [], sys.modules["vitkern.triton_kernels._attention_tiles"]
+    inner = module.scores
+    monkeypatch.setattr(module, "scores", lambda *x: visits.append(1) or inner(*x))
+    seen = torch.rand(2, 1, 40, 70) < 0.5
+    seen[0, :, :16] = seen[1, :, :, 16:64] = False
+    args = Call(*arguments(2, 40, 70, 2, bias=scores((1, 2, 40, 70)), mask=seen))
+    out, *saved = kernels.fwd(*args)
+    kernels.bwd(out, None, None, *saved, *args, 0b1000)
+    assert len(visits) == 2 * 2 * (2 * 5 + 3 * 2)  # delta and the bias
+    visits.clear()
+    ids = [torch.cat([torch.arange(n)[:m] // 16 for m in lengths])[None].int() for n, lengths in ((40, (40, 20)), (70, (70, 33)))]
+    bounds = [torch.tensor(x).int() for x in ((0, 40, 60), (0, 70, 103))]
+    args = Call(*arguments(1, 60, 103, 2, bias=scores((1, 1, 40, 70))))._replace(
+        cu_q=bounds[0], cu_k=bounds[1], max_q=40, max_k=70, q_ids=ids[0], k_ids=ids[1], rule="equal")
+    out, *saved = kernels.fwd(*args)
+    kernels.bwd(out, None, None, *saved, *args, 0b1111)
+    assert len(visits) == 4 * 2 * (3 + 2)  # delta, dq, dk and dv, the bias
+    check_op([*args])
+
+
 @pytest.mark.parametrize("normalizer", ["softmax", "none"])
 def test_few_queries_share_out_their_keys(normalizer, tuned):
     """Three parts of ten tiles, one of which a row does not see at all; a sink counts once, a NaN stays where it is seen."""

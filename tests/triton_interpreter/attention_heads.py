@@ -108,12 +108,13 @@ def test_the_largest_of_ties_are_the_first(tuned):
     """Whole numbers, equal to the bit; -0 ties with 0, a NaN is above all, rows with fewer visible keys keep them all."""
     tuned(16, 64)
     keys = 71
-    call = Call(*arguments(1, 9, keys, 2, kv_heads=1, mask=torch.rand(1, 2, 9, keys) < 0.8))._replace(topk=6, scale=1.0)
+    call = Call(*arguments(1, 9, keys, 2, kv_heads=1, mask=torch.rand(1, 2, 9, keys) < 0.8))._replace(
+        topk=6, scale=1.0, gain=torch.randint(0, 2, (1, 1, 9, keys)) * 2.0 - 1.0
+    )
     call.mask[:, :, 3, 4:] = call.mask[:, :, 5] = False
     args = [*call]
     args[0], args[1] = (torch.randint(-1, 2, t.shape).float() for t in args[:2])
     args[0][:, 0] = 0.0
-    args[1][:, ::2, :, 0] *= -0.0
     kept = survivors(args, keys).sum(-1)
     assert torch.equal(kept, call.mask.sum(-1).clamp(max=6))
     args[1][0, 33, 0, 1] = math.nan
