@@ -123,6 +123,18 @@ def test_the_largest_of_ties_are_the_first(tuned):
     check_op([*call._replace(normalizer="argmax_q", topk=1)])
 
 
+@pytest.mark.parametrize("queries, keys", [(5, 0), (0, 5)])
+def test_no_keys_and_no_queries(queries, keys):
+    for given, more in (
+        ({"sink": torch.randn(2)}, mixtures(2)),
+        ({"normalizer": "none"}, mixtures(2)),
+        ({}, {"policy": torch.rand(1, keys), "policy_eps": 1e-3}),
+        ({}, {"topk": 3}),
+        ({"normalizer": "argmax_q"}, {"query_weight": torch.rand(2, queries, 2), "weight": torch.rand(1, 1, queries, keys)}),
+    ):
+        check_op([*Call(*arguments(2, queries, keys, **given))._replace(**more)])
+
+
 def test_reasons():
     call = Call(*arguments(1, heads=17))._replace(**mixtures(17), gain=scores((1, 1, 5, 7)), policy=torch.ones(1, 7))
     why = kernels.supported(*call)
