@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from vitkern.triton_kernels import (  # noqa: E402
+    _attention_bwd_sums,
     _attention_bwd_tiles,
     _attention_hard,
     _attention_heads_bwd_tiles,
@@ -98,7 +99,7 @@ def caught(family, *more):
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
-        _attention_hard, _attention_policy, _attention_topk, attention_heads,
+        _attention_hard, _attention_policy, _attention_topk, _attention_bwd_sums, attention_heads,
         _attention_heads_bwd_tiles, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
@@ -317,7 +318,7 @@ def test_attention_compiles_without_spills(name, capability, dtype):
         "means" in case
     )
     assert ("_policy_rows" in seen) == ("policy" in case)
-    assert not name.startswith("masked") or {"_visible", "_join"} <= seen
+    assert not name.startswith("masked") or {"_visible", "_join", "_backward_sums"} <= seen
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._attention_bwd_tiles import key_side, query_side
+from ._attention_bwd_sums import key_side, query_side
 from ._attention_host import UNSPECIALIZED
 from ._attention_terms import of_sample, row_factor
 from ._attention_tiles import row_products, weights

@@ -201,6 +201,11 @@ def tuned(kernel: str, shared: dict) -> dict:
     }  # fmt: skip
 
 
+def shares(shared: dict, count: int, tiles: int) -> int:
+    """In how many parts the `tiles` that each of `count` programs visits are shared out: of four tiles at least."""
+    return 1 if shared["CAUSAL"] else max(1, min(row("forward", shared)["programs"] // count, tiles // 4))
+
+
 def programs(shared: dict, tiles: int) -> int:
     """One per head, sample or packed sequence, and tile of the greatest."""
     return shared["sizes"][0] * shared["sizes"][3] * tiles

@@ -80,6 +80,14 @@ def listed(count_ptr, strides, image, head, tile, first, last, BLOCK: tl.constex
 
 
 @triton.jit
+def part_of(begin, end, part, parts):
+    """The visits from `begin` to `end` that one of `parts` makes."""
+    share = (end - begin + parts - 1) // parts
+    begin += share * part
+    return begin, tl.minimum(begin + share, end)
+
+
+@triton.jit
 def visited(visit_ptr, at, n, BLOCK: tl.constexpr):
     """The first token of visit n of a list that begins at `at`."""
     start = n * BLOCK

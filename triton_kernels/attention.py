@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _attention_hard, attention_heads
-from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, mixes, programs, reasons, row, tuned
+from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, mixes, programs, reasons, shares, tuned
 from ._attention_key_means import _key_means
 from ._attention_policy import policy_rows
-from ._attention_terms import last_key, listed, of_sample, places, row_factor, scores, visited, weighed
+from ._attention_terms import last_key, listed, of_sample, part_of, places, row_factor, scores, visited, weighed
 from ._attention_tiles import (
     POLICY,
     SOFTMAX,
@@ -129,9 +129,7 @@ def _forward(
     last = last_key(terms, sizes, row, keys, offset, CAUSAL, BLOCK_M)
     begin, end, visits = listed(count_ptr, visit_strides, image, head, tile, 0, last, BLOCK_N)
     part = tl.program_id(1)
-    share = (end + parts - 1) // parts
-    begin = share * part
-    end = tl.minimum(begin + share, end)
+    begin, end = part_of(begin, end, part, parts)
     factor = row_factor(terms, term_strides, head, scale)
     q = load_parts(q_ptr, offsets(image, head, i + sizes[8], q_strides, ALIGN), real, d_strides[0], WIDTHS)
 
@@ -261,7 +259,7 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
         blocks = tuned("forward", shared)
         count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
         tiles = -(-shared["sizes"][2] // blocks["BLOCK_N"])
-        split = max(1, min(row("forward", shared)["programs"] // count, tiles // 4)) if low is None and not call.causal else 1
+        split = shares(shared, count, tiles) if low is None else 1
         shape = (split,) if split > 1 else ()
         some = torch.empty((*shape, *out.shape), dtype=torch.float32, device=q.device) if split > 1 else out
         logs = torch.empty((*shape, *lse.shape), dtype=torch.float32, device=q.device) if split > 1 and softmax else top

@@ -22,7 +22,7 @@ from ._attention_heads_tiles import (
     store_heads,
     token_numbers,
 )
-from ._attention_host import UNSPECIALIZED, Call, arguments
+from ._attention_host import MIXTURES, UNSPECIALIZED, Call, arguments
 from ._attention_terms import last_key, of_sample
 from ._host import power
 from ._tiles import LN2, LOG2E, clean
@@ -147,7 +147,7 @@ def heads_arguments(call: Call, others=(), dkey_mean=None) -> dict:
     terms, strides = shared["terms"], shared["term_strides"]
     keys = shared["sizes"][2]
     del shared["WIDTHS"], shared["WIDTHS_V"]
-    mixtures = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
+    mixtures = [getattr(call, name) for name in MIXTURES]
     return shared | {
         "mixtures": tuple(None if x is None else x.float().contiguous() for x in mixtures),
         "ALIKE": not any(strides[n] for n in (1, 5, 9)) and all(terms[n] is None for n in (8, 17, 20)),

@@ -154,6 +154,7 @@ def test_hard_choices_of_ties_and_of_what_is_not_finite(normalizer, tuned):
     args[1] = args[1].clone()
     args[1][0, 21, 0, 3], args[2][0, 4, 0, 1], args[2][0, 30, 0, 2] = math.nan, math.inf, math.nan
     factors = Call(*args)._replace(weight=torch.randn(1, 1, 37, 40) * (torch.rand(37, 40) < 0.7))
+    factors.weight[..., 4] = 0.0
     for case in (args, [*factors], [*factors._replace(seed=torch.tensor([6]), dropout_p=0.4)]):
         for got, want in zip(kernels.fwd(*case), OP.definition(*case), strict=True):
             torch.testing.assert_close(got, want, equal_nan=True)
@@ -242,15 +243,15 @@ def test_biases_that_hide_and_large_logits():
     check_op(arguments(bias=scores((1, 2, 5, 7)), sink=torch.tensor([-math.inf, 90.0])))
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none", "policy", "heads", "heads, none"])
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none", "policy", "largest", "heads", "heads, none"])
 @pytest.mark.parametrize("hides", ["mask", "bias", "causal", "ids"])
 def test_nothing_hidden_leaks(hides, normalizer, tuned):
     """NaN and infinity in keys and values: rows that do not see them, and all gradients but their own, are as without."""
     tuned(16, 16)
-    more = {"policy": {"policy": torch.rand(1, 20), "policy_eps": 1e-3, "policy_diagonal": True}}
+    more = {"policy": {"policy": torch.rand(1, 20), "policy_eps": 1e-3, "policy_diagonal": True}, "largest": {"topk": 4}}
     more |= dict.fromkeys(("heads", "heads, none"), mixtures(1))
     more = more.get(normalizer, {})
-    normalizer = {"policy": "softmax", "heads": "softmax", "heads, none": "none"}.get(normalizer, normalizer)
+    normalizer = {"heads, none": "none"}.get(normalizer, "softmax" if more else normalizer)
     args = [*Call(*arguments(1, 20, 20, 1, bias=scores((1, 1, 20, 20)), normalizer=normalizer, scale=0.3))._replace(**more)]
     seen = torch.rand(1, 1, 20, 20) < 0.7
     seen[..., 3] = False  # seen by nobody
@@ -335,12 +336,12 @@ def test_hidden_tiles_of_a_bias_and_of_packed_sequences_are_not_visited(tuned, m
     visits, module = [], sys.modules["vitkern.triton_kernels._attention_tiles"]
     inner = module.scores
     monkeypatch.setattr(module, "scores", lambda *x: visits.append(1) or inner(*x))
-    seen = torch.rand(2, 1, 40, 70) < 0.5
-    seen[0, :, :16] = seen[1, :, :, 16:64] = False
+    seen = torch.rand(2, 2, 40, 70) < 0.5
+    seen[0, 0, :16] = seen[1, :, :, 16:64] = False
     args = Call(*arguments(2, 40, 70, 2, bias=scores((1, 2, 40, 70)), mask=seen))
     out, *saved = kernels.fwd(*args)
     kernels.bwd(out, None, None, *saved, *args, 0b1000)
-    assert len(visits) == 2 * 2 * (2 * 5 + 3 * 2)  # delta and the bias
+    assert len(visits) == 2 * (2 * 5 + 3 * 5 + 2 * 3 * 2)  # delta and the bias
     visits.clear()
     ids = [torch.cat([torch.arange(n)[:m] // 16 for m in lengths])[None].int() for n, lengths in ((40, (40, 20)), (70, (70, 33)))]
     bounds = [torch.tensor(x).int() for x in ((0, 40, 60), (0, 70, 103))]
@@ -377,6 +378,35 @@ def test_few_queries_share_out_their_keys(normalizer, tuned):
         (out, *_), (want, *_) = kernels.fwd(*args), OP.definition(*args)
         assert torch.equal(out.isfinite(), want.isfinite()) and not out.isinf().any()
     assert torch.equal(whole[1].isfinite(), kernels.fwd(*args)[1].isfinite())
+
+
+SHARED_OUT = {
+    "few queries": (5, 150, {"sink": torch.randn(2), "bias": scores((1, 2, 1, 150)), "factor": torch.rand(2)}, {}),
+    "few keys": (150, 5, {"bias": scores((1, 1, 150, 1)), "key_bias": scores((1, 1, 1, 5)), "dtype": HALF}, {}),
+    "sigmoid": (7, 140, {"normalizer": "sigmoid", "bias": scores((1, 2, 7, 1)), "kv_heads": 1},
+                {"query_weight": torch.rand(1, 7, 2)}),
+    "distances": (3, 140, {"dv": 20}, {"slope": torch.rand(2), "q_xy": torch.randn(1, 3, 2), "k_xy": torch.randn(1, 140, 2)}),
+    "distances of keys": (140, 3, {}, {"slope": torch.rand(2), "q_xy": torch.randn(1, 140, 2), "k_xy": torch.randn(1, 3, 2)}),
+    "policy": (4, 140, {"d": 20}, {"policy": torch.rand(1, 140), "policy_eps": 1e-2, "policy_diagonal": True}),
+    "policy of few keys": (140, 4, {"kv_heads": 1}, {"policy": torch.rand(1, 4), "policy_eps": 1e-2}),
+    "packed": (9, 290, {}, {"cu_q": torch.tensor([0, 4, 9]).int(), "cu_k": torch.tensor([0, 140, 290]).int(), "max_q": 5,
+                            "max_k": 150, "query_weight": torch.rand(1, 9, 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARED_OUT)
+def test_the_backward_shares_out_what_few_queries_or_keys_visit(case, tuned, monkeypatch):
+    """In three parts, and with the same bits again; one of ten tiles is seen by none."""
+    queries, keys, given, more = SHARED_OUT[case]
+    mask = torch.rand(1, 1, 5 if case == "packed" else queries, 150 if case == "packed" else keys) < 0.7
+    mask[..., 32:48] = False if keys > 100 else mask[..., 32:48]
+    call = Call(*arguments(1, queries, keys, mask=mask, **given))._replace(**more)
+    found = []
+    module = sys.modules["vitkern.triton_kernels.attention_bwd"]
+    monkeypatch.setattr(module, "shares", lambda *x, inner=module.shares: found.append(inner(*x)) or found[-1])
+    tuned(16, 16, 14 if case == "packed" else 6)
+    check_op([*call])
+    assert max(found) > 1
 
 
 def test_only_the_gradients_that_are_needed_are_made():
