@@ -20,14 +20,19 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from vitkern.triton_kernels import (  # noqa: E402
+    _attention_bwd_sums,
     _attention_bwd_tiles,
     _attention_hard,
+    _attention_heads_bwd_tiles,
     _attention_host,
+    _attention_policy,
+    _attention_topk,
     _attention_visits,
     _reduce,
     _window_bwd_tiled,
     attention,
     attention_bwd,
+    attention_heads,
     bipartite_match,
     merge_plan,
     merge_tokens,
@@ -94,7 +99,8 @@ def caught(family, *more):
     for module in (
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
-        _attention_hard, *more,
+        _attention_hard, _attention_policy, _attention_topk, _attention_bwd_sums, attention_heads,
+        _attention_heads_bwd_tiles, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -217,15 +223,24 @@ ATTENTION = {
     "packed, every term": dict(
         width=64, packed=True, distances=True, means=True, rule="table", grid=(14, 14), **EVERY_TERM
     ),
+    "masked tiles of a bias": dict(width=64, queries=512, keys=512, mask=True, key_heads=1),
     "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
     "path": dict(width=32, bias=None, path=(56, 56), queries=3136, keys=3136, mask=True),
+    "policy": dict(width=64, policy=True, mask=True),
+    "mixed heads": dict(width=48, heads=8, bias=None, mixed=True),
+    "mixed heads, every term": dict(
+        width=64, heads=16, key_heads=8, mixed=True, key_bias=True, mask=True, parameters=True, dropout=0.1, causal=True,
+        rule="table", means=True, packed=True, bias_dtype=torch.float32),
     "best keys": dict(width=128, width_v=256, heads=4, key_heads=2, mask=True, normalizer="argmax_k"),
+    "best keys, factors": dict(
+        width=64, mask=True, normalizer="argmax_k", factors=True, dropout=0.1, means=True, bias=None),
     "best queries": dict(width=80, bias=(1, 1, 1, 1), causal=True, normalizer="argmax_q", packed=True),
     "wide": dict(width=256, width_v=192, causal=True),
     "wide, every term": dict(width=256, **EVERY_TERM),
 }
 ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for capability in (80, 90)] + [
-    ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
+    ("masked tiles of a bias", 100, torch.bfloat16), ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
+    ("mixed heads, every term", 80, torch.float32), ("mixed heads", 100, torch.float16),
     ("every term", 80, torch.float32), ("packed, every term", 90, torch.float32), ("wide, every term", 90, torch.float32),
 ]  # fmt: skip
 
@@ -234,6 +249,7 @@ def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
+    policy=False, mixed=False, topk=0,
 ):  # fmt: skip
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
@@ -241,7 +257,7 @@ def attention_launches(
     q, k, v = (torch.zeros(batch, *s, dtype=dtype) for s in shapes)
     kinds = attention.Call.__annotations__
     given = {name: kind() if kind in (bool, int, float) else None for name, kind in kinds.items()}
-    given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout}
+    given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout, "topk": topk}
     given |= {"rule": rule, "seed": torch.zeros(1, dtype=torch.int64)}
     if bias is not None:
         shape = [n if has else 1 for n, has in zip((batch, heads, queries, keys), bias, strict=True)]
@@ -265,6 +281,11 @@ def attention_launches(
     if path:
         given |= {name: torch.zeros(batch, keys, heads) for name in ("path_row", "path_col")}
         given |= {"path_width": path[1]}
+    if policy:
+        given |= {"policy": torch.zeros(batch, keys), "policy_eps": 1e-6, "policy_diagonal": True}
+    if mixed:
+        given |= {f"{name}_weight": torch.zeros(heads, heads) for name in ("pre", "post")}
+        given |= {f"{name}_bias": torch.zeros(heads) for name in ("pre", "post")}
     if means:
         given["query_weight"] = torch.zeros(batch, queries, heads)
     if packed:
@@ -284,7 +305,11 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     launches = attention_launches(capability, dtype, **ATTENTION[name])
     seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
     if name.startswith("best"):
-        assert seen == {"_choose", "_pick", "_collect"}
+        of_factors = {"_pair_weights", "_pair_products", "_spread"} if "factors" in ATTENTION[name] else set()
+        assert seen == {"_choose", "_pick", "_collect"} | of_factors
+        return
+    if name.startswith("mixed"):
+        assert {"_head_rows", "_heads_forward", "_head_deltas", "_heads_queries", "_heads_keys", "_heads_values"} <= seen
         return
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
     case = ATTENTION[name]
@@ -292,7 +317,21 @@ def test_attention_compiles_without_spills(name, capability, dtype):
     assert ("_backward_relative" in seen) == ("grid" in case or "path" in case) and ("_key_means" in seen) == (
         "means" in case
     )
-    assert not name.startswith("masked") or {"_visible", "_join"} <= seen
+    assert ("_policy_rows" in seen) == ("policy" in case)
+    assert not name.startswith("masked") or {"_visible", "_join", "_backward_sums"} <= seen
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "dtype, case",
+    [(torch.bfloat16, dict(width=64, bias=None)), (torch.float32, dict(width=256, packed=True, rule="equal", **EVERY_TERM))],
+    ids=["plain", "every-term"],
+)
+def test_top_k_compiles_without_spills(capability, dtype, case):
+    """The kernel that finds who survives, and one that reads it."""
+    launches = attention_launches(capability, dtype, topk=8, **case)
+    some = [x for x in launches if x[0].__name__ in ("_survivors", "_forward")]
+    assert compile_all(some, f"top-k, sm_{capability}, {dtype}", capability) == {"_survivors", "_forward"}
 
 
 MATCHES = {

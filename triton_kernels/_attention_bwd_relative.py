@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ._attention_bwd_tiles import key_side, query_side
+from ._attention_bwd_sums import key_side, query_side
 from ._attention_host import UNSPECIALIZED
 from ._attention_terms import of_sample, row_factor
-from ._attention_tiles import SOFTMAX, row_products, weights
+from ._attention_tiles import row_products, weights
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -38,7 +38,7 @@ def _backward_relative(
         q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
         NORM, WIDTHS, WIDTHS_V, ALIGN)
     delta = tl.zeros([BLOCK_M], tl.float32)
-    if NORM == SOFTMAX:
+    if delta_ptr is not None:
         delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
     dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for y in tl.range(0, kh, num_stages=STAGES):
@@ -46,7 +46,7 @@ def _backward_relative(
         j = start + tl.arange(0, BLOCK_N)
         k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                         WIDTHS, WIDTHS_V, ALIGN)
-        p, slope, kept, dp, given = weights(
+        p, slope, kept, dp, given, bare = weights(
             row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start,
             sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, True, WIDTHS_V, BLOCK_M, BLOCK_N, False)
         ds = tl.where((x < kw)[None, :], slope * (dp - delta[:, None]), 0.0)           # [BLOCK_M, BLOCK_N]
@@ -93,9 +93,9 @@ def _backward_relative_keys(
             q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
             NORM, WIDTHS, WIDTHS_V, ALIGN)
         delta = tl.zeros([BLOCK_M], tl.float32)
-        if NORM == SOFTMAX:
+        if delta_ptr is not None:
             delta = tl.load(delta_ptr + of_query, mask=real, other=0.0)
-        p, slope, kept, dp, given = weights(
+        p, slope, kept, dp, given, bare = weights(
             row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start,
             sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
         ds = tl.where((x < qw)[:, None], slope * (dp - delta[:, None]), 0.0)           # [BLOCK_M, BLOCK_N]

@@ -6,6 +6,7 @@ walk also sums the weights and keeps their log as `low`.
 import triton
 import triton.language as tl
 
+from ._attention_bwd_sums import key_side, query_side, sums_of
 from ._attention_host import UNSPECIALIZED
 from ._attention_terms import (
     distances,
@@ -13,16 +14,17 @@ from ._attention_terms import (
     listed,
     mean_gradient,
     of_sample,
+    part_of,
     places,
     row_factor,
     slope_of,
     visited,
 )
 from ._attention_tiles import (
+    POLICY,
     SOFTMAX,
     add_weighted,
     clean_parts,
-    load_parts,
     offsets,
     product_gradient,
     row_products,
@@ -38,56 +40,24 @@ GAIN = tl.constexpr(1)
 WEIGHT = tl.constexpr(2)
 
 
-@triton.jit
-def key_side(
-    k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head, j, sizes,
-    WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """k, and v with 0 where it is not finite."""
-    real, token = j < sizes[2], j + sizes[9]
-    k = load_parts(k_ptr, offsets(image, head, token, k_strides, ALIGN), real, d_strides[1], WIDTHS)
-    v = load_parts(v_ptr, offsets(image, head, token, v_strides, ALIGN), real, d_strides[2], WIDTHS_V)
-    return k, clean_parts(v, WIDTHS_V)
-
-
-@triton.jit
-def query_side(
-    q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
-    NORM: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """q, dout, lse, low, whether a row has a gradient, and its place in [B, Nq, H]."""
-    queries, heads = sizes[1], sizes[3]
-    real, token = i < queries, i + sizes[8]
-    flat = places(terms, image, i, queries, sizes[8]) * heads + head
-    q = load_parts(q_ptr, offsets(image, head, token, q_strides, ALIGN), real, d_strides[0], WIDTHS)
-    dout = load_parts(dout_ptr, offsets(image, head, token, dout_strides, ALIGN), real, d_strides[3], WIDTHS_V)
-    lse = tl.zeros_like(i).to(tl.float32)
-    low = lse
-    live = real
-    if NORM == SOFTMAX:
-        lse = tl.load(lse_ptr + flat, mask=real, other=float("-inf"))
-        live = tl.abs(lse) < float("inf")                                              # a NaN is seen by others alone
-        if low_ptr is not None:
-            low = tl.load(low_ptr + flat, mask=real, other=0.0)
-    return q, dout, lse, low, live, real, flat
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, sum_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
     dweight_ptr, dslope_ptr, dxy_ptr, visit_ptr, count_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, visit_strides, sizes,
-    scale, threshold, keep_scale,
+    parts, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """delta - dlse, dq, the row sums of dS and the gradients of query_weight [B, Nq, H] and of q_xy [B, Nq, H, 2], of
-    BLOCK_M queries of one head and sample, and their share of dfactor, dsink and dslope, [programs / heads, heads].
-    Grid: heads (fastest) x query tiles x samples, on axis 0.
+    BLOCK_M queries of one head and sample, and their share of dfactor, dsink and dslope, [programs / heads, heads]; over all
+    visits or one of `parts` of them, which then have an axis in front, but for what the first writes for all from their sums.
+    Grid: heads (fastest) x query tiles x samples on axis 0, parts on axis 1.
     Any strides: q, k, v, dout, dlse, dq and the terms."""
-    heads, offset = sizes[3], sizes[4]
+    heads, offset, total = sizes[3], sizes[4], sizes[8]
     pid = tl.program_id(0)
+    part = tl.program_id(1)
     tiles = (sizes[1] + BLOCK_M - 1) // BLOCK_M
     head = pid % heads
     row = pid // heads % tiles * BLOCK_M
@@ -96,26 +66,27 @@ def _backward_queries(
     i = row + tl.arange(0, BLOCK_M)
     last = last_key(terms, sizes, row, sizes[2], offset, CAUSAL, BLOCK_M)
     begin, end, visits = listed(count_ptr, visit_strides, image, head, row // BLOCK_M, 0, last, BLOCK_N)
+    begin, end = part_of(begin, end, part, parts)
     factor = row_factor(terms, term_strides, head, scale)
     q, dout, lse, low, live, real, flat = query_side(
-        q_ptr, dout_ptr, lse_ptr, None, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
-        NORM, WIDTHS, WIDTHS_V, ALIGN)
+        q_ptr, dout_ptr, lse_ptr, low_ptr if NORM == POLICY else None, terms, q_strides, dout_strides, d_strides, image, head, i,
+        sizes, NORM, WIDTHS, WIDTHS_V, ALIGN)
     delta = tl.zeros([BLOCK_M], tl.float32)
     drow = tl.zeros([BLOCK_M], tl.float32)
+    once = real & (i * 0 + part == 0)
 
+    if delta_ptr is not None:
+        if sum_ptr is None:
+            delta, norm = sums_of(
+                q, dout, lse, low, live, k_ptr, v_ptr, visit_ptr, visits, begin, end, factor, terms, k_strides, v_strides,
+                d_strides, term_strides, image, head, row, sizes, threshold, keep_scale,
+                NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTHS, WIDTHS_V, ALIGN, CLIP, BLOCK_M, BLOCK_N, STAGES)
+        else:
+            delta = tl.load(sum_ptr + flat, mask=real, other=0.0)
+            norm = tl.load(sum_ptr + (total.to(tl.int64) * heads + flat), mask=real, other=0.0)
+    if NORM == POLICY:
+        tl.store(delta_ptr + flat, delta, mask=once)
     if NORM == SOFTMAX:
-        norm = tl.zeros([BLOCK_M], tl.float32)
-        for n in tl.range(begin, end, num_stages=STAGES):
-            start = visited(visit_ptr, visits, n, BLOCK_N)
-            j = start + tl.arange(0, BLOCK_N)
-            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
-                             WIDTHS, WIDTHS_V, ALIGN)
-            p, slope, kept, dp, given = weights(
-                row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
-                start, sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V,
-                BLOCK_M, BLOCK_N)
-            delta += tl.sum(p * dp, 1)
-            norm += tl.sum(p, 1)
         share = tl.zeros([BLOCK_M], tl.float32)                                        # of the sink
         if terms[4] is not None:
             sink = tl.load(terms[4] + head.to(tl.int64) * term_strides[13]).to(tl.float32)
@@ -126,15 +97,17 @@ def _backward_queries(
             delta = delta / norm
             share = share / norm
             low = tl.log2(norm)
-            tl.store(low_ptr + flat, low, mask=real)
+            tl.store(low_ptr + flat, low, mask=once)
         dlse = tl.zeros([BLOCK_M], tl.float32)
         if dlse_ptr is not None:
             dlse = tl.load(dlse_ptr + offsets(image, head, i + sizes[8], dlse_strides, 1), mask=live, other=0.0).to(tl.float32)
         drow = delta * share + dlse * (1.0 - share)         # the sum of dS, whose terms cancel
         delta -= dlse
-        tl.store(delta_ptr + flat, delta, mask=real)
+        tl.store(delta_ptr + flat, delta, mask=once)
+        if drow_ptr is not None:
+            tl.store(drow_ptr + flat, drow, mask=once)
         if dsink_ptr is not None:
-            tl.store(dsink_ptr + pid, -tl.sum(share * delta, 0))
+            tl.store(dsink_ptr + pid, -tl.sum(share * delta, 0), mask=part == 0)
 
     EDGES: tl.constexpr = dweight_ptr is not None or dslope_ptr is not None or dxy_ptr is not None
     if dq_ptr is not None or dfactor_ptr is not None or EDGES or (drow_ptr is not None and NORM != SOFTMAX):
@@ -150,7 +123,7 @@ def _backward_queries(
             k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
                              WIDTHS, WIDTHS_V, ALIGN)
             a = row_products(q, k, WIDTHS)
-            p, slope, kept, dp, given = weights(
+            p, slope, kept, dp, given, bare = weights(
                 a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, sizes,
                 threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
@@ -169,39 +142,44 @@ def _backward_queries(
                 dfactor += tl.sum(tl.where(ds == 0.0, 0.0, ds * a), 1)
             if dq_ptr is not None:
                 dq = add_weighted(dq, ds, clean_parts(k, WIDTHS), WIDTHS)
+        own = part * tl.num_programs(0) + pid
+        flat += part.to(tl.int64) * total * heads
         if dfactor_ptr is not None:
-            tl.store(dfactor_ptr + pid, tl.sum(dfactor, 0))
+            tl.store(dfactor_ptr + own, tl.sum(dfactor, 0))
         if dweight_ptr is not None:
             tl.store(dweight_ptr + flat, dweight, mask=real)
         if dslope_ptr is not None:
-            tl.store(dslope_ptr + pid, tl.sum(dslope, 0))
+            tl.store(dslope_ptr + own, tl.sum(dslope, 0))
         if dxy_ptr is not None:
             slope_h = slope_of(terms, term_strides, head)
             tl.store(dxy_ptr + flat * 2, dy * slope_h, mask=real)
             tl.store(dxy_ptr + (flat * 2 + 1), dx * slope_h, mask=real)
         if dq_ptr is not None:
             dq = scaled_parts(dq, tl.zeros([BLOCK_M], tl.float32) + factor, WIDTHS)
+            dq_ptr += part.to(tl.int64) * total * heads * WIDTHS[0]
             store_parts(dq_ptr, offsets(image, head, i + sizes[8], dq_strides, ALIGN), real, 1, dq, WIDTHS)
-    if drow_ptr is not None:
-        tl.store(drow_ptr + flat, drow, mask=real)
+        if drow_ptr is not None and NORM != SOFTMAX:
+            tl.store(drow_ptr + flat, drow, mask=real)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dk_ptr, dv_ptr, dcolumn_ptr,
-    dxy_ptr, visit_ptr, count_ptr,
+    dxy_ptr, dpolicy_ptr, visit_ptr, count_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, visit_strides, sizes,
-    scale, threshold, keep_scale,
+    parts, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one key head and sample, and for each of its heads the column sums of dS and the gradient
-    of k_xy.
-    Grid: key heads (fastest) x key tiles x samples, on axis 0. Writes dcolumn [B, Nk, H] and dxy [B, Nk, H, 2].
+    """dk and dv of BLOCK_N keys of one key head and sample, and for each of its heads the column sums of dS and the gradients
+    of k_xy and of the policy; over all visits, or one of `parts` of them, which then have an axis in front.
+    Grid: key heads (fastest) x key tiles x samples on axis 0, parts on axis 1. Writes dcolumn [B, Nk, H], dxy [B, Nk, H,
+    2] and dpolicy [B, Nk, H].
     Any strides: q, k, v, dout, dk, dv and the terms."""
-    heads, offset = sizes[3], sizes[4]
+    heads, offset, total = sizes[3], sizes[4], sizes[9]
     pid = tl.program_id(0)
+    part = tl.program_id(1)
     key_heads = heads // GROUP
     tiles = (sizes[2] + BLOCK_N - 1) // BLOCK_N
     key_head = pid % key_heads
@@ -220,10 +198,12 @@ def _backward_keys(
         head = key_head * GROUP + g
         factor = row_factor(terms, term_strides, head, scale)
         dcolumn = tl.zeros([BLOCK_N], tl.float32)
+        dpolicy = tl.zeros([BLOCK_N], tl.float32)
         dy = tl.zeros([BLOCK_N], tl.float32)
         dx = tl.zeros([BLOCK_N], tl.float32)
         begin, end, visits = listed(
             count_ptr, visit_strides, image, head, start // BLOCK_N, first, queries, BLOCK_M)
+        begin, end = part_of(begin, end, part, parts)
         for n in tl.range(begin, end, num_stages=STAGES):
             row = visited(visit_ptr, visits, n, BLOCK_M)
             i = row + tl.arange(0, BLOCK_M)
@@ -231,15 +211,18 @@ def _backward_keys(
                 q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
                 NORM, WIDTHS, WIDTHS_V, ALIGN)
             delta = tl.zeros([BLOCK_M], tl.float32)
-            if NORM == SOFTMAX:
+            if delta_ptr is not None:
                 delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-            p, slope, kept, dp, given = weights(
+            p, slope, kept, dp, given, bare = weights(
                 row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
                 start, sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V,
                 BLOCK_M, BLOCK_N)
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
             if dcolumn_ptr is not None:
                 dcolumn += tl.sum(ds, 0)
+            if dpolicy_ptr is not None:
+                moved = (i[:, None] != j[None, :]) | (sizes[12] == 0)
+                dpolicy += tl.sum(tl.where(moved, bare * (dp - delta[:, None]), 0.0), 0)
             if dxy_ptr is not None:
                 y, x, length = distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
                 pull = ds / tl.where(length == 0.0, 1.0, length)
@@ -251,30 +234,36 @@ def _backward_keys(
                 ds = product_gradient(
                     ds, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
                 dk = add_weighted(dk, tl.trans(ds * factor), q, WIDTHS)
-        at = places(terms, image, j, keys, sizes[9]) * heads + head
+        at = (places(terms, image, j, keys, sizes[9]) + part.to(tl.int64) * total) * heads + head
         if dcolumn_ptr is not None:
             tl.store(dcolumn_ptr + at, dcolumn, mask=j < keys)
+        if dpolicy_ptr is not None:
+            tl.store(dpolicy_ptr + at, dpolicy, mask=j < keys)
         if dxy_ptr is not None:
             slope_h = slope_of(terms, term_strides, head)
             tl.store(dxy_ptr + at * 2, dy * slope_h, mask=j < keys)
             tl.store(dxy_ptr + (at * 2 + 1), dx * slope_h, mask=j < keys)
+    before = part.to(tl.int64) * total * key_heads
     if dv_ptr is not None:
+        dv_ptr += before * WIDTHS_V[0]
         store_parts(dv_ptr, offsets(image, key_head, j + sizes[9], dv_strides, ALIGN), j < keys, 1, dv, WIDTHS_V)
     if dk_ptr is not None:
+        dk_ptr += before * WIDTHS[0]
         store_parts(dk_ptr, offsets(image, key_head, j + sizes[9], dk_strides, ALIGN), j < keys, 1, dk, WIDTHS)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_bias(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dbias_ptr,
-    terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, members, chunks,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dbias_ptr, seen_ptr,
+    terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, seen_strides, sizes, members, chunks,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one sample and head of a bias, of gain or of weight, summed over a chunk of the samples
-    and heads that share it, in order; members = (bias heads, samples sharing, heads sharing).
+    and heads that share it, in order; members = (bias heads, samples sharing, heads sharing). `seen` says which of them see
+    something of the tile.
     Grid: bias heads (fastest) x query tiles x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples,
     bias heads, Nq, Nk].
     Any strides: q, k, v, dout and the terms."""
@@ -301,25 +290,30 @@ def _backward_bias(
     for member in tl.range(first, last, num_stages=STAGES):
         image = bias_sample + member // shared
         head = bias_head + member % shared
-        own = of_sample(terms, sizes, image)
-        factor = row_factor(terms, term_strides, head, scale)
-        q, dout, lse, low, live, real, flat = query_side(
-            q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, own,
-            NORM, WIDTHS, WIDTHS_V, ALIGN)
-        k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, own,
-                         WIDTHS, WIDTHS_V, ALIGN)
-        delta = tl.zeros([BLOCK_M], tl.float32)
-        if NORM == SOFTMAX:
-            delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-        a = row_products(q, k, WIDTHS)
-        p, slope, kept, dp, given = weights(
-            a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, own, threshold, keep_scale,
-            NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
-        if TARGET == WEIGHT:
-            dbias += p * given
-        else:
-            ds = slope * (dp - delta[:, None])
-            dbias += tl.where(ds == 0.0, 0.0, ds * (a * factor)) if TARGET == GAIN else ds
+        visit = 1
+        if seen_ptr is not None:
+            at = image.to(tl.int64) * seen_strides[0] + head.to(tl.int64) * seen_strides[1]
+            visit = tl.load(seen_ptr + (at + row // BLOCK_M * n_tiles + start // BLOCK_N)).to(tl.int32)
+        if visit != 0:
+            own = of_sample(terms, sizes, image)
+            factor = row_factor(terms, term_strides, head, scale)
+            q, dout, lse, low, live, real, flat = query_side(
+                q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, own,
+                NORM, WIDTHS, WIDTHS_V, ALIGN)
+            k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, own,
+                             WIDTHS, WIDTHS_V, ALIGN)
+            delta = tl.zeros([BLOCK_M], tl.float32)
+            if delta_ptr is not None:
+                delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+            a = row_products(q, k, WIDTHS)
+            p, slope, kept, dp, given, bare = weights(
+                a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, own, threshold, keep_scale,
+                NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
+            if TARGET == WEIGHT:
+                dbias += p * given
+            else:
+                ds = slope * (dp - delta[:, None])
+                dbias += tl.where(ds == 0.0, 0.0, ds * (a * factor)) if TARGET == GAIN else ds
     at = ((chunk * bias_samples + bias_sample) * bias_heads + bias_head) * queries
     tl.store(dbias_ptr + ((at + i)[:, None] * keys + j[None, :]), dbias.to(dbias_ptr.dtype.element_ty),
              mask=(i < queries)[:, None] & (j < keys)[None, :])

@@ -12,7 +12,7 @@ MAX_WIDTH = 256                         # D and Dv
 MAX_TOKENS = 2**30                      # of a sample: kernels count them in 32 bits
 MAX_BLOCK = 128                         # queries, keys or columns in a tile
 RULES = ("none", "equal", "table", "upto")                  # RULE
-NORMALIZERS = ("softmax", "sigmoid", "relu", "none", "argmax_k", "argmax_q")  # their places are NORM in the kernels
+NORMALIZERS = ("softmax", "sigmoid", "relu", "none", "argmax_k", "argmax_q", "policy")  # their places are NORM in the kernels
 HARD = ("argmax_k", "argmax_q")
 
 
@@ -83,15 +83,20 @@ DIFFERENTIABLE = (
     "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v", "early_gain",
     "early_weight",
 )  # fmt: skip
-UNSERVED = {  # slots without a Triton kernel
-    "topk": "topk", "policy": "modulation.Policy",
+UNSERVED = {  # slots that only the CPU has
     **dict.fromkeys(("bias_table", "gain_table", "weight_table"), "tables of offsets on a grid"),
     "later_ratio": "a ratio of later keys",
     **dict.fromkeys(("position_index", "position_q", "position_k", "position_v"), "bias.ContextualPosition"),
-    **dict.fromkeys(
-        ("pre_weight", "pre_bias", "post_weight", "post_bias", "early_gain", "early_weight"), "modulation.TalkingHeads"
-    ),
+    **dict.fromkeys(("early_gain", "early_weight"), "modulations before talking heads"),
 }  # fmt: skip
+MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
+MIXED_HEADS = 16
+BESIDE_MIXTURES = ("gain", "weight", "rel_y", "path_row", "slope", "policy")  # what no kernel has together with them
+
+
+def mixes(call: Call) -> bool:
+    """Whether heads mix."""
+    return any(getattr(call, name) is not None for name in MIXTURES)
 
 
 def reasons(call: Call, interpreted: bool) -> list[str]:
@@ -106,18 +111,25 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     for name, tokens in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if tokens >= MAX_TOKENS:
             why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
-    if call.normalizer in HARD and (call.dropout_p or call.weight is not None or call.query_weight is not None):
-        why.append(f"{call.normalizer} has no Triton kernel with dropout, factors of the weights or return_stats 'key_mean'")
     for name, x in (("gain", call.gain), ("weight", call.weight)):
         both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
         if x is not None and tuple(x.shape[2:]) != both:
             why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
+    if mixes(call):
+        if q.shape[2] > MIXED_HEADS:
+            why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
+        beside = [name for name in BESIDE_MIXTURES if getattr(call, name) is not None]
+        beside += ["topk"] if call.topk else []
+        beside += [call.normalizer] if call.normalizer in HARD else []
+        why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
+    if call.policy is not None and call.cu_q is not None:
+        why.append("modulation.Policy has no Triton kernel of packed sequences")
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
-    given = {name for name, x in call._asdict().items() if isinstance(x, Tensor) or (name == "topk" and x)}
     if call.rel_y is not None and call.rel_y.dim() == 2:
         why.append("no Triton kernel multiplies tables of decomposed positions")
-    return why + [f"no Triton kernel has {x}" for x in dict.fromkeys(x for n, x in UNSERVED.items() if n in given)]
+    given = [name for name, x in call._asdict().items() if isinstance(x, Tensor)]
+    return why + [f"no Triton kernel has {x}" for x in dict.fromkeys(UNSERVED[n] for n in given if n in UNSERVED)]
 
 
 def widths(d: int) -> tuple[int, int, int]:
@@ -171,18 +183,21 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
         "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
                   seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
-                  call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None))),
+                  call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
+                  call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
                          *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1],
-                         *(row_strides(path[0]) if path else (0, 0, 0))),
+                         *(row_strides(path[0]) if path else (0, 0, 0)), *score_strides(call.policy)[:2]),
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
                   1 if call.rel_x is None else call.rel_x.shape[3],
-                  *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed)),
+                  *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed),
+                  int(call.policy_diagonal), 0),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
-        "NORM": NORMALIZERS.index(call.normalizer), "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
+        "NORM": NORMALIZERS.index("policy" if call.policy is not None else call.normalizer),
+        "AXES": tuple((s[2] != 0, s[3] != 0) for s in terms),
         "RULE": RULES.index(call.rule), "FAR": far, "CAUSAL": bool(call.causal), "GROUP": heads // k.shape[2],
         "WIDTHS": widths(q.shape[-1]), "WIDTHS_V": widths(v.shape[-1]), "ALIGN": alignment([q, k, v, *others]),
     }  # fmt: skip
@@ -190,12 +205,12 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
 
 def row(kernel: str, shared: dict) -> dict:
     """The row of a kernel's table for these arguments. Dropout, or two score-shaped terms, hold as many registers as heads
-    of twice the width, four terms, distances and paths as heads of four times."""
+    of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
     terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean; slope, path
     many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16)) + 4 * (terms[17] is not None or terms[20] is not None)
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
-    width *= 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
+    width *= 8 if many > 8 else 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())
 
 
@@ -211,12 +226,22 @@ def tuned(kernel: str, shared: dict) -> dict:
     }  # fmt: skip
 
 
+def shares(shared: dict, count: int, tiles: int) -> int:
+    """In how many parts the `tiles` that each of `count` programs visits are shared out: of four tiles at least."""
+    return 1 if shared["CAUSAL"] else max(1, min(row("forward", shared)["programs"] // count, tiles // 4))
+
+
 def programs(shared: dict, tiles: int) -> int:
     """One per head, sample or packed sequence, and tile of the greatest."""
     return shared["sizes"][0] * shared["sizes"][3] * tiles
 
 
+def folded(sums: Tensor, like: Tensor) -> Tensor:
+    """Sums over the axes that `like` does not have, in float32, rounded once to its dtype."""
+    return sums.sum_to_size(like.shape).to(like.dtype)
+
+
 UNSPECIALIZED = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dlse_strides", "dq_strides", "dk_strides", "dv_strides",
-    "sizes", "threshold", "members", "chunks", "sides", "visit_strides", "parts",
+    "sizes", "threshold", "members", "chunks", "sides", "visit_strides", "seen_strides", "parts",
 )  # fmt: skip

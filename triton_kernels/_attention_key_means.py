@@ -5,8 +5,7 @@ import triton.language as tl
 
 from ._attention_host import UNSPECIALIZED
 from ._attention_terms import of_sample, places, query_shares, row_factor, scores
-from ._attention_tiles import SOFTMAX, load_parts, offsets, plain_weights, row_products
-from ._tiles import LOG2E
+from ._attention_tiles import divided_weights, load_parts, offsets, row_products
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -43,16 +42,15 @@ def _key_means(
         a += a * 0.0                                                                   # an infinity becomes NaN
         s = scores(a, factor, terms, term_strides, image, head, row, start, sizes,
                    AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
-        if NORM == SOFTMAX:
-            flat = places(terms, image, i, queries, sizes[8]) * heads + head
+        flat = places(terms, image, i, queries, sizes[8]) * heads + head
+        lse = tl.zeros([BLOCK_M], tl.float32)
+        low = lse
+        if lse_ptr is not None:
             lse = tl.load(lse_ptr + flat, mask=real, other=0.0)
-            low = tl.zeros_like(lse)
-            if low_ptr is not None:
-                low = tl.load(low_ptr + flat, mask=real, other=0.0)
-            p = tl.exp2((s - lse[:, None]) * LOG2E - low[:, None])
             real = real & (lse != float("-inf"))
-        else:
-            p = plain_weights(s, NORM)
+        if low_ptr is not None:
+            low = tl.load(low_ptr + flat, mask=real, other=0.0)
+        p, slope, bare = divided_weights(s, lse, low, terms, term_strides, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
         share = query_shares(terms, term_strides, image, head, row, sizes, BLOCK_M)
         mean += tl.sum(tl.where(real[:, None], p * share[:, None], 0.0), 0)
     at = places(terms, image, j, keys, sizes[9]) * heads + head

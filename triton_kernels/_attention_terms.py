@@ -3,14 +3,16 @@
 What a score is made of stands in `terms`, each a pointer or None:
     0 bias, 1 key_bias, 2 mask, 3 factor, 4 sink, 5 seed, 6 gain, 7 weight, 8 rel_y, 9 rel_x, 10 q_ids, 11 k_ids, 12 allow,
     13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy,
-    20 and 21 the prefix sums of path_row and path_col
+    20 and 21 the prefix sums of path_row and path_col, 22 policy, 23 the number that it adds to every weight's exponential,
+    24 the bits of the keys that survive top-k, [B, Nq, H, words] and contiguous
 and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
 weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
 q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36, of 16 from 39, of 20 and of 21 from
-49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46. AXES says whether bias, key_bias, mask, gain and
-weight vary with the query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw of rel_x, rows and columns
-of allow, queries and keys of all samples, width of the path's grid, whether it is transposed). Of packed sequences these are
-the greatest; `of_sample` makes those of one, whose eighth and ninth are the first of its queries and keys among all.
+49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46; (batch, token) of policy from 52. AXES says whether
+bias, key_bias, mask, gain and weight vary with the query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw
+of rel_x, rows and columns of allow, queries and keys of all samples, width of the path's grid, whether it is transposed, whether
+a policy keeps the diagonal, words of a row of bits). Of packed sequences these are the greatest; `of_sample` makes those of one,
+whose eighth and ninth are the first of its queries and keys among all.
 """
 
 import triton
@@ -23,6 +25,14 @@ UPTO = tl.constexpr(3)
 
 
 @triton.jit
+def _bounds(ptr, longest, total):
+    """The first token of a sequence, the last of all where it has none, and how many it has."""
+    first = tl.maximum(0, tl.load(ptr))
+    count = tl.minimum(longest, tl.minimum(tl.load(ptr + 1), total) - first)
+    return tl.minimum(first, total - 1), count
+
+
+@triton.jit
 def of_sample(terms, sizes, image):
     """The sizes of one sample; bounds that leave the tensors are cut."""
     queries = sizes[1]
@@ -30,11 +40,10 @@ def of_sample(terms, sizes, image):
     first_q = 0
     first_k = 0
     if terms[13] is not None:
-        first_q = tl.maximum(0, tl.minimum(tl.load(terms[13] + image), sizes[8] - 1))
-        queries = tl.minimum(queries, tl.minimum(tl.load(terms[13] + image + 1), sizes[8]) - first_q)
-        first_k = tl.maximum(0, tl.minimum(tl.load(terms[14] + image), sizes[9] - 1))
-        keys = tl.minimum(keys, tl.minimum(tl.load(terms[14] + image + 1), sizes[9]) - first_k)
-    return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k, sizes[10], sizes[11]
+        first_q, queries = _bounds(terms[13] + image, queries, sizes[8])
+        first_k, keys = _bounds(terms[14] + image, keys, sizes[9])
+    return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k, \
+        sizes[10], sizes[11], sizes[12], sizes[13]
 
 
 @triton.jit
@@ -68,6 +77,14 @@ def listed(count_ptr, strides, image, head, tile, first, last, BLOCK: tl.constex
         begin = 0
         end = tl.load(count_ptr + at)
     return begin, end, at * strides[2]
+
+
+@triton.jit
+def part_of(begin, end, part, parts):
+    """The visits from `begin` to `end` that one of `parts` makes."""
+    share = (end - begin + parts - 1) // parts
+    begin += share * part
+    return begin, tl.minimum(begin + share, end)
 
 
 @triton.jit
@@ -164,6 +181,15 @@ def seen_by_ids(
 
 
 @triton.jit
+def survives(terms, image, head, row, start, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which keys start.. are among the k largest of queries row..: [BLOCK_M, BLOCK_N]."""
+    i = tl.maximum(tl.minimum(row + tl.arange(0, BLOCK_M), sizes[1] - 1), 0)
+    j = tl.maximum(tl.minimum(start + tl.arange(0, BLOCK_N), sizes[2] - 1), 0)[None, :]
+    flat = (places(terms, image, i, sizes[1], sizes[8]) * sizes[3] + head) * sizes[13]
+    return (tl.load(terms[24] + (flat[:, None] + j // 32)) >> (j % 32)) & 1 != 0
+
+
+@triton.jit
 def coordinates(ptr, strides, AT: tl.constexpr, image, n, count, first):
     """Both coordinates of the tokens n, those of the last past it."""
     at = image.to(tl.int64) * strides[AT] + (tl.maximum(tl.minimum(n, count - 1), 0) + first).to(tl.int64) * strides[AT + 1]
@@ -241,6 +267,8 @@ def scores(
         s = tl.where(seen != 0, s, float("-inf"))
     if RULE != NO_RULE:
         s = tl.where(seen_by_ids(terms, strides, image, row, start, sizes, RULE, BLOCK_M, BLOCK_N), s, float("-inf"))
+    if terms[24] is not None:
+        s = tl.where(survives(terms, image, head, row, start, sizes, BLOCK_M, BLOCK_N), s, float("-inf"))
     j = start + tl.arange(0, BLOCK_N)
     if CAUSAL:
         i = row + tl.arange(0, BLOCK_M)

@@ -15,6 +15,7 @@ SOFTMAX = tl.constexpr(0)                                   # NORM
 SIGMOID = tl.constexpr(1)
 RELU = tl.constexpr(2)
 NONE = tl.constexpr(3)
+POLICY = tl.constexpr(6)                                    # in place of the softmax; 4 and 5 are argmax
 
 
 @triton.jit
@@ -113,20 +114,52 @@ def slopes(s, p, NORM: tl.constexpr):
 
 
 @triton.jit
+def policy_tile(terms, strides, image, row, start, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What queries row.. keep of keys start..: [BLOCK_M, BLOCK_N]."""
+    i = (row + tl.arange(0, BLOCK_M))[:, None]
+    j = start + tl.arange(0, BLOCK_N)
+    at = terms[22] + (image.to(tl.int64) * strides[52] + j.to(tl.int64) * strides[53])
+    keep = tl.load(at, mask=j < sizes[2], other=0.0).to(tl.float32)
+    return tl.where((i == j[None, :]) & (sizes[12] != 0), 1.0, keep[None, :])
+
+
+@triton.jit
+def divided_weights(
+    s, lse, low, terms, strides, image, row, start, sizes,
+    NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The weights of scores whose row is known, 0 where hidden, and under a policy what of them moves with the scores and what
+    moves with the policy. lse and low are the row's log of the sum and, in base 2, what that lacks; under a policy the
+    largest score and what exponentials are multiplied by."""
+    if NORM == POLICY:
+        bare = tl.where(s == float("-inf"), 0.0, tl.exp2((s - lse[:, None]) * LOG2E) * low[:, None])
+        slope = bare * policy_tile(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+        p = tl.where(s == float("-inf"), 0.0, slope + terms[23] * low[:, None])
+    else:
+        p = tl.exp2((s - lse[:, None]) * LOG2E - low[:, None]) if NORM == SOFTMAX else plain_weights(s, NORM)
+        slope = p
+        bare = p
+    return p, slope, bare
+
+
+@triton.jit
 def weights(
     a, factor, lse, low, live, v, dout, terms, strides, image, head, row, start, sizes, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
     WIDTHS_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr = True,
 ):  # fmt: skip
-    """P, what dP - delta is multiplied by, what v is multiplied by, dP, and dP before the factors of the weights, all [i, j]
-    in float32; nothing in rows that are not live. low, in base 2, is what lse lacks. Keys start at a multiple of four if
-    ALIGNED."""
+    """P, what dP - delta is multiplied by, what v is multiplied by, dP, dP before the factors of the weights, and what dP - delta
+    is multiplied by for a policy, all [i, j] in float32; nothing in rows that are not live. lse and low are those of
+    divided_weights. Keys start at a multiple of four if ALIGNED."""
     s = scores(a, factor, terms, strides, image, head, row, start, sizes,
                AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
-    p = tl.exp2((s - lse[:, None]) * LOG2E - low[:, None]) if NORM == SOFTMAX else plain_weights(s, NORM)
+    p, slope, bare = divided_weights(s, lse, low, terms, strides, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
     p = tl.where(live[:, None], p, 0.0)
-    slope = p
-    if NORM != SOFTMAX:
+    if NORM == SOFTMAX:
+        slope = p
+    elif NORM == POLICY:
+        slope = tl.where(live[:, None], slope, 0.0)
+    else:
         slope = tl.where(live[:, None], slopes(s, p, NORM), 0.0)
     given = row_products(dout, v, WIDTHS_V)
     kept = weighed(p, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
@@ -135,7 +168,7 @@ def weights(
         if ALIGNED:
             keep = keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N)
         else:
-            keep = keep_keys(terms[5], image, head, i, start + tl.arange(0, BLOCK_N), threshold)
+            keep = keep_keys(terms[5], image, head, i[:, None], start + tl.arange(0, BLOCK_N)[None, :], threshold)
         kept = tl.where(keep, kept * keep_scale, 0.0)
         given = tl.where(keep, given * keep_scale, 0.0)
     dp = weighed(given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
@@ -144,7 +177,7 @@ def weights(
     if terms[16] is not None:
         share = query_shares(terms, strides, image, head, row, sizes, BLOCK_M)
         dp += share[:, None] * mean_gradient(terms, strides, image, head, start, sizes, BLOCK_N)[None, :]
-    return p, slope, kept, dp, given
+    return p, slope, kept, dp, given, tl.where(live[:, None], bare, 0.0)
 
 
 @triton.jit

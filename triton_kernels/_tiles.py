@@ -40,11 +40,10 @@ def keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N: tl.const
 
 @triton.jit
 def keep_keys(seed_ptr, image, head, tokens, keys, threshold):
-    """keep_tile for keys that may start anywhere: every weight draws its four lanes."""
-    shape = (tokens[:, None] + keys[None, :]) * 0                                      # [i, j]
-    quads, lane = shape + (keys // 4)[None, :], shape + (keys % 4)[None, :]
-    lane0, lane1, lane2, lane3 = tl.philox(
-        tl.load(seed_ptr), shape + image, shape + head, shape + tokens[:, None], quads)
+    """keep_tile for tokens and keys of shapes that broadcast: every weight draws its four lanes."""
+    shape = (tokens + keys) * 0
+    quads, lane = shape + keys // 4, shape + keys % 4
+    lane0, lane1, lane2, lane3 = tl.philox(tl.load(seed_ptr), shape + image, shape + head, shape + tokens, quads)
     drawn = tl.where(lane < 2, tl.where(lane == 0, lane0, lane1), tl.where(lane == 2, lane2, lane3))
     return drawn.to(tl.int64) >= threshold
 

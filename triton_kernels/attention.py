@@ -1,11 +1,12 @@
-"""attention on a GPU: every query against every key, with biases, masks, sinks, dropout and six normalisers.
+"""attention on a GPU: every query against every key, with biases, masks, sinks, dropout, six normalisers, top-k and policies.
 
 The meaning of every argument is that of `definition` in vitkern/ops/attention.py. One query tile of one head walks the
 key tiles with an online softmax: those up to the diagonal of a causal mask, those of a list where a mask or ids hide.
 Where the tiles are too few programs, several share out the keys of one. Biases and masks are read where they stand,
 whatever they are broadcast over. A NaN or infinity in a value is found in the result (0 x NaN is NaN), and only then is the
 tile done again, a few channels at a time, with a record of who sees it, so that rows that do not see it stay as they are;
-finite values pay one comparison per output element.
+finite values pay one comparison per output element. A policy divides by sums that a walk of its own has made.
+Heads that mix go to attention_heads.py.
 """
 
 import torch
@@ -13,21 +14,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _attention_hard
-from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, programs, reasons, row, tuned
+from . import _attention_hard, attention_heads
+from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, mixes, programs, reasons, shares, tuned
 from ._attention_key_means import _key_means
-from ._attention_terms import last_key, listed, of_sample, places, row_factor, scores, visited, weighed
+from ._attention_policy import policy_rows
+from ._attention_terms import last_key, listed, of_sample, part_of, places, row_factor, scores, visited, weighed
 from ._attention_tiles import (
+    POLICY,
     SOFTMAX,
     add_weighted,
+    divided_weights,
     load_parts,
     offsets,
-    plain_weights,
     row_products,
     scaled_parts,
     store_parts,
     zero_parts,
 )
+from ._attention_topk import surviving
 from ._attention_visits import lists
 from ._host import power
 from ._tiles import LN2, LOG2E, clean, keep_tile
@@ -46,7 +50,7 @@ def _load_channels(ptr, rows, real, d_stride, first, WIDTH: tl.constexpr):
 
 @triton.jit
 def _exact_channels(
-    channel, q_ptr, k_ptr, v_ptr, out_ptr, visit_ptr, flat, base, final, begin, end, visits,
+    channel, q_ptr, k_ptr, v_ptr, out_ptr, visit_ptr, flat, base, low, final, begin, end, visits,
     q_strides, k_strides, v_strides, d_strides, factor,
     terms, term_strides, image, head, row, sizes, threshold,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
@@ -72,7 +76,10 @@ def _exact_channels(
         a += a * 0.0
         s = scores(a, factor, terms, term_strides, image, head, row, start, sizes,
                    AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
-        p = tl.exp2(s * LOG2E - base[:, None]) if NORM == SOFTMAX else plain_weights(s, NORM)
+        if NORM == SOFTMAX:
+            p = tl.exp2(s * LOG2E - base[:, None])
+        else:
+            p, slope, bare = divided_weights(s, base, low, terms, term_strides, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
         p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
@@ -99,7 +106,8 @@ def _forward(
     axis of parts in front.
     Grid: query tiles (fastest) x heads x samples on axis 0, parts on axis 1; samples fastest if BATCH_FIRST, for a bias that
     they share.
-    Any strides: q, k, v and the terms. out, lse and low, what lse lacks (in base 2), are contiguous."""
+    Any strides: q, k, v and the terms. out, lse and low, what lse lacks (in base 2), are contiguous; under a policy lse and low
+    are read, as divided_weights wants them."""
     batch, queries, heads, offset, total = sizes[0], sizes[1], sizes[3], sizes[4], sizes[8]
     pid = tl.program_id(0)
     tiles = (queries + BLOCK_M - 1) // BLOCK_M
@@ -121,9 +129,7 @@ def _forward(
     last = last_key(terms, sizes, row, keys, offset, CAUSAL, BLOCK_M)
     begin, end, visits = listed(count_ptr, visit_strides, image, head, tile, 0, last, BLOCK_N)
     part = tl.program_id(1)
-    share = (end + parts - 1) // parts
-    begin = share * part
-    end = tl.minimum(begin + share, end)
+    begin, end = part_of(begin, end, part, parts)
     factor = row_factor(terms, term_strides, head, scale)
     q = load_parts(q_ptr, offsets(image, head, i + sizes[8], q_strides, ALIGN), real, d_strides[0], WIDTHS)
 
@@ -134,6 +140,10 @@ def _forward(
         top = tl.zeros([BLOCK_M], tl.float32) + sink
         top = tl.where(part == 0, top, float("-inf"))
         norm = tl.where(top == float("-inf"), 0.0, 1.0)
+    flat = places(terms, image, i, queries, sizes[8]) * heads + head                  # [BLOCK_M]
+    if NORM == POLICY:
+        top = tl.load(lse_ptr + flat, mask=real, other=0.0)
+        norm = tl.load(low_ptr + flat, mask=real, other=0.0)
     acc = zero_parts(BLOCK_M, WIDTHS_V)
     for n in tl.range(begin, end, num_stages=STAGES):
         start = visited(visit_ptr, visits, n, BLOCK_N)
@@ -155,16 +165,17 @@ def _forward(
             acc = scaled_parts(acc, shrink, WIDTHS_V)
             top = higher
         else:
-            p = plain_weights(s, NORM)
+            p, slope, bare = divided_weights(s, top, norm, terms, term_strides, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
         p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
         acc = add_weighted(acc, p, v, WIDTHS_V)
 
-    flat = (places(terms, image, i, queries, sizes[8]) + part.to(tl.int64) * total) * heads + head       # [BLOCK_M]
+    flat += part.to(tl.int64) * total * heads
     final = tl.zeros([BLOCK_M], tl.float32) + keep_scale
-    base = tl.where(top == float("-inf"), 0.0, top * LOG2E)
+    base = top
     if NORM == SOFTMAX:
+        base = tl.where(top == float("-inf"), 0.0, top * LOG2E)
         full = tl.where(norm == 0.0, 1.0, norm)
         final = keep_scale / full
         lse = top + tl.log2(full) * LN2
@@ -181,7 +192,7 @@ def _forward(
         # Something is not finite: again, counting for each row and channel the visible values that are not.
         for channel in tl.range(0, WIDTHS_V[0], CHANNELS, num_stages=1):
             _exact_channels(
-                channel, q_ptr, k_ptr, v_ptr, out_ptr, visit_ptr, flat, base, final, begin, end, visits,
+                channel, q_ptr, k_ptr, v_ptr, out_ptr, visit_ptr, flat, base, norm, final, begin, end, visits,
                 q_strides, k_strides, v_strides, d_strides, factor, terms, term_strides, image, head, row, sizes, threshold,
                 NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTHS, WIDTHS_V, CLIP, BLOCK_M, BLOCK_N)
 
@@ -233,24 +244,27 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*args)
     q, k, v, bias = call[:4]
     batch, queries, heads, _ = q.shape
+    if mixes(call):
+        return attention_heads.forward(call)
     if call.normalizer in HARD:
-        return *_attention_hard.forward(call), torch.empty((batch, 0, heads), dtype=torch.float32, device=q.device)
-    softmax, counts = call.normalizer == "softmax", call.query_weight is not None
+        return _attention_hard.forward(call)
+    softmax, counts = call.normalizer == "softmax" and call.policy is None, call.query_weight is not None
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=v.dtype, device=q.device)
     lse = (torch.empty if softmax else torch.zeros)((batch, queries, heads), dtype=torch.float32, device=q.device)
     low = torch.empty_like(lse) if softmax and counts and q.dtype == torch.float32 else None
     key_mean = torch.zeros((batch, k.shape[1] if counts else 0, heads), dtype=torch.float32, device=q.device)
-    shared = arguments(call)
+    shared = surviving(call, arguments(call))
     if out.numel():
+        top, inverse = policy_rows(shared, call.policy_eps) if call.policy is not None else (lse, low)
         blocks = tuned("forward", shared)
         count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
         tiles = -(-shared["sizes"][2] // blocks["BLOCK_N"])
-        split = max(1, min(row("forward", shared)["programs"] // count, tiles // 4)) if low is None and not call.causal else 1
+        split = shares(shared, count, tiles) if low is None else 1
         shape = (split,) if split > 1 else ()
         some = torch.empty((*shape, *out.shape), dtype=torch.float32, device=q.device) if split > 1 else out
-        logs = torch.empty((*shape, *lse.shape), dtype=torch.float32, device=q.device) if split > 1 else lse
+        logs = torch.empty((*shape, *lse.shape), dtype=torch.float32, device=q.device) if split > 1 and softmax else top
         _forward[(count, split)](
-            **shared, **blocks, **lists(shared, blocks), out_ptr=some, lse_ptr=logs, low_ptr=low, parts=split,
+            **shared, **blocks, **lists(shared, blocks), out_ptr=some, lse_ptr=logs, low_ptr=inverse, parts=split,
             BATCH_FIRST=bias is not None and shared["term_strides"][0] == 0 and shared["AXES"][0] == (True, True),
         )
         if split > 1:
@@ -263,5 +277,5 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
             blocks = tuned("backward_keys", shared)
             del shared["v_ptr"], shared["v_strides"], shared["WIDTHS_V"], shared["keep_scale"], shared["threshold"]
             _key_means[(programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"])),)](
-                **shared, **blocks, lse_ptr=lse, low_ptr=low, mean_ptr=key_mean)
+                **shared, **blocks, lse_ptr=top if softmax or call.policy is not None else None, low_ptr=inverse, mean_ptr=key_mean)
     return out, lse, key_mean

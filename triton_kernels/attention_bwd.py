@@ -1,20 +1,36 @@
 """Backward of attention on a GPU.
 
 Up to three kernels: queries (delta, dq, row sums of dS), keys (dk, dv, column sums) and, where a bias has an axis of queries
-and one of keys, one tile of its gradient at a time, which walks the samples and heads that share the bias. Every sum has
-an order that the sizes fix: no atomics, the same bits on every run. Nothing of size [B, H, Nq, Nk] exists but the gradient
-of a bias of that shape. What a mask hides has no gradient whatever it holds; values that are not finite count as 0 where
-they are seen.
+and one of keys, one tile of its gradient at a time, which walks the samples and heads that share the bias. Where the tiles
+of the first two are too few programs, several share out the visits of one. Every sum has an order that the sizes fix: no
+atomics, the same bits on every run. Nothing of size [B, H, Nq, Nk] exists but the gradient of a bias of that shape. What a
+mask hides has no gradient whatever it holds; values that are not finite count as 0 where they are seen.
 """
 
 import torch
 from torch import Tensor
 
-from . import _attention_hard
+from . import _attention_hard, attention_heads_bwd
 from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
+from ._attention_bwd_sums import _backward_sums
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
-from ._attention_host import DIFFERENTIABLE, HARD, Call, arguments, programs, row, row_strides, tuned
-from ._attention_visits import lists
+from ._attention_host import (
+    DIFFERENTIABLE,
+    HARD,
+    MIXTURES,
+    Call,
+    arguments,
+    folded,
+    mixes,
+    programs,
+    row,
+    row_strides,
+    shares,
+    tuned,
+)
+from ._attention_policy import policy_rows
+from ._attention_topk import surviving
+from ._attention_visits import lists, seen_tiles, shared_strides
 from ._host import power
 from ._reduce import add_parts
 
@@ -24,7 +40,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     *given, need = args
     call = Call(*given)
     q, k, v, bias, key_bias, _, factor, sink = call[:8]
-    softmax = call.normalizer == "softmax"
+    softmax = call.normalizer == "softmax" and call.policy is None
     if not softmax:
         dlse = None
     inputs = [getattr(call, name) for name in DIFFERENTIABLE]
@@ -36,15 +52,17 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         if wanted[6] and dlse is not None:                  # a sink is all that rows without keys see
             grads[6] = dlse.sum((0, 1)).to(sink.dtype)
         return tuple(grads)
-    if call.normalizer in HARD:
-        grads = [torch.zeros_like(x) if w and n != 2 else None for n, (x, w) in enumerate(zip(inputs, wanted, strict=True))]
-        if wanted[2]:
-            grads[2] = _attention_hard.backward(dout.to(v.dtype), call)
-        return tuple(grads)
     dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
+    if call.normalizer in HARD:
+        needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
+        found = _attention_hard.backward(dout, dkey_mean, call, needs)
+        return tuple(found.get(n, torch.zeros_like(x) if w else None) for (n, w), x in zip(needs.items(), inputs, strict=True))
+    if mixes(call):
+        return attention_heads_bwd.backward(dout, dlse, dkey_mean, lse, call, wanted)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None
                   for x, w in zip((q, k, v), wanted, strict=False))
     shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)], dkey_mean)
+    shared = surviving(call, shared)
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": lse.contiguous() if softmax else None}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
     batch, queries, heads, _ = q.shape
@@ -54,28 +72,48 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         return torch.empty(shape, dtype=torch.float32, device=q.device) if condition else None
 
     tall, wide = (bias is not None and bias.shape[axis] > 1 for axis in (2, 3))
-    delta = new(softmax, batch, queries, heads)
+    delta = new(call.normalizer == "softmax", batch, queries, heads)
     low = new(softmax and q.dtype == torch.float32, batch, queries, heads)
-    drow = new(wanted[3] and not wide, batch, queries, heads)
-    dcolumn = new((wanted[3] and wide and not tall) or wanted[4], batch, keys, heads)
-    dweight = new(wanted[16] and dkey_mean is not None, batch, queries, heads)
-    spots = [new(w, batch, n, heads, 2) for w, n in zip(wanted[14:16], (queries, keys), strict=True)]
+    if call.policy is not None:
+        shared["lse_ptr"], low = policy_rows(shared, call.policy_eps)
     blocks = tuned("backward_queries", shared)
     count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
-    dfactor, dsink, dslope = (new(wanted[n], count // heads, heads) for n in (5, 6, 13))
-    if softmax or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, spots[0])):
-        _backward_queries[(count,)](
-            **shared, **blocks, **lists(shared, blocks), dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
-            low_ptr=low, dq_ptr=dq, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
-            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=spots[0])
+    parts = shares(shared, count, -(-shared["sizes"][2] // blocks["BLOCK_N"]))
+    several = (parts,) if parts > 1 else ()
+    drow = new(wanted[3] and not wide, *(() if softmax else several), batch, queries, heads)
+    dweight = new(wanted[16] and dkey_mean is not None, *several, batch, queries, heads)
+    dq_xy = new(wanted[14], *several, batch, queries, heads, 2)
+    dfactor, dsink, dslope = (new(wanted[n], m * count // heads, heads) for n, m in ((5, parts), (6, 1), (13, parts)))
+    some = new(dq is not None, *several, *q.shape) if several else dq
+    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, dq_xy)):
+        run, sums = lists(shared, blocks), None
+        if several and delta is not None:
+            sums = new(True, parts, 2, batch, queries, heads)
+            _backward_sums[(count, parts)](
+                **shared, **blocks, **run, parts=parts, low_ptr=None if softmax else low, sum_ptr=sums)
+            sums = add_parts(sums, torch.float32)
+        _backward_queries[(count, parts)](
+            **shared, **blocks, **run, parts=parts, sum_ptr=sums, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
+            low_ptr=low, dq_ptr=some, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
+            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=dq_xy)
+    if several:
+        drow = drow if softmax else _whole(drow)
+        dq, dweight, dq_xy = _whole(some, q.dtype), _whole(dweight), _whole(dq_xy)
     shared |= {"delta_ptr": delta, "low_ptr": low}
-    if any(x is not None for x in (dk, dv, dcolumn, spots[1])):
-        blocks = tuned("backward_keys", shared)
-        count = programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"]))
-        _backward_keys[(count // shared["GROUP"],)](
-            **shared, **blocks, **lists(shared, blocks, of_keys=True),
-            dk_ptr=dk, dk_strides=row_strides(dk), dv_ptr=dv, dv_strides=row_strides(dv),
-            dcolumn_ptr=dcolumn, dxy_ptr=spots[1])
+    blocks = tuned("backward_keys", shared)
+    count = programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"])) // shared["GROUP"]
+    parts = shares(shared, count, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
+    several = (parts,) if parts > 1 else ()
+    dcolumn = new((wanted[3] and wide and not tall) or wanted[4], *several, batch, keys, heads)
+    dk_xy, dpolicy = new(wanted[15], *several, batch, keys, heads, 2), new(wanted[21], *several, batch, keys, heads)
+    some = [new(x is not None, *several, *like.shape) if several else x for x, like in ((dk, k), (dv, v))]
+    if any(x is not None for x in (dk, dv, dcolumn, dk_xy, dpolicy)):
+        _backward_keys[(count, parts)](
+            **shared, **blocks, **lists(shared, blocks, of_keys=True), parts=parts,
+            dk_ptr=some[0], dk_strides=row_strides(dk), dv_ptr=some[1], dv_strides=row_strides(dv),
+            dcolumn_ptr=dcolumn, dxy_ptr=dk_xy, dpolicy_ptr=dpolicy)
+    if several:
+        dk, dv, dcolumn, dk_xy, dpolicy = map(_whole, (*some, dcolumn, dk_xy, dpolicy), (k.dtype, v.dtype, *[torch.float32] * 3))
 
     dbias = None
     of_keys = None if dcolumn is None else dcolumn.transpose(1, 2)[:, :, None]
@@ -83,25 +121,25 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         if tall and wide:
             dbias = _dense_gradient(shared, bias, 0)
         elif wide:
-            dbias = _folded(of_keys, bias)
+            dbias = folded(of_keys, bias)
         else:
-            dbias = _folded(drow.transpose(1, 2)[..., None], bias)
+            dbias = folded(drow.transpose(1, 2)[..., None], bias)
     if wanted[16] and dweight is None:
         dweight = torch.zeros_like(call.query_weight)
     return (
-        dq, dk, dv, dbias, _folded(of_keys, key_bias) if wanted[4] else None,
+        dq, dk, dv, dbias, folded(of_keys, key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
         *(_dense_gradient(shared, inputs[n], n - 6) if wanted[n] else None for n in (7, 8)),
         *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *_path_gradients(shared, inputs[11:13], wanted[11:13]),
         add_parts(dslope, call.slope.dtype) if wanted[13] else None,
-        *(None if x is None else _folded(x.sum(2), at) for x, at in zip(spots, (call.q_xy, call.k_xy), strict=True)),
-        dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * (len(DIFFERENTIABLE) - 17),
+        *(None if x is None else folded(x.sum(2), at) for x, at in ((dq_xy, call.q_xy), (dk_xy, call.k_xy))),
+        dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * len(MIXTURES),
+        None if dpolicy is None else folded(dpolicy.sum(2), call.policy), *[None] * (len(DIFFERENTIABLE) - 22),
     )  # fmt: skip
 
 
-def _folded(sums: Tensor, like: Tensor) -> Tensor:
-    """Sums over the axes that `like` does not have, in float32, rounded once to its dtype."""
-    return sums.sum_to_size(like.shape).to(like.dtype)
+def _whole(parts: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    return None if parts is None else add_parts(parts, dtype)
 
 
 def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
@@ -114,7 +152,10 @@ def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
     chunks = max(1, min(members[1] * members[2], row("backward_bias", shared)["programs"] // fans))
     dtype = bias.dtype if chunks == 1 else torch.float32
     parts = torch.empty((chunks, *bias.shape), dtype=dtype, device=bias.device)
-    _backward_bias[(fans * chunks,)](**shared, **blocks, dbias_ptr=parts, members=members, chunks=chunks, TARGET=target)
+    seen = seen_tiles(shared, blocks)
+    _backward_bias[(fans * chunks,)](
+        **shared, **blocks, seen_ptr=seen, seen_strides=shared_strides(seen), dbias_ptr=parts, members=members, chunks=chunks,
+        TARGET=target)
     return parts[0] if chunks == 1 else add_parts(parts, bias.dtype)
 
 
@@ -123,7 +164,7 @@ def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[
     if not any(wanted):
         return [None, None]
     sums = _grid_sums(shared, tuple(x.shape[3] for x in inputs), wanted)
-    return [None if x is None else _folded(x, like) for x, like in zip(sums, inputs, strict=True)]
+    return [None if x is None else folded(x, like) for x, like in zip(sums, inputs, strict=True)]
 
 
 def _path_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tensor | None]:
@@ -138,7 +179,7 @@ def _path_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tens
             steps = _grid_sums(shared, sides, [axis == 1, axis == 0], by_keys)[1 - axis].unflatten(1, sides)
             steps = steps.transpose(1, 2) if axis else steps               # [B, other side, own side, H, own side]
             grad = _between(steps.permute(0, 1, 3, 2, 4)).transpose(2, 3)  # [B, other side, own side, H]
-            found[axis] = _folded((grad.transpose(1, 2) if axis else grad).flatten(1, 2), like)
+            found[axis] = folded((grad.transpose(1, 2) if axis else grad).flatten(1, 2), like)
     return found
 
 

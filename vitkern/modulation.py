@@ -117,4 +117,4 @@ class Policy:
         if self.keep_diagonal:
             m = m + (1 - m) * torch.eye(e.shape[2], e.shape[3], dtype=e.dtype, device=e.device)
         e = e * m
-        return (e + self.eps / e.shape[3]) / (e.sum(-1, keepdim=True) + self.eps)
+        return (e + self.eps / max(1, e.shape[3])) / (e.sum(-1, keepdim=True) + self.eps)

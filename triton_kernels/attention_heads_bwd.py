@@ -1,0 +1,107 @@
+"""Backward of attention whose heads mix.
+
+The weights are made again from lse. One walk over the keys makes the rows' sums and the gradient of the second mixture, the next
+dq and the gradient of the first, two walks over the queries dk and dv, a few columns to a program, and one program for each tile
+of a bias with queries and keys walks the samples that share it. Every sum has an order that the sizes fix.
+"""
+
+import torch
+from torch import Tensor
+
+from ._attention_heads_bwd_tiles import _head_deltas, _heads_bias, _heads_keys, _heads_queries, _heads_values
+from ._attention_host import DIFFERENTIABLE, Call, folded, row_strides
+from ._reduce import add_parts
+from .attention_heads import columns, head_rows, heads_arguments, programs, without
+
+DELTAS = ("delta_ptr", "drow_ptr", "dsink_ptr", "dgiven_ptr", "dweight_ptr", "dpost_ptr")
+QUERIES = ("dq_ptr", "drow_ptr", "dfactor_ptr", "dpre_ptr")
+KEYS = ("dk_ptr", "dcolumn_ptr")
+PROGRAMS = 2048                         # from so many on, the samples that share a bias are not shared out
+
+
+def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: Tensor, call: Call, wanted: list[bool]) -> tuple:
+    """The gradients of DIFFERENTIABLE."""
+    q, k, v, bias, key_bias = call[:5]
+    batch, queries, heads, depth = q.shape
+    keys, width = v.shape[1], v.shape[3]
+    needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
+    softmax = call.normalizer == "softmax"
+    shared = heads_arguments(call, [dout], dkey_mean)
+    found, low = lse.contiguous() if softmax else None, None
+    if softmax and q.dtype == torch.float32:
+        found, low = head_rows(call, shared)
+    shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": found, "low_ptr": low}
+    shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
+    column, columns_v = columns(depth, q.element_size()), columns(width, q.element_size())
+    shared |= {"WIDTH_V": width, "CHUNK_V": columns_v[0]}
+
+    def new(condition, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=q.device) if condition else None
+
+    tall, wide = (bias is not None and bias.shape[axis] > 1 for axis in (2, 3))
+    rows = needs["bias"] and not wide or needs["pre_bias"]
+    of_rows, of_keys = (batch, queries, heads), (batch, keys, heads)
+    delta, drow, dfactor = (new(x, *of_rows) for x in (softmax, rows, needs["factor"]))
+    dsink, dgiven = (new(needs[x], *of_rows) for x in ("sink", "post_bias"))
+    dweight = new(needs["query_weight"] and dkey_mean is not None, *of_rows)
+    dpost, dpre = (new(needs[x], programs(shared, 1), heads, heads) for x in ("post_weight", "pre_weight"))
+    dq = new(needs["q"], *q.shape, dtype=q.dtype)
+
+    def walk(kernel, names, side, count, more, **made):
+        """One walk makes some of what a kernel can make: all at once would want more registers than there are."""
+        if any(x is not None for x in made.values()):
+            kernel[(programs(shared, side), count)](**shared, **more, **dict.fromkeys(names) | made)
+
+    of_dlse = {"dlse_ptr": dlse, "dlse_strides": row_strides(dlse)}
+    walk(_head_deltas, DELTAS, 1, 1, of_dlse, delta_ptr=delta, drow_ptr=drow if softmax else None, dsink_ptr=dsink,
+         dgiven_ptr=dgiven, dweight_ptr=dweight)
+    walk(_head_deltas, DELTAS, 1, 1, of_dlse, dpost_ptr=dpost)
+    shared["delta_ptr"], block = delta, {"BLOCK_D": column[0]}
+    walk(_heads_queries, QUERIES, 1, column[1], block, dq_ptr=dq)
+    walk(_heads_queries, QUERIES, 1, 1, block, drow_ptr=None if softmax else drow, dfactor_ptr=dfactor)
+    walk(_heads_queries, QUERIES, 1, 1, block, dpre_ptr=dpre)
+
+    def of_each_head(like, condition):
+        """What every head gives to its keys: the gradient itself where each has its own."""
+        group = heads // like.shape[2]
+        return new(condition, *of_keys, like.shape[3], dtype=like.dtype if group == 1 else torch.float32)
+
+    dk, dv = of_each_head(k, needs["k"]), of_each_head(v, needs["v"])
+    dcolumn = new((needs["bias"] and wide and not tall) or needs["key_bias"], *of_keys)
+    walk(_heads_keys, KEYS, 2, column[1], block, dk_ptr=dk)
+    walk(_heads_keys, KEYS, 2, 1, block, dcolumn_ptr=dcolumn)
+    if dv is not None:
+        _heads_values[(programs(shared, 2), columns_v[1])](**without(shared, "v_ptr", "v_strides", "delta_ptr"), dv_ptr=dv)
+    by_rows, by_keys = (None if x is None else x.transpose(1, 2) for x in (drow, dcolumn))  # [B, H, N]
+    grads: dict[str, Tensor | None] = dict.fromkeys(DIFFERENTIABLE) | {"q": dq}
+    for name, x, like in (("k", dk, k), ("v", dv, v)):
+        if x is not None:
+            grads[name] = x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+    if needs["bias"]:
+        if tall and wide:
+            grads["bias"] = _dense_gradient(shared, bias)
+        else:
+            grads["bias"] = folded(by_keys[:, :, None] if wide else by_rows[..., None], bias)
+    if needs["key_bias"]:
+        grads["key_bias"] = folded(by_keys[:, :, None], key_bias)
+    for name, x in (("factor", dfactor), ("sink", dsink), ("pre_bias", drow), ("post_bias", dgiven)):
+        if needs[name]:
+            grads[name] = x.sum((0, 1)).to(getattr(call, name).dtype)
+    for name, x in (("pre_weight", dpre), ("post_weight", dpost)):
+        if needs[name]:
+            grads[name] = add_parts(x, getattr(call, name).dtype)
+    if needs["query_weight"]:
+        grads["query_weight"] = torch.zeros_like(call.query_weight) if dweight is None else dweight.to(call.query_weight.dtype)
+    return tuple(grads.values())
+
+
+def _dense_gradient(shared: dict, bias: Tensor) -> Tensor:
+    """The gradient of a bias with queries and keys: in chunks of the samples that share it where its tiles are too few programs."""
+    batch, queries, keys = shared["sizes"][:3]
+    members = bias.shape[0], batch // bias.shape[0]
+    fans = members[0] * -(-queries // shared["BLOCK_M"]) * -(-keys // shared["BLOCK_N"])
+    chunks = max(1, min(members[1], PROGRAMS // fans))
+    parts = torch.empty((chunks, *bias.shape), dtype=torch.float32, device=bias.device)
+    _heads_bias[(fans * chunks,)](
+        **shared, dbias_ptr=parts, members=members, chunks=chunks, SHARED=bias.shape[1] < shared["sizes"][3])
+    return add_parts(parts, bias.dtype)
