@@ -123,6 +123,26 @@ def test_heads_that_mix_keep_a_hidden_nan_to_themselves():
     assert alone[:, :, 0].isnan().all() and alone[:, :, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("channel", [0, 1, 47])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_one_number_that_is_not_finite_stays_where_it_is_in_bfloat16(channel, poison):
+    """A hidden one shows nowhere; in a query it spoils its row, in a value that is seen its channel."""
+    q, k, v = qkv(40, 70, heads=2, kv_heads=2, d=48, dv=48, dtype=torch.bfloat16)
+    seen = torch.arange(70) < 69
+    for i in (1, 2):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        leaves[i].data[:, 69, :, channel] = poison
+        out = vitkern.attention(*leaves, mask=seen)
+        assert out.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+    query, value = q.clone(), v.clone()
+    query[:, 3, 1, channel] = value[:, 5, 1, channel] = poison
+    got = vitkern.attention(query, k, v, mask=seen)
+    assert got[:, 3, 1].isnan().all() and got.isnan().sum() == got[:, 3, 1].numel()
+    got = vitkern.attention(q, k, value, mask=seen)
+    assert got[:, :, 1, channel].isnan().all() and got.isnan().sum() == got[:, :, 1, channel].numel()
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_a_key_that_a_policy_drops_still_learns(eps):
     q, k, v = qkv(6, 6, heads=2, kv_heads=2)

@@ -200,6 +200,18 @@ def test_hidden_keys_and_values_never_leak(backend, poison):
     assert (leaves[2].grad[0, 2] == 0).all()
 
 
+@pytest.mark.parametrize("channel", [0, 1, 23])
+def test_one_number_that_is_not_finite_stays_where_it_is_in_bfloat16(channel):
+    leaves = [t.bfloat16().requires_grad_() for t in qkv(1, 7, 2, 24)]
+    bias = torch.zeros(2, 7, 7)
+    bias[:, :, 4] = -inf
+    leaves[1].data[0, 4, :, channel] = nan
+    leaves[2].data[0, 4, :, channel] = inf
+    out = vitkern.window_attention(*leaves, 7, bias=bias)
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_visible_nan_spoils_its_own_region_only(backend):
     q, k, v = qkv(1, 4, 1, 2)
