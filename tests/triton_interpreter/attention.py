@@ -129,6 +129,8 @@ PACKED = [
         7, ((3, 40), (0, 2), (35, 1), (4, 0), (0, 0), (20, 37)), causal=True, ids=True, return_stats=("lse",)
     ),
     registry.packed(11, ((3, 5), (4, 0), (0, 2))),
+    registry.packed(13, ((3, 1), (5, 1)), normalizer="sigmoid"),
+    registry.packed(14, ((1, 18), (1, 3)), heads=1),
     registry.packed(12, ((3, 5), (0, 4), (2, 0)), bias=False, normalizer="none"),
     registry.packed(10, ((18, 3), (0, 1), (20, 40), (3, 0)), topk=4, causal=True),
     registry.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k", return_stats=("index", "key_mean")),

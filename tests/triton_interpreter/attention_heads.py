@@ -123,6 +123,14 @@ def test_the_largest_of_ties_are_the_first(tuned):
     check_op([*call._replace(normalizer="argmax_q", topk=1)])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("axes", [(2, 5, 1), (1, 1, 18), (2, 1, 1)])
+def test_a_bias_of_packed_sequences_may_lack_an_axis(axes, mixed):
+    bounds = {"cu_q": torch.tensor([0, 5, 8]).int(), "cu_k": torch.tensor([0, 18, 21]).int(), "max_q": 5, "max_k": 18}
+    args = arguments(1, 8, 21, 2, bias=scores((1, *axes)).half(), normalizer="sigmoid", dtype=HALF)
+    check_op([*Call(*args)._replace(**bounds, **(mixtures(2) if mixed else {}))])
+
+
 @pytest.mark.parametrize("queries, keys", [(5, 0), (0, 5)])
 def test_no_keys_and_no_queries(queries, keys):
     for given, more in (
