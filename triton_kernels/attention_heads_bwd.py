@@ -35,8 +35,10 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     column, columns_v = columns(depth, q.element_size()), columns(width, q.element_size())
     shared |= {"WIDTH_V": width, "CHUNK_V": columns_v[0]}
 
+    make = torch.empty if call.cu_q is None else torch.zeros  # tokens of no sequence add nothing to sums over all
+
     def new(condition, *shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=q.device) if condition else None
+        return make(shape, dtype=dtype, device=q.device) if condition else None
 
     tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
     rows = needs["bias"] and not wide or needs["pre_bias"]

@@ -62,7 +62,13 @@ def test_mixed_heads(case):
 def test_large_logits_of_mixed_heads():
     """An lse that float32 rounds."""
     for shift in (-90.0, 1e4):
-        check_op([*Call(*arguments(bias=scores((1, 2, 5, 7)) + shift))._replace(**mixtures(2), query_weight=torch.rand(2, 5, 2))])
+        check_op(
+            [
+                *Call(*arguments(bias=scores((1, 2, 5, 7)) + shift))._replace(
+                    **mixtures(2), query_weight=torch.rand(2, 5, 2)
+                )
+            ]
+        )
 
 
 def test_a_head_that_hides_a_nan_mixes_nothing_into_others():
@@ -75,7 +81,9 @@ def test_a_head_that_hides_a_nan_mixes_nothing_into_others():
     assert out.isfinite().all()
     args[1][0, 4, 1, 0] = math.inf
     (out, *_), (want, *_) = kernels.fwd(*args), OP.definition(*args)
-    assert torch.equal(out.isfinite(), want.isfinite()) and out[:, 2:].isfinite().all() and not out[:, :2].isfinite().any()
+    assert (
+        torch.equal(out.isfinite(), want.isfinite()) and out[:, 2:].isfinite().all() and not out[:, :2].isfinite().any()
+    )
 
 
 def test_policies(tuned):
@@ -138,7 +146,10 @@ def test_no_keys_and_no_queries(queries, keys):
         ({"normalizer": "none"}, mixtures(2)),
         ({}, {"policy": torch.rand(1, keys), "policy_eps": 1e-3}),
         ({}, {"topk": 3}),
-        ({"normalizer": "argmax_q"}, {"query_weight": torch.rand(2, queries, 2), "weight": torch.rand(1, 1, queries, keys)}),
+        (
+            {"normalizer": "argmax_q"},
+            {"query_weight": torch.rand(2, queries, 2), "weight": torch.rand(1, 1, queries, keys)},
+        ),
     ):
         check_op([*Call(*arguments(2, queries, keys, **given))._replace(**more)])
 
