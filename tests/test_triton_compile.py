@@ -229,11 +229,24 @@ ATTENTION = {
     "policy": dict(width=64, policy=True, mask=True),
     "mixed heads": dict(width=48, heads=8, bias=None, mixed=True),
     "mixed heads, every term": dict(
-        width=64, heads=16, key_heads=8, mixed=True, key_bias=True, mask=True, parameters=True, dropout=0.1, causal=True,
-        rule="table", means=True, packed=True, bias_dtype=torch.float32),
+        width=64,
+        heads=16,
+        key_heads=8,
+        mixed=True,
+        key_bias=True,
+        mask=True,
+        parameters=True,
+        dropout=0.1,
+        causal=True,
+        rule="table",
+        means=True,
+        packed=True,
+        bias_dtype=torch.float32,
+    ),
     "best keys": dict(width=128, width_v=256, heads=4, key_heads=2, mask=True, normalizer="argmax_k"),
     "best keys, factors": dict(
-        width=64, mask=True, normalizer="argmax_k", factors=True, dropout=0.1, means=True, bias=None),
+        width=64, mask=True, normalizer="argmax_k", factors=True, dropout=0.1, means=True, bias=None
+    ),
     "best queries": dict(width=80, bias=(1, 1, 1, 1), causal=True, normalizer="argmax_q", packed=True),
     "wide": dict(width=256, width_v=192, causal=True),
     "wide, every term": dict(width=256, **EVERY_TERM),
@@ -257,7 +270,8 @@ def attention_launches(
     q, k, v = (torch.zeros(batch, *s, dtype=dtype) for s in shapes)
     kinds = attention.Call.__annotations__
     given = {name: kind() if kind in (bool, int, float) else None for name, kind in kinds.items()}
-    given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout, "topk": topk}
+    given |= {"q": q, "k": k, "v": v, "normalizer": normalizer, "scale": 0.1, "causal": causal, "dropout_p": dropout}
+    given |= {"topk": topk}
     given |= {"rule": rule, "seed": torch.zeros(1, dtype=torch.int64)}
     if bias is not None:
         shape = [n if has else 1 for n, has in zip((batch, heads, queries, keys), bias, strict=True)]
@@ -309,7 +323,8 @@ def test_attention_compiles_without_spills(name, capability, dtype):
         assert seen == {"_choose", "_pick", "_collect"} | of_factors
         return
     if name.startswith("mixed"):
-        assert {"_head_rows", "_heads_forward", "_head_deltas", "_heads_queries", "_heads_keys", "_heads_values"} <= seen
+        assert {"_head_rows", "_heads_forward"} <= seen
+        assert {"_head_deltas", "_heads_queries", "_heads_keys", "_heads_values"} <= seen
         return
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
     case = ATTENTION[name]
@@ -324,7 +339,10 @@ def test_attention_compiles_without_spills(name, capability, dtype):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(
     "dtype, case",
-    [(torch.bfloat16, dict(width=64, bias=None)), (torch.float32, dict(width=256, packed=True, rule="equal", **EVERY_TERM))],
+    [
+        (torch.bfloat16, dict(width=64, bias=None)),
+        (torch.float32, dict(width=256, packed=True, rule="equal", **EVERY_TERM)),
+    ],
     ids=["plain", "every-term"],
 )
 def test_top_k_compiles_without_spills(capability, dtype, case):

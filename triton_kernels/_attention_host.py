@@ -236,6 +236,15 @@ def programs(shared: dict, tiles: int) -> int:
     return shared["sizes"][0] * shared["sizes"][3] * tiles
 
 
+def whole_bias(call: Call) -> Tensor:
+    """What has the shape and dtype of the gradient of a bias with both axes. Packed sequences have it for every bias, for the sums
+    of their tokens are not those of a bias; it is summed over the axes that the bias lacks, in float32."""
+    bias, both = call.bias, (call.max_q, call.max_k)
+    if call.cu_q is None or bias.shape[2:] == both:
+        return bias
+    return bias.new_empty((), dtype=torch.float32).expand(bias.shape[:2] + both)
+
+
 def folded(sums: Tensor, like: Tensor) -> Tensor:
     """Sums over the axes that `like` does not have, in float32, rounded once to its dtype."""
     return sums.sum_to_size(like.shape).to(like.dtype)

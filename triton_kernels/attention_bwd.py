@@ -27,6 +27,7 @@ from ._attention_host import (
     row_strides,
     shares,
     tuned,
+    whole_bias,
 )
 from ._attention_policy import policy_rows
 from ._attention_topk import surviving
@@ -71,7 +72,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     def new(condition, *shape):
         return torch.empty(shape, dtype=torch.float32, device=q.device) if condition else None
 
-    tall, wide = (bias is not None and bias.shape[axis] > 1 for axis in (2, 3))
+    tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
     delta = new(call.normalizer == "softmax", batch, queries, heads)
     low = new(softmax and q.dtype == torch.float32, batch, queries, heads)
     if call.policy is not None:
@@ -119,7 +120,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     of_keys = None if dcolumn is None else dcolumn.transpose(1, 2)[:, :, None]
     if wanted[3]:
         if tall and wide:
-            dbias = _dense_gradient(shared, bias, 0)
+            dbias = folded(_dense_gradient(shared, whole_bias(call), 0), bias)
         elif wide:
             dbias = folded(of_keys, bias)
         else:

@@ -27,6 +27,9 @@ from ._attention_terms import last_key, of_sample
 from ._host import power
 from ._tiles import LN2, LOG2E, clean
 
+TILE = 16                               # queries, and keys: sixteen heads of more do not fit into registers
+OF_VALUES = ("v_ptr", "v_strides", "threshold", "keep_scale")
+
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _head_rows(
@@ -152,7 +155,7 @@ def heads_arguments(call: Call, others=(), dkey_mean=None) -> dict:
         "mixtures": tuple(None if x is None else x.float().contiguous() for x in mixtures),
         "ALIKE": not any(strides[n] for n in (1, 5, 9)) and all(terms[n] is None for n in (8, 17, 20)),
         "WIDTH": call.q.shape[3], "CHUNK": columns(call.q.shape[3], call.q.element_size())[0],
-        "CLIP": keys % 16 != 0 or terms[13] is not None, "BLOCK_M": 16, "BLOCK_N": 16,
+        "CLIP": keys % TILE != 0 or terms[13] is not None, "BLOCK_M": TILE, "BLOCK_N": TILE,
         "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -167,9 +170,6 @@ def without(shared: dict, *names: str) -> dict:
     return {name: x for name, x in shared.items() if name not in names}
 
 
-OF_VALUES = ("v_ptr", "v_strides", "threshold", "keep_scale")
-
-
 def head_rows(call: Call, shared: dict) -> tuple[Tensor | None, Tensor | None]:
     """lse [B, Nq, H] of a softmax, and what it lacks in base 2; None for other normalisers."""
     if call.normalizer != "softmax":
@@ -181,7 +181,7 @@ def head_rows(call: Call, shared: dict) -> tuple[Tensor | None, Tensor | None]:
 
 def programs(shared: dict, side: int) -> int:
     """One for every tile of queries (side 1) or keys (side 2) of a sample."""
-    return shared["sizes"][0] * -(-shared["sizes"][side] // 16)
+    return shared["sizes"][0] * -(-shared["sizes"][side] // TILE)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._attention_heads_bwd_tiles import _head_deltas, _heads_bias, _heads_keys, _heads_queries, _heads_values
-from ._attention_host import DIFFERENTIABLE, Call, folded, row_strides
+from ._attention_host import DIFFERENTIABLE, Call, folded, row_strides, whole_bias
 from ._reduce import add_parts
 from .attention_heads import columns, head_rows, heads_arguments, programs, without
 
@@ -35,10 +35,12 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     column, columns_v = columns(depth, q.element_size()), columns(width, q.element_size())
     shared |= {"WIDTH_V": width, "CHUNK_V": columns_v[0]}
 
-    def new(condition, *shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=q.device) if condition else None
+    make = torch.empty if call.cu_q is None else torch.zeros  # tokens of no sequence add nothing to sums over all
 
-    tall, wide = (bias is not None and bias.shape[axis] > 1 for axis in (2, 3))
+    def new(condition, *shape, dtype=torch.float32):
+        return make(shape, dtype=dtype, device=q.device) if condition else None
+
+    tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
     rows = needs["bias"] and not wide or needs["pre_bias"]
     of_rows, of_keys = (batch, queries, heads), (batch, keys, heads)
     delta, drow, dfactor = (new(x, *of_rows) for x in (softmax, rows, needs["factor"]))
@@ -79,7 +81,7 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
             grads[name] = x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
     if needs["bias"]:
         if tall and wide:
-            grads["bias"] = _dense_gradient(shared, bias)
+            grads["bias"] = folded(_dense_gradient(shared, whole_bias(call)), bias)
         else:
             grads["bias"] = folded(by_keys[:, :, None] if wide else by_rows[..., None], bias)
     if needs["key_bias"]:

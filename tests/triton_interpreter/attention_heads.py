@@ -62,7 +62,13 @@ def test_mixed_heads(case):
 def test_large_logits_of_mixed_heads():
     """An lse that float32 rounds."""
     for shift in (-90.0, 1e4):
-        check_op([*Call(*arguments(bias=scores((1, 2, 5, 7)) + shift))._replace(**mixtures(2), query_weight=torch.rand(2, 5, 2))])
+        check_op(
+            [
+                *Call(*arguments(bias=scores((1, 2, 5, 7)) + shift))._replace(
+                    **mixtures(2), query_weight=torch.rand(2, 5, 2)
+                )
+            ]
+        )
 
 
 def test_a_head_that_hides_a_nan_mixes_nothing_into_others():
@@ -75,7 +81,9 @@ def test_a_head_that_hides_a_nan_mixes_nothing_into_others():
     assert out.isfinite().all()
     args[1][0, 4, 1, 0] = math.inf
     (out, *_), (want, *_) = kernels.fwd(*args), OP.definition(*args)
-    assert torch.equal(out.isfinite(), want.isfinite()) and out[:, 2:].isfinite().all() and not out[:, :2].isfinite().any()
+    assert (
+        torch.equal(out.isfinite(), want.isfinite()) and out[:, 2:].isfinite().all() and not out[:, :2].isfinite().any()
+    )
 
 
 def test_policies(tuned):
@@ -123,6 +131,14 @@ def test_the_largest_of_ties_are_the_first(tuned):
     check_op([*call._replace(normalizer="argmax_q", topk=1)])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("axes", [(2, 5, 1), (1, 1, 18), (2, 1, 1)])
+def test_a_bias_of_packed_sequences_may_lack_an_axis(axes, mixed):
+    bounds = {"cu_q": torch.tensor([0, 5, 8]).int(), "cu_k": torch.tensor([0, 18, 21]).int(), "max_q": 5, "max_k": 18}
+    args = arguments(1, 8, 21, 2, bias=scores((1, *axes)).half(), normalizer="sigmoid", dtype=HALF)
+    check_op([*Call(*args)._replace(**bounds, **(mixtures(2) if mixed else {}))])
+
+
 @pytest.mark.parametrize("queries, keys", [(5, 0), (0, 5)])
 def test_no_keys_and_no_queries(queries, keys):
     for given, more in (
@@ -130,7 +146,10 @@ def test_no_keys_and_no_queries(queries, keys):
         ({"normalizer": "none"}, mixtures(2)),
         ({}, {"policy": torch.rand(1, keys), "policy_eps": 1e-3}),
         ({}, {"topk": 3}),
-        ({"normalizer": "argmax_q"}, {"query_weight": torch.rand(2, queries, 2), "weight": torch.rand(1, 1, queries, keys)}),
+        (
+            {"normalizer": "argmax_q"},
+            {"query_weight": torch.rand(2, queries, 2), "weight": torch.rand(1, 1, queries, keys)},
+        ),
     ):
         check_op([*Call(*arguments(2, queries, keys, **given))._replace(**more)])
 
