@@ -143,6 +143,28 @@ def test_one_number_that_is_not_finite_stays_where_it_is_in_bfloat16(channel, po
     assert got[:, :, 1, channel].isnan().all() and got.isnan().sum() == got[:, :, 1, channel].numel()
 
 
+@pytest.mark.parametrize("odd", ["q", "k", "v", "gradient", "expanded", "none"])
+def test_rows_at_odd_places_in_bfloat16(odd):
+    """Weights that are whole numbers: every product is exact, however it is made."""
+    shapes = {"q": (2, 16, 4, 16), "k": (2, 37, 2, 16), "v": (2, 37, 2, 16), "gradient": (2, 16, 4, 16)}
+    g = torch.Generator().manual_seed(0)
+    given = {name: torch.randint(-1, 2, shape, generator=g).bfloat16() for name, shape in shapes.items()}
+    if odd in ("expanded", "none"):
+        given["gradient"].fill_(odd == "expanded")
+    found = []
+    for moved in ("", odd):
+        t = {name: torch.cat((x, x[..., :1]), -1)[..., :-1] if name == moved else x for name, x in given.items()}
+        leaves = [t[name].detach().requires_grad_() for name in "qkv"]
+        out, stats = vitkern.attention(*leaves, normalizer="relu", scale=1.0, return_stats=("key_mean",))
+        if moved == "expanded":
+            t["gradient"] = torch.ones((), dtype=torch.bfloat16).expand(out.shape)
+        loss = 0.0 if moved == "none" else (out * t["gradient"]).sum()
+        if odd == "none":
+            loss = loss + stats.key_mean.sum()
+        found.append((out, *torch.autograd.grad(loss, leaves, allow_unused=True)))
+    assert all(torch.equal(a, torch.zeros_like(a) if b is None else b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_a_key_that_a_policy_drops_still_learns(eps):
     q, k, v = qkv(6, 6, heads=2, kv_heads=2)
