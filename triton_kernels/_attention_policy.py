@@ -1,4 +1,4 @@
-"""What a policy divides the rows of attention by: the largest score of every row, and 1 over the sum of what it keeps."""
+"""What a policy divides the rows of attention by: the largest score of every row, and the sum of what it keeps."""
 
 import torch
 import triton
@@ -14,14 +14,14 @@ from ._tiles import LOG2E
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _policy_rows(
-    q_ptr, k_ptr, top_ptr, inverse_ptr, visit_ptr, count_ptr,
+    q_ptr, k_ptr, top_ptr, total_ptr, visit_ptr, count_ptr,
     terms, q_strides, k_strides, d_strides, term_strides, visit_strides, sizes, eps, scale,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     WIDTHS: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """For BLOCK_M queries of one head and sample the largest score of the visible keys, those of policy 0 too, and
-    1 / (eps + the sum of the exponentials times the policy).
+    eps + the sum of the exponentials times the policy.
     Grid: heads (fastest) x query tiles x samples, on axis 0. Writes [B, Nq, H] twice.
     Any strides: q, k and the terms."""
     heads, offset = sizes[3], sizes[4]
@@ -56,17 +56,17 @@ def _policy_rows(
         top = higher
     flat = places(terms, image, i, queries, sizes[8]) * heads + head
     tl.store(top_ptr + flat, tl.where(total == total, top, float("nan")), mask=real)
-    tl.store(inverse_ptr + flat, 1.0 / (total + eps), mask=real)
+    tl.store(total_ptr + flat, total + eps, mask=real)
 
 
 def policy_rows(shared: dict, eps: float) -> tuple[Tensor, Tensor]:
-    """The largest score of every row and what its exponentials are multiplied by, [B, Nq, H] float32 each."""
+    """The largest score of every row and what its exponentials are divided by, [B, Nq, H] float32 each."""
     q = shared["q_ptr"]
-    top, inverse = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    top, total = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     blocks = tuned("backward_queries", shared)
     names = ("q_ptr", "k_ptr", "terms", "q_strides", "k_strides", "d_strides", "term_strides", "sizes", "scale", "AXES", "RULE",
              "FAR", "CAUSAL", "GROUP", "WIDTHS", "ALIGN")  # fmt: skip
     if top.numel():
         _policy_rows[(programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"])),)](
-            **{n: shared[n] for n in names}, **blocks, **lists(shared, blocks), top_ptr=top, inverse_ptr=inverse, eps=eps)
-    return top, inverse
+            **{n: shared[n] for n in names}, **blocks, **lists(shared, blocks), top_ptr=top, total_ptr=total, eps=eps)
+    return top, total

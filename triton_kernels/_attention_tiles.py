@@ -130,11 +130,14 @@ def divided_weights(
 ):  # fmt: skip
     """The weights of scores whose row is known, 0 where hidden, and under a policy what of them moves with the scores and what
     moves with the policy. lse and low are the row's log of the sum and, in base 2, what that lacks; under a policy the
-    largest score and what exponentials are multiplied by."""
+    largest score and what exponentials are divided by."""
     if NORM == POLICY:
-        bare = tl.where(s == float("-inf"), 0.0, tl.exp2((s - lse[:, None]) * LOG2E) * low[:, None])
-        slope = bare * policy_tile(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
-        p = tl.where(s == float("-inf"), 0.0, slope + terms[23] * low[:, None])
+        e = tl.where(s == float("-inf"), 0.0, tl.exp2((s - lse[:, None]) * LOG2E))
+        kept = e * policy_tile(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+        p = tl.where(s == float("-inf"), 0.0, (kept + terms[23]) / low[:, None])       # 1 where there is one key
+        inverse = 1.0 / low[:, None]
+        slope = kept * inverse
+        bare = e * inverse
     else:
         p = tl.exp2((s - lse[:, None]) * LOG2E - low[:, None]) if NORM == SOFTMAX else plain_weights(s, NORM)
         slope = p

@@ -143,7 +143,7 @@ def _forward(
     flat = places(terms, image, i, queries, sizes[8]) * heads + head                  # [BLOCK_M]
     if NORM == POLICY:
         top = tl.load(lse_ptr + flat, mask=real, other=0.0)
-        norm = tl.load(low_ptr + flat, mask=real, other=0.0)
+        norm = tl.load(low_ptr + flat, mask=real, other=1.0)
     acc = zero_parts(BLOCK_M, WIDTHS_V)
     for n in tl.range(begin, end, num_stages=STAGES):
         start = visited(visit_ptr, visits, n, BLOCK_N)
@@ -255,7 +255,7 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     key_mean = torch.zeros((batch, k.shape[1] if counts else 0, heads), dtype=torch.float32, device=q.device)
     shared = surviving(call, arguments(call))
     if out.numel():
-        top, inverse = policy_rows(shared, call.policy_eps) if call.policy is not None else (lse, low)
+        top, rest = policy_rows(shared, call.policy_eps) if call.policy is not None else (lse, low)
         blocks = tuned("forward", shared)
         count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
         tiles = -(-shared["sizes"][2] // blocks["BLOCK_N"])
@@ -264,7 +264,7 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
         some = torch.empty((*shape, *out.shape), dtype=torch.float32, device=q.device) if split > 1 else out
         logs = torch.empty((*shape, *lse.shape), dtype=torch.float32, device=q.device) if split > 1 and softmax else top
         _forward[(count, split)](
-            **shared, **blocks, **lists(shared, blocks), out_ptr=some, lse_ptr=logs, low_ptr=inverse, parts=split,
+            **shared, **blocks, **lists(shared, blocks), out_ptr=some, lse_ptr=logs, low_ptr=rest, parts=split,
             BATCH_FIRST=bias is not None and shared["term_strides"][0] == 0 and shared["AXES"][0] == (True, True),
         )
         if split > 1:
@@ -277,5 +277,5 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
             blocks = tuned("backward_keys", shared)
             del shared["v_ptr"], shared["v_strides"], shared["WIDTHS_V"], shared["keep_scale"], shared["threshold"]
             _key_means[(programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"])),)](
-                **shared, **blocks, lse_ptr=top if softmax or call.policy is not None else None, low_ptr=inverse, mean_ptr=key_mean)
+                **shared, **blocks, lse_ptr=top if softmax or call.policy is not None else None, low_ptr=rest, mean_ptr=key_mean)
     return out, lse, key_mean

@@ -100,6 +100,8 @@ def test_policies(tuned):
     tuned(16, 16, 99)
     few = Call(*arguments(1, 5, 130, 1, mask=torch.rand(1, 1, 5, 130) < 0.7))
     check_op([*few._replace(policy=torch.rand(1, 130), policy_eps=1e-2)])
+    one = Call(*arguments(2, 5, 1, 3, d=64, dv=256))
+    check_op([*one._replace(policy=torch.rand(2, 1), policy_eps=1e-3, policy_diagonal=True)])
     call = call._replace(cu_q=torch.zeros(2, dtype=torch.int32))
     assert "Policy has no Triton kernel of packed" in " ".join(kernels.supported(*call))
 
