@@ -12,6 +12,7 @@ import vitkern
 from vitkern import CosineScore, bias, mask, modulation
 from vitkern.mask import FromLogits
 from vitkern.ops.mask_from_logits import mask_from_logits
+from vitkern.testing.oracle import poisoned
 
 D = torch.float64
 
@@ -163,6 +164,18 @@ def test_rows_at_odd_places_in_bfloat16(odd):
             loss = loss + stats.key_mean.sum()
         found.append((out, *torch.autograd.grad(loss, leaves, allow_unused=True)))
     assert all(torch.equal(a, torch.zeros_like(a) if b is None else b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_bias_that_is_hidden_has_no_gradient(dtype):
+    """Tiles of keys that are passed over, in the middle and at the end, of a bias of which every entry comes once."""
+    leaves = [t.requires_grad_() for t in qkv(20, 75, heads=2, kv_heads=2, d=16, dv=16, dtype=dtype)]
+    table = drawn(2, 2, 20, 75, dtype=dtype).requires_grad_()
+    seen = (torch.arange(75) // 16 % 2 == 0) & (torch.arange(75) < 40)
+    with poisoned():
+        out = vitkern.attention(*leaves, bias=table, mask=seen, backend="cpu")
+        found = torch.autograd.grad(out.square().sum(), table)[0]
+    assert (found[..., ~seen] == 0).all() and (found[..., seen] != 0).all()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
