@@ -12,7 +12,6 @@ import vitkern
 from vitkern import CosineScore, bias, mask, modulation
 from vitkern.mask import FromLogits
 from vitkern.ops.mask_from_logits import mask_from_logits
-from vitkern.testing.oracle import poisoned
 
 D = torch.float64
 
@@ -147,7 +146,7 @@ def test_one_number_that_is_not_finite_stays_where_it_is_in_bfloat16(channel, po
 @pytest.mark.parametrize("odd", ["q", "k", "v", "gradient", "expanded", "none"])
 def test_rows_at_odd_places_in_bfloat16(odd):
     """Weights that are whole numbers: every product is exact, however it is made."""
-    shapes = {"q": (2, 16, 4, 16), "k": (2, 37, 2, 16), "v": (2, 37, 2, 16), "gradient": (2, 16, 4, 16)}
+    shapes = {"q": (2, 16, 3, 16), "k": (2, 37, 1, 16), "v": (2, 37, 1, 16), "gradient": (2, 16, 3, 16)}
     g = torch.Generator().manual_seed(0)
     given = {name: torch.randint(-1, 2, shape, generator=g).bfloat16() for name, shape in shapes.items()}
     if odd in ("expanded", "none"):
@@ -172,9 +171,10 @@ def test_a_bias_that_is_hidden_has_no_gradient(dtype):
     leaves = [t.requires_grad_() for t in qkv(20, 75, heads=2, kv_heads=2, d=16, dv=16, dtype=dtype)]
     table = drawn(2, 2, 20, 75, dtype=dtype).requires_grad_()
     seen = (torch.arange(75) // 16 % 2 == 0) & (torch.arange(75) < 40)
-    with poisoned():
-        out = vitkern.attention(*leaves, bias=table, mask=seen, backend="cpu")
-        found = torch.autograd.grad(out.square().sum(), table)[0]
+    out = vitkern.attention(*leaves, bias=table, mask=seen, backend="cpu").square().sum()
+    left = [torch.full_like(table, torch.nan) for _ in range(8)]
+    del left  # where the gradient will lie
+    found = torch.autograd.grad(out, table)[0]
     assert (found[..., ~seen] == 0).all() and (found[..., seen] != 0).all()
 
 

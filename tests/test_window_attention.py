@@ -212,17 +212,21 @@ def test_one_number_that_is_not_finite_stays_where_it_is_in_bfloat16(channel):
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
 
 
-@pytest.mark.parametrize("odd", ["q", "k", "v", "gradient"])
+@pytest.mark.parametrize("odd", ["q", "k", "v", "gradient", "expanded"])
 def test_rows_at_odd_places_in_bfloat16(odd):
     """Eight keys with one score each: weights of 1 / 8, with which every product is exact."""
     names = ("q", "k", "v", "gradient")
     g = torch.Generator().manual_seed(0)
     given = {n: torch.randint(-1, 2, (1, 16, 2, 16), generator=g).bfloat16() * (n != "q") for n in names}
+    if odd == "expanded":
+        given["gradient"].fill_(1)
     found = []
     for place in ("", odd):
         t = {n: torch.cat((x, x[..., :1]), -1)[..., :-1] if n == place else x for n, x in given.items()}
         leaves = [t[n].detach().requires_grad_() for n in "qkv"]
         out = vitkern.window_attention(*leaves, 8, scale=1.0)
+        if place == "expanded":
+            t["gradient"] = torch.ones((), dtype=torch.bfloat16).expand(out.shape)
         found.append((out, torch.autograd.grad(out, leaves, t["gradient"])[2]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
