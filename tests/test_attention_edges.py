@@ -168,9 +168,9 @@ def test_rows_at_odd_places_in_bfloat16(odd):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_bias_that_is_hidden_has_no_gradient(dtype):
     """Tiles of keys that are passed over, in the middle and at the end, of a bias of which every entry comes once."""
-    leaves = [t.requires_grad_() for t in qkv(20, 75, heads=2, kv_heads=2, d=16, dv=16, dtype=dtype)]
-    table = drawn(2, 2, 20, 75, dtype=dtype).requires_grad_()
-    seen = (torch.arange(75) // 16 % 2 == 0) & (torch.arange(75) < 40)
+    leaves = [t.requires_grad_() for t in qkv(20, 80, heads=2, kv_heads=2, d=16, dv=16, dtype=dtype)]
+    table = drawn(2, 2, 20, 80, dtype=dtype).requires_grad_()
+    seen = (torch.arange(80) // 16 % 2 == 0) & (torch.arange(80) < 40)
     out = vitkern.attention(*leaves, bias=table, mask=seen, backend="cpu").square().sum()
     left = [torch.full_like(table, torch.nan) for _ in range(8)]
     del left  # where the gradient will lie
