@@ -239,6 +239,18 @@ def test_decomposed_positions_of_packed_maps():
     torch.testing.assert_close(got, one_by_one(arguments, each))
 
 
+def test_explain_names_what_becomes_a_map_of_scores():
+    q, k, v = qkv(16, 16)
+    on_grid = bias.RelativePosition(drawn(49, 4), grid=(4, 4))
+    listed = bias.RelativePosition(drawn(49, 4), torch.arange(256).view(16, 16) % 49)
+    assert "map of scores" not in vitkern.explain(vitkern.attention, q, k, v, bias=on_grid)
+    assert "RelativePosition takes its dense form" in vitkern.explain(
+        vitkern.attention, q, k, v, bias=[on_grid, listed]
+    )
+    wide, cu, n = (t.flatten(0, 1) for t in (q, k, v)), torch.tensor([0, 16, 32], dtype=torch.int32), 16
+    assert "takes its dense form" in vitkern.explain(vitkern.attention_varlen, *wide, cu, cu, n, n, bias=listed)
+
+
 def test_one_number_is_a_bias_a_mask_or_a_factor_also_beside_further_keys():
     q, k, v = qkv()
     more = (k[:1, :2], v[:1, :2])

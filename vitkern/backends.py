@@ -126,15 +126,16 @@ def refuse(op: str, wanted: str, reasons: dict[str, list[str]]) -> None:
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Which back-end ``fn(*args, **kwargs)`` would run, and why not the others, as text. Nothing is computed."""
+    """Which back-end ``fn(*args, **kwargs)`` would run, why not the others, and which modifiers become maps of scores, as text. No
+    kernel runs."""
     describe = getattr(fn, "explain", None)
     if describe is None:
         raise TypeError(f"explain: fn must be a public vitkern function, got {fn!r}")
-    chosen, reasons = describe(*args, **kwargs)
+    chosen, reasons, *notes = describe(*args, **kwargs)
     lines = [f"{fn.__name__} runs on: {chosen}"]
     for name, why in reasons.items():
         lines.append(f"  {name}: {'; '.join(why) if why else 'can run'}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"  {note}" for each in notes for note in each])
 
 
 _check_name(os.environ.get("VITKERN_BACKEND") or None, "VITKERN_BACKEND")

@@ -19,7 +19,7 @@ from vitkern.bias import (
     RowBias,
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
-from vitkern.modulation import Policy, SoftCausal, TalkingHeads
+from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
@@ -63,15 +63,43 @@ class Packed:
     longest: tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class Place:
+    """What the modifiers of a call meet: the tokens, or those of the longest sequence; `extended`: further keys; `native`: the
+    slots that only the CPU's kernel has are free; `axes`: tables meet q itself. `mapped` collects those that become maps."""
+
+    q: Tensor
+    k: Tensor
+    longest: tuple[Tensor, Tensor] | None
+    extended: bool
+    native: bool
+    axes: bool
+    mapped: list[Any]
+
+    def dense(self, modifier: Any) -> Tensor:
+        self.mapped.append(modifier)
+        return modifier.dense(*seen_by(modifier, self.q, self.k, self.longest))
+
+
+def notes(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The op's arguments, and a sentence for every modifier that becomes a map of scores."""
+    mapped: list[Any] = []
+    found = slots(lowered, packed, backend, mapped)
+    names = [type(m).__name__ for m in mapped if not isinstance(m, ElementwiseMask)]
+    return found, [f"{name} takes its dense form, a map of scores" for name in dict.fromkeys(names)]
+
+
 def seen_by(modifier: Any, q: Tensor, k: Tensor, longest: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """The q and k that a modifier must fit: of packed sequences all tokens, or the longest one."""
     return (q, k) if longest is None or isinstance(modifier, PER_TOKEN) else longest
 
 
-def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -> dict[str, Any]:
+def slots(
+    lowered: dict[str, Any], packed: Packed | None, backend: str | None, mapped: list[Any] | None = None
+) -> dict[str, Any]:
     """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
     whose slot is taken, or that meets further keys, takes its dense form; so does one whose slot only the CPU's kernel has,
-    where another runs."""
+    where another runs. `mapped` receives them."""
     q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
     acc = torch.promote_types(q.dtype, torch.float32)
     found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
@@ -92,8 +120,9 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
         biases = [b for b in biases if b is not context]
     native = native and extra is None
     axes = native and lowered["rope"] is None and lowered["cosine"] is None and longest is None  # q is what tables meet
-    dense, of_keys, of_weights = _place_biases(found, biases, q, k, extra is not None, longest, native, axes)
-    seen = _place_masks(found, lowered["masks"], q, k, extra is not None, longest)
+    at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
+    dense, of_keys, of_weights = _place_biases(found, biases, at)
+    seen = _place_masks(found, lowered["masks"], at)
     factors: list[Tensor] = []
     early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
     mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
@@ -109,9 +138,9 @@ def slots(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
             continue
         soft = isinstance(m, SoftCausal)
         if m.place in mixed and (ahead or soft):
-            early[m.place].append(m.dense(*seen_by(m, q, k, longest)).to(acc))
+            early[m.place].append(at.dense(m).to(acc))
         elif not (native and (tables.place(found, m) or (not mixed and _place_ratio(found, m, acc)))):
-            (factors if m.place == "logit" else of_weights).append(m.dense(*seen_by(m, q, k, longest)).to(acc))
+            (factors if m.place == "logit" else of_weights).append(at.dense(m).to(acc))
     rope = lowered["rope"]
     if rope is not None:
         q, k = rope.turn(q, rope.q_range), rope.turn(k, rope.k_range)
@@ -170,18 +199,17 @@ def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
     return torch.where(whole, unit, x.detach())
 
 
-def _place_biases(
-    found: dict[str, Any], biases: Any, q: Tensor, k: Tensor, extended: bool, longest: Any, native: bool, axes: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _place_biases(found: dict[str, Any], biases: Any, at: Place) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Fills the slots of the typed biases; returns the dense biases, those of the keys alone, and factors of the weights."""
     dense, of_keys, of_weights = [], [], []
+    longest, extended = at.longest, at.extended
     relative = (DecomposedRelativePosition, ManhattanDecay) if longest is None else DecomposedRelativePosition
     for b in biases:
         if isinstance(b, Tensor):
             dense.append(b)
         elif isinstance(b, KeyBias):
-            of_keys.append(b.dense(q, k))
-        elif axes and isinstance(b, DecomposedRelativePosition) and _place_axes(found, b):
+            of_keys.append(b.dense(at.q, at.k))
+        elif at.axes and isinstance(b, DecomposedRelativePosition) and _place_axes(found, b):
             pass
         elif (
             isinstance(b, relative)
@@ -189,14 +217,14 @@ def _place_biases(
             and found["rel_y"] is None
             and not extended
         ):
-            found["rel_y"], found["rel_x"] = b.per_query(q)
-        elif native and tables.place(found, b):
+            found["rel_y"], found["rel_x"] = b.per_query(at.q)
+        elif at.native and tables.place(found, b):
             pass
         elif isinstance(b, ManhattanDecay) and b.place == "prob":
-            of_weights.append(b.dense(*seen_by(b, q, k, longest)).exp())
+            of_weights.append(at.dense(b).exp())
         elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None and not extended:
             found["rel_y"] = b.vector.transpose(1, 2)[..., None]  # [1, Tq, H|1, 1]
-            found["rel_x"] = b.vector.new_zeros(()).expand(1, q.shape[1], 1, found["max_k"])
+            found["rel_x"] = b.vector.new_zeros(()).expand(1, at.q.shape[1], 1, found["max_k"])
         elif isinstance(b, PolylinePath) and found["path_row"] is None and not extended:
             found |= {"path_row": b.row.flatten(1, 2), "path_col": b.col.flatten(1, 2)}
             found |= {"path_width": b.row.shape[2], "path_transposed": b.transpose}
@@ -204,7 +232,7 @@ def _place_biases(
             found |= {"slope": b.slope, "q_xy": b.q_xy, "k_xy": b.k_xy}
         else:
             _refuse_second(b, longest)
-            dense.append(b.dense(*seen_by(b, q, k, longest)))
+            dense.append(at.dense(b))
     return dense, of_keys, of_weights
 
 
@@ -246,9 +274,10 @@ def _refuse_second(modifier: Any, longest: Any) -> None:
         )
 
 
-def _place_masks(found: dict[str, Any], masks: Any, q: Tensor, k: Tensor, extended: bool, longest: Any) -> list[Tensor]:
+def _place_masks(found: dict[str, Any], masks: Any, at: Place) -> list[Tensor]:
     """Fills the slots of the typed masks; returns the dense ones."""
     seen = []
+    extended = at.extended
     for m in masks:
         if isinstance(m, Causal) and not extended:
             found["offset"] = min(found["offset"], m.offset) if found["causal"] else m.offset
@@ -259,10 +288,10 @@ def _place_masks(found: dict[str, Any], masks: Any, q: Tensor, k: Tensor, extend
         elif isinstance(m, BlockCausal) and found["rule"] == "none" and not extended:
             found |= {"q_ids": m.q_levels.to(torch.int32), "k_ids": m.k_levels.to(torch.int32), "rule": "upto"}
         elif isinstance(m, FromLogits):
-            seen.append(m.among(mask_from_logits(m), q, k))
+            seen.append(m.among(mask_from_logits(m), at.q, at.k))
         else:
-            _refuse_second(m, longest)
-            seen.append(m if isinstance(m, Tensor) else m.dense(*seen_by(m, q, k, longest)))
+            _refuse_second(m, at.longest)
+            seen.append(m if isinstance(m, Tensor) else at.dense(m))
     return seen
 
 

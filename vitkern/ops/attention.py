@@ -193,12 +193,13 @@ def lower(
     }  # fmt: skip
 
 
-def _explain(*args: Any, backend: str | None = None, lepe: Any = None, **options: Any) -> _call.Found:
+def _explain(*args: Any, backend: str | None = None, lepe: Any = None, **options: Any) -> Any:
     lowered = lower(*args, **options)
     why = slots.unserved(lowered, backend)
     if why:
         return _call.torch_only(NAME, why, backend)
-    return _call.explanation(NAME, OP, tuple(slots.slots(lowered, None, backend).values()), backend)
+    found, notes = slots.notes(lowered, None, backend)
+    return *_call.explanation(NAME, OP, tuple(found.values()), backend), notes
 
 
 def _triton() -> Any:

@@ -152,9 +152,10 @@ def _refuse_unpacked(options: dict[str, Any]) -> None:
 
 def _explain(
     q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, *, backend: str | None = None, **options: Any
-) -> _call.Found:
+) -> Any:
     lowered, packed = _lower(q, k, v, cu_q, cu_k, max_q, max_k, **options)
-    return _call.explanation(NAME, OP, tuple(slots.slots(lowered, packed, backend).values()), backend)
+    found, notes = slots.notes(lowered, packed, backend)
+    return *_call.explanation(NAME, OP, tuple(found.values()), backend), notes
 
 
 attention_varlen.explain = _explain  # type: ignore[attr-defined]
