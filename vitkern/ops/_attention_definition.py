@@ -13,6 +13,7 @@ from vitkern.ops import _attention_tables as tables
 from vitkern.reference.attention import attention as reference
 from vitkern.stats import Stats
 
+# A schema of PyTorch has at most 64 arguments, the backward of these 63: rel_y and rel_x are rows of every query, or tables.
 TENSORS = (
     "q", "k", "v", "bias", "key_bias", "mask", "factor", "sink", "seed", "gain", "weight", "rel_y", "rel_x", "path_row",
     "path_col", "slope", "q_xy", "k_xy", "q_ids", "k_ids", "allow", "query_weight", "cu_q", "cu_k", "pre_weight",
