@@ -14,6 +14,7 @@ from vitkern.ops.linear_attention import linear_attention
 from vitkern.ops.merge_lse import merge_lse
 from vitkern.ops.merge_plan import merge_plan
 from vitkern.ops.merge_tokens import merge_tokens
+from vitkern.ops.neighborhood_attention import neighborhood_attention, neighborhood_av, neighborhood_qk
 from vitkern.ops.reconstruct_tokens import reconstruct_tokens
 from vitkern.ops.restore_tokens import restore_tokens
 from vitkern.ops.select_tokens import select_tokens
@@ -55,6 +56,9 @@ __all__ = [
     "merge_tokens",
     "merging",
     "modulation",
+    "neighborhood_attention",
+    "neighborhood_av",
+    "neighborhood_qk",
     "nn",
     "patch",
     "patched",

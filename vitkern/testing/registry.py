@@ -121,6 +121,7 @@ def entries() -> dict[str, Entry]:
         linear_attention,
         merge_plan,
         merge_tokens,
+        neighborhood_attention,
         reconstruct_tokens,
         restore_tokens,
         select_tokens,
@@ -133,6 +134,7 @@ def entries() -> dict[str, Entry]:
     merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens, select_tokens, restore_tokens, drop_tokens)
     modules = (
         window_attention,
+        neighborhood_attention,
         attention,
         attention_varlen,
         linear_attention,
