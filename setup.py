@@ -35,6 +35,7 @@ CPU_SOURCES = [
     "csrc/cpu/channel_attention.cpp",
     "csrc/cpu/merge_plan.cpp",
     "csrc/cpu/merge_tokens.cpp",
+    "csrc/cpu/neighborhood_attention.cpp",
     "csrc/cpu/unmerge_tokens.cpp",
     "csrc/cpu/select_tokens.cpp",
     "csrc/cpu/selective_scan.cpp",

@@ -10,6 +10,7 @@
 #include "grid_sum.h"
 #include "linear_attention.h"
 #include "merge_tokens.h"
+#include "neighborhood_attention.h"
 #include "soft_merge.h"
 #include "reconstruct_tokens.h"
 #include "selective_scan.h"
@@ -40,6 +41,7 @@ struct Kernels {
   FeatureRowsKernels rows_f32, rows_f64;
   ChainKernels chain_f32, chain_f64;
   GridKernels grid_f32, grid_f64;
+  NearKernels near_f32, near_f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
