@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops import _call, _checks
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.neighborhood_attention import neighborhood_attention as definition
 from vitkern.reference.neighborhood_attention import neighborhood_av as av_definition
@@ -272,6 +273,24 @@ def _scale(op: str, scale: Any, q: Tensor) -> float:
 # the ops ----------------------------------------------------------------------------------------------------------------
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import neighborhood_attention as kernels
+
+    return kernels
+
+
+def _qk_triton() -> Any:
+    from vitkern.triton_kernels import neighborhood_qk as kernels
+
+    return kernels
+
+
+def _av_triton() -> Any:
+    from vitkern.triton_kernels import neighborhood_av as kernels
+
+    return kernels
+
+
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=accumulate)
@@ -306,6 +325,7 @@ OP = Op(
     batched=3,
     definition=definition,
     fake=_fake,
+    gpu=Gpu(_triton),
 )
 QK = Op(
     QK_NAME,
@@ -315,6 +335,7 @@ QK = Op(
     batched=2,
     definition=qk_definition,
     fake=_qk_fake,
+    gpu=Gpu(_qk_triton),
     outputs=("scores",),
 )
 AV = Op(
@@ -325,6 +346,7 @@ AV = Op(
     batched=2,
     definition=av_definition,
     fake=_av_fake,
+    gpu=Gpu(_av_triton),
     outputs=("out",),
 )
 for op in (OP, QK, AV):
