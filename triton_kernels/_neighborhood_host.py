@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from ._host import DTYPES, device_reasons, power
+from ._window_host import alignment
 
 MAX_WIDTH = 256                         # D and Dv
+CONFIGS = (                             # bytes of an element and padded width at most, tokens of a tile, keys of a block, warps, stages
+    (2, 64, 64, 32, 8, 2), (2, 128, 32, 32, 8, 2), (2, 256, 16, 32, 8, 2), (4, 64, 16, 16, 4, 2), (4, 256, 16, 16, 8, 1),
+)  # fmt: skip
 UNSPECIALIZED = (
     "q_strides", "k_strides", "v_strides", "a_strides", "dout_strides", "dlse_strides", "rpb_strides", "ke_strides", "ve_strides",
     "x_strides", "y_strides", "lengths", "tiles", "heads", "extras", "total", "chunks", "tokens",
@@ -75,12 +79,13 @@ def rpb_strides(rpb: Tensor | None) -> tuple[int, ...]:
     return (0,) * 4 if rpb is None else rpb.stride()
 
 
-def arguments(q, k, v, rpb, key_mask, k_extra, v_extra, kernel, dilation, stride, causal, zero, scale):
-    """Programs of a grid over tiles of tokens and heads, the arguments that kernels of the fused op share, and those of the launch."""
+def arguments(q, k, v, rpb, key_mask, k_extra, v_extra, kernel, dilation, stride, causal, zero, scale, *more):
+    """Programs of a grid over tiles of tokens and heads, the arguments that kernels of the fused op share, and those of the launch;
+    `more` are further maps whose strides count for ALIGN."""
     batch, *lengths, heads, d = q.shape
     dv = v.shape[-1]
     wide = power(max(d, dv))
-    side = 64 if wide <= 64 else 32 if wide <= 128 else 16
+    side, block_n, warps, stages = next(x[2:] for x in CONFIGS if q.element_size() <= x[0] and wide <= x[1])
     sides = tile(tuple(lengths), tuple(kernel), tuple(dilation), side)
     tiles = counts(lengths, dilation, sides)
     extras = 0 if k_extra is None else k_extra.shape[1]
@@ -93,7 +98,8 @@ def arguments(q, k, v, rpb, key_mask, k_extra, v_extra, kernel, dilation, stride
         "ke_strides": extra_strides(k_extra), "ve_strides": extra_strides(v_extra),
         **window(lengths, kernel, dilation, stride, causal, zero), "tiles": tiles, "heads": heads, "extras": extras,
         "scale": float(scale), "D": d, "DV": dv, "BLOCK_D": power(d), "BLOCK_DV": power(dv), "GROUP": heads // k.shape[-2],
-        "TILE": sides, "BLOCK_N": min(side, 64), "STAGES": 2,
+        "ALIGN": alignment([q, k, v, *more]),
+        "TILE": sides, "BLOCK_N": block_n, "STAGES": stages,
     }  # fmt: skip
-    return math.prod(tiles) * heads * math.prod(dilation) * batch, shared, {"num_warps": 4, "num_stages": 2}
+    return math.prod(tiles) * heads * math.prod(dilation) * batch, shared, {"num_warps": warps, "num_stages": stages}
 

@@ -56,7 +56,8 @@ def _slot_of(i, j, sizes, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl
 def _scores(
     x_ptr, y_ptr, rpb_ptr, a_ptr, x_strides, y_strides, d_strides, rpb_strides, lengths, heads, tokens, scale,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, ZERO: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, UNSEEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
+    UNSEEN: tl.constexpr,
 ):  # fmt: skip
     """a = scale x.y + rpb, contiguous; UNSEEN in a slot that is not visible. As a gradient (UNSEEN 0) what is not finite in y is 0.
     Grid: heads (fastest) x blocks of tokens x images, on axis 0."""
@@ -68,13 +69,13 @@ def _scores(
     c, i, group, sizes = token_groups(n, lengths, DILATION)
     here = n < tokens
     start, end = windows(i, sizes, KERNEL, STRIDE, CAUSAL, ZERO)
-    x = load_rows(x_ptr, offsets(c, image, head, x_strides), here, d_strides[0], D, BLOCK_D).to(tl.float32)
+    x = load_rows(x_ptr, offsets(c, image, head, x_strides, ALIGN), here, d_strides[0], D, BLOCK_D).to(tl.float32)
     slots: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     at = ((image.to(tl.int64) * tokens + n) * heads + head) * slots
     for slot in tl.range(0, slots):
         j, seen = _in_slot(slot, start, end, KERNEL)
         seen &= here
-        rows = offsets(on_map(j, group, DILATION), image, head // GROUP, y_strides)
+        rows = offsets(on_map(j, group, DILATION), image, head // GROUP, y_strides, ALIGN)
         y = load_rows(y_ptr, rows, seen & inside(j, sizes), d_strides[1], D, BLOCK_D).to(tl.float32)
         s = tl.sum(x * (clean(y) if UNSEEN == 0.0 else y), 1) * scale
         if UNSEEN != 0.0:
@@ -89,7 +90,8 @@ def _scores(
 def _apply(
     a_ptr, y_ptr, out_ptr, a_strides, y_strides, d_strides, lengths, heads, tokens, scale,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, ZERO: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CLEAN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):  # fmt: skip
     """out_i = scale sum_s a_is y of the visible slots, contiguous. What is not finite in y makes its channel NaN, or is 0 with CLEAN.
     Grid: heads (fastest) x blocks of tokens x images, on axis 0."""
@@ -101,13 +103,13 @@ def _apply(
     c, i, group, sizes = token_groups(n, lengths, DILATION)
     here = n < tokens
     start, end = windows(i, sizes, KERNEL, STRIDE, CAUSAL, ZERO)
-    at = offsets(c, image, head, a_strides)
+    at = offsets(c, image, head, a_strides, 1)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for slot in tl.range(0, KERNEL[0] * KERNEL[1] * KERNEL[2]):
         j, seen = _in_slot(slot, start, end, KERNEL)
         seen &= here
         a = tl.load(a_ptr + at + (at * 0 + slot) * d_strides[0], mask=seen, other=0.0).to(tl.float32)
-        rows = offsets(on_map(j, group, DILATION), image, head // GROUP, y_strides)
+        rows = offsets(on_map(j, group, DILATION), image, head // GROUP, y_strides, ALIGN)
         y = load_rows(y_ptr, rows, seen & inside(j, sizes), d_strides[1], D, BLOCK_D).to(tl.float32)
         acc += a[:, None] * tl.where(tl.abs(y) < float("inf"), y, 0.0 if CLEAN else float("nan"))
     store_rows(out_ptr, ((image.to(tl.int64) * tokens + n) * heads + head) * D, here, 1, acc * scale, D, BLOCK_D)
@@ -117,7 +119,8 @@ def _apply(
 def _spread(
     a_ptr, x_ptr, out_ptr, a_strides, x_strides, d_strides, lengths, heads, tokens, scale,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, ZERO: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, SIDE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
+    SIDE: tl.constexpr,
 ):  # fmt: skip
     """out_j = scale sum over the queries i of all heads of a group that see j of a_i,slot(j) x_i, contiguous.
     Grid: heads of k (fastest) x blocks of tokens x images, on axis 0."""
@@ -136,9 +139,9 @@ def _spread(
         seen &= here
         at = on_map(i, group, DILATION)
         for head in tl.range(kv_head * GROUP, (kv_head + 1) * GROUP):
-            of_query = offsets(at, image, head, a_strides) + slot.to(tl.int64) * d_strides[0]
+            of_query = offsets(at, image, head, a_strides, 1) + slot.to(tl.int64) * d_strides[0]
             a = tl.load(a_ptr + of_query, mask=seen, other=0.0)
-            x = load_rows(x_ptr, offsets(at, image, head, x_strides), seen, d_strides[1], D, BLOCK_D)
+            x = load_rows(x_ptr, offsets(at, image, head, x_strides, ALIGN), seen, d_strides[1], D, BLOCK_D)
             acc += a.to(tl.float32)[:, None] * x.to(tl.float32)
     store_rows(out_ptr, ((image.to(tl.int64) * tokens + n) * kv_heads + kv_head) * D, here, 1, acc * scale, D, BLOCK_D)
 
@@ -161,6 +164,6 @@ def _entries(
         n = work % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
         c, i, group, sizes = token_groups(n, lengths, DILATION)
         slot, seen = _slot_of(i, _at_offset(r, i, SIDE, KERNEL, False), sizes, KERNEL, STRIDE, CAUSAL, ZERO)
-        at = offsets(c, work // blocks, head, a_strides) + slot.to(tl.int64) * d_strides[0]
+        at = offsets(c, work // blocks, head, a_strides, 1) + slot.to(tl.int64) * d_strides[0]
         acc += tl.load(a_ptr + at, mask=seen & (n < tokens), other=0.0).to(tl.float32)
     tl.store(out_ptr + (chunk * heads + head) * R + r, tl.sum(acc))

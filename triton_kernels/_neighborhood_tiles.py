@@ -79,11 +79,11 @@ def on_map(c, group, DILATION: tl.constexpr):
 
 
 @triton.jit
-def offsets(c, image, head, strides):
-    """Element offset of each row of a map; strides are (batch, three axes, head)."""
+def offsets(c, image, head, strides, ALIGN: tl.constexpr):
+    """Element offset of each row of a map; strides are (batch, three axes, head), all multiples of ALIGN."""
     wide = c[0].to(tl.int64)
     at = wide * strides[1] + c[1].to(tl.int64) * strides[2] + c[2].to(tl.int64) * strides[3]
-    return at + (wide * 0 + image) * strides[0] + (wide * 0 + head) * strides[4]
+    return tl.multiple_of(at + (wide * 0 + image) * strides[0] + (wide * 0 + head) * strides[4], ALIGN)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def key_tile(
     q, base, i, start, end, box, counts, sizes, group, image, head, scale,
     k_ptr, rpb_ptr, mask_ptr, k_strides, d_stride, rpb_strides, lengths,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Scores of the queries against the keys base.. of the box, -inf where hidden, those keys, where they lie on the map, and whether
     they are there."""
@@ -64,7 +64,7 @@ def key_tile(
         kept = tl.load(mask_ptr + numbers(c, image, lengths), mask=real, other=1) != 0
         seen &= kept[None, :]
         real &= kept
-    k = load_rows(k_ptr, offsets(c, image, head // GROUP, k_strides), real, d_stride, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    k = load_rows(k_ptr, offsets(c, image, head // GROUP, k_strides, ALIGN), real, d_stride, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     bias = 0.0
     if rpb_ptr is not None:
         bias = load_rpb(rpb_ptr, rpb_strides, head, rows(i), columns(j), seen, KERNEL)
@@ -119,8 +119,8 @@ def _walk(
     k_ptr, v_ptr, rpb_ptr, mask_ptr, ke_ptr, ve_ptr, k_strides, v_strides, d_strides, rpb_strides, ke_strides, ve_strides,
     lengths, extras,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Largest score, sum of the weights, their products with the values, and with EXACT the values that are not finite."""
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -130,8 +130,8 @@ def _walk(
     for base in tl.range(0, counts[0] * counts[1] * counts[2], BLOCK_N, num_stages=STAGES):
         s, k, c, real = key_tile(
             q, base, i, start, end, box, counts, sizes, group, image, head, scale, k_ptr, rpb_ptr, mask_ptr, k_strides,
-            d_strides[1], rpb_strides, lengths, KERNEL, DILATION, D, BLOCK_D, BLOCK_N, GROUP)
-        v = load_rows(v_ptr, offsets(c, image, head // GROUP, v_strides), real, d_strides[2], DV, BLOCK_DV)
+            d_strides[1], rpb_strides, lengths, KERNEL, DILATION, D, BLOCK_D, BLOCK_N, GROUP, ALIGN)
+        v = load_rows(v_ptr, offsets(c, image, head // GROUP, v_strides, ALIGN), real, d_strides[2], DV, BLOCK_DV)
         top, norm, acc, bad = _add_values(s, v, top, norm, acc, bad, EXACT)
     if ke_ptr is not None:
         for base in tl.range(0, extras, BLOCK_N, num_stages=1):
@@ -147,7 +147,7 @@ def _forward(
     q_strides, k_strides, v_strides, d_strides, rpb_strides, ke_strides, ve_strides, lengths, tiles, heads, extras, scale,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, ZERO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of queries of one group and head.
     Grid: heads (fastest) x tiles x groups x images, on axis 0.
@@ -164,16 +164,16 @@ def _forward(
         box, counts = box_of(first, sizes, KERNEL, STRIDE, CAUSAL, ZERO, TILE)
         here = inside(i, sizes)
         c = on_map(i, group, DILATION)
-        q = load_rows(q_ptr, offsets(c, image, head, q_strides), here, d_strides[0], D, BLOCK_D)   # [BLOCK_M, BLOCK_D]
+        q = load_rows(q_ptr, offsets(c, image, head, q_strides, ALIGN), here, d_strides[0], D, BLOCK_D)   # [BLOCK_M, BLOCK_D]
         top, norm, acc, bad = _walk(
             q, i, start, end, box, counts, sizes, group, image, head, scale, k_ptr, v_ptr, rpb_ptr, mask_ptr, ke_ptr, ve_ptr,
             k_strides, v_strides, d_strides, rpb_strides, ke_strides, ve_strides, lengths, extras,
-            KERNEL, DILATION, D, DV, BLOCK_D, BLOCK_DV, TILE[0] * TILE[1] * TILE[2], BLOCK_N, GROUP, False, STAGES)
+            KERNEL, DILATION, D, DV, BLOCK_D, BLOCK_DV, TILE[0] * TILE[1] * TILE[2], BLOCK_N, GROUP, ALIGN, False, STAGES)
         if tl.sum(tl.where(tl.abs(acc) < float("inf"), 0, 1)) > 0:
             top, norm, acc, bad = _walk(
                 q, i, start, end, box, counts, sizes, group, image, head, scale, k_ptr, v_ptr, rpb_ptr, mask_ptr, ke_ptr,
                 ve_ptr, k_strides, v_strides, d_strides, rpb_strides, ke_strides, ve_strides, lengths, extras,
-                KERNEL, DILATION, D, DV, BLOCK_D, BLOCK_DV, TILE[0] * TILE[1] * TILE[2], BLOCK_N, GROUP, True, 1)
+                KERNEL, DILATION, D, DV, BLOCK_D, BLOCK_DV, TILE[0] * TILE[1] * TILE[2], BLOCK_N, GROUP, ALIGN, True, 1)
             acc = tl.where(bad > 0.0, float("nan"), acc)
         full = tl.where(norm == 0.0, 1.0, norm)
         lse = tl.where(norm == 0.0, float("-inf"), top + tl.log2(full) * LN2)

@@ -40,7 +40,7 @@ def _backward_queries(
     tiles, heads, extras, scale, dout_step,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, ZERO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """delta = sum P dP and then dq of a tile of queries of one group and head.
     Grid: heads (fastest) x tiles x groups x images, on axis 0. delta is [B, tokens, H], dq contiguous and may be null."""
@@ -56,21 +56,21 @@ def _backward_queries(
         box, counts = box_of(first, sizes, KERNEL, STRIDE, CAUSAL, ZERO, TILE)
         here = inside(i, sizes)
         c = on_map(i, group, DILATION)
-        q = load_rows(q_ptr, offsets(c, image, head, q_strides), here, d_strides[0], D, BLOCK_D)
-        dout = load_rows(dout_ptr, offsets(c, image, head, dout_strides), here, dout_step, DV, BLOCK_DV)
+        q = load_rows(q_ptr, offsets(c, image, head, q_strides, ALIGN), here, d_strides[0], D, BLOCK_D)
+        dout = load_rows(dout_ptr, offsets(c, image, head, dout_strides, ALIGN), here, dout_step, DV, BLOCK_DV)
         at = numbers(c, image, lengths) * heads + head                                 # [BLOCK_M]
         lse = tl.load(lse_ptr + at, mask=here, other=0.0)
         dlse = tl.zeros([TILE[0] * TILE[1] * TILE[2]], tl.float32)
         if dlse_ptr is not None:
-            dlse = tl.load(dlse_ptr + offsets(c, image, head, dlse_strides), mask=here, other=0.0)
+            dlse = tl.load(dlse_ptr + offsets(c, image, head, dlse_strides, 1), mask=here, other=0.0)
         delta = tl.zeros([TILE[0] * TILE[1] * TILE[2]], tl.float32)
         dq = tl.zeros([TILE[0] * TILE[1] * TILE[2], BLOCK_D], tl.float32)
         for turn in tl.static_range(2):                     # delta, then dq
             for base in tl.range(0, counts[0] * counts[1] * counts[2], BLOCK_N, num_stages=STAGES):
                 s, k, at_j, real = key_tile(
                     q, base, i, start, end, box, counts, sizes, group, image, head, scale, k_ptr, rpb_ptr, mask_ptr,
-                    k_strides, d_strides[1], rpb_strides, lengths, KERNEL, DILATION, D, BLOCK_D, BLOCK_N, GROUP)
-                v = load_rows(v_ptr, offsets(at_j, image, head // GROUP, v_strides), real, d_strides[2], DV, BLOCK_DV)
+                    k_strides, d_strides[1], rpb_strides, lengths, KERNEL, DILATION, D, BLOCK_D, BLOCK_N, GROUP, ALIGN)
+                v = load_rows(v_ptr, offsets(at_j, image, head // GROUP, v_strides, ALIGN), real, d_strides[2], DV, BLOCK_DV)
                 dp = tl.dot(dout, tl.trans(clean(v).to(v.dtype)), input_precision="ieee")
                 p, ds = slopes(s, lse[:, None], dlse[:, None], delta[:, None], dp)
                 if turn == 0:
@@ -95,11 +95,11 @@ def _backward_queries(
 @triton.jit
 def _query_side(
     c, here, image, head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides, dout_strides, q_step, dout_step, lengths, heads,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Queries and dout at coordinates of the map, what they hold that is finite, lse, delta, and NaN for a dout that is not finite."""
-    q = load_rows(q_ptr, offsets(c, image, head, q_strides), here, q_step, D, BLOCK_D)
-    dout = load_rows(dout_ptr, offsets(c, image, head, dout_strides), here, dout_step, DV, BLOCK_DV)
+    q = load_rows(q_ptr, offsets(c, image, head, q_strides, ALIGN), here, q_step, D, BLOCK_D)
+    dout = load_rows(dout_ptr, offsets(c, image, head, dout_strides, ALIGN), here, dout_step, DV, BLOCK_DV)
     at = numbers(c, image, lengths) * heads + head
     lse = tl.load(lse_ptr + at, mask=here, other=0.0)
     delta = tl.load(delta_ptr + at, mask=here, other=0.0)
@@ -112,7 +112,7 @@ def _backward_keys(
     q_strides, k_strides, v_strides, dout_strides, d_strides, rpb_strides, lengths, tiles, heads, scale, dout_step,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, ZERO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys of one group and head of k.
     Grid: heads of k (fastest) x tiles x groups x images, on axis 0. dk and dv are contiguous; either may be null."""
@@ -130,8 +130,8 @@ def _backward_keys(
         kept = here
         if mask_ptr is not None:
             kept &= tl.load(mask_ptr + numbers(c, image, lengths), mask=here, other=0) != 0
-        k = load_rows(k_ptr, offsets(c, image, kv_head, k_strides), kept, d_strides[1], D, BLOCK_D)
-        v = load_rows(v_ptr, offsets(c, image, kv_head, v_strides), kept, d_strides[2], DV, BLOCK_DV)
+        k = load_rows(k_ptr, offsets(c, image, kv_head, k_strides, ALIGN), kept, d_strides[1], D, BLOCK_D)
+        v = load_rows(v_ptr, offsets(c, image, kv_head, v_strides, ALIGN), kept, d_strides[2], DV, BLOCK_DV)
         bad, v = broken(k), clean(v).to(v.dtype)
         last0 = tl.minimum(first[0] + TILE[0], sizes[0]) - 1
         last1 = tl.minimum(first[1] + TILE[1], sizes[1]) - 1
@@ -150,7 +150,7 @@ def _backward_keys(
                 start, end = windows(i, sizes, KERNEL, STRIDE, CAUSAL, ZERO)
                 q, dout, q_finite, dout_finite, lse, delta, spoilt = _query_side(
                     on_map(i, group, DILATION), n < total, image, head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides,
-                    dout_strides, d_strides[0], dout_step, lengths, heads, D, DV, BLOCK_D, BLOCK_DV)
+                    dout_strides, d_strides[0], dout_step, lengths, heads, D, DV, BLOCK_D, BLOCK_DV, ALIGN)
                 seen = sees(columns(start), columns(end), rows(j)) & kept[:, None] & (n < total)[None, :]
                 bias = 0.0
                 if rpb_ptr is not None:
@@ -175,7 +175,7 @@ def _backward_rpb(
     q_strides, k_strides, v_strides, dout_strides, d_strides, rpb_strides, lengths, tiles, heads, scale, dout_step, total, chunks,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, ZERO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of dS over rows of queries for one offset on the two outer axes and BLOCK_N keys of a row: every row of BLOCK_M queries lies
     likewise to its keys, so the tiles are added as they are and their diagonals, the offsets on the last axis, once at the end.
@@ -217,9 +217,9 @@ def _backward_rpb(
                 real &= kept
             q, dout, q_finite, dout_finite, lse, delta, spoilt = _query_side(
                 on_map(i, group, DILATION), here, image, head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides, dout_strides,
-                d_strides[0], dout_step, lengths, heads, D, DV, BLOCK_D, BLOCK_DV)
-            k = load_rows(k_ptr, offsets(at_j, image, head // GROUP, k_strides), real, d_strides[1], D, BLOCK_D)
-            v = load_rows(v_ptr, offsets(at_j, image, head // GROUP, v_strides), real, d_strides[2], DV, BLOCK_DV)
+                d_strides[0], dout_step, lengths, heads, D, DV, BLOCK_D, BLOCK_DV, ALIGN)
+            k = load_rows(k_ptr, offsets(at_j, image, head // GROUP, k_strides, ALIGN), real, d_strides[1], D, BLOCK_D)
+            v = load_rows(v_ptr, offsets(at_j, image, head // GROUP, v_strides, ALIGN), real, d_strides[2], DV, BLOCK_DV)
             bias = load_rpb(rpb_ptr, rpb_strides, head, rows(i), columns(j), seen, KERNEL)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             s = finished(s + broken(k)[None, :], bias, seen, True)
@@ -236,7 +236,7 @@ def _backward_extras(
     q_ptr, ke_ptr, ve_ptr, dout_ptr, lse_ptr, delta_ptr, dke_ptr, dve_ptr,
     q_strides, dout_strides, d_strides, ke_strides, ve_strides, lengths, heads, extras, scale, dout_step, tokens, chunks,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_M extra keys from one chunk of an image's queries.
     Grid: heads of k (fastest) x blocks of keys x chunks x images, on axis 0. Writes [B, chunks, E, Hk, D] and [B, chunks, E, Hk, Dv]."""
@@ -261,7 +261,7 @@ def _backward_extras(
             c = (n // lengths[2] // lengths[1], n // lengths[2] % lengths[1], n % lengths[2])
             q, dout, q_finite, dout_finite, lse, delta, spoilt = _query_side(
                 c, n < last, image, head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides, dout_strides, d_strides[0], dout_step,
-                lengths, heads, D, DV, BLOCK_D, BLOCK_DV)
+                lengths, heads, D, DV, BLOCK_D, BLOCK_DV, ALIGN)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
             s = finished(s + bad[:, None], 0.0, (m < extras)[:, None] & (n < last)[None, :], False)
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
@@ -287,7 +287,7 @@ def bwd(
     dout = torch.zeros((1,), dtype=v.dtype, device=v.device).expand(*q.shape[:-1], v.shape[-1]) if dout is None else dout
     delta = torch.empty_like(lse)
     grid, shared, launch = arguments(
-        q, k, v, rpb, key_mask, k_extra, v_extra, kernel, dilation, stride, causal, zero, scale
+        q, k, v, rpb, key_mask, k_extra, v_extra, kernel, dilation, stride, causal, zero, scale, dout
     )
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "dout_step": dout.stride(-1), "lse_ptr": lse, "delta_ptr": delta}
     _backward_queries[(grid,)](
@@ -309,8 +309,8 @@ def _sum_rpb(shared: dict, q: Tensor, rpb: Tensor, kernel: list[int], dilation: 
     """drpb in float32."""
     batch, *lengths, heads, _ = q.shape
     shared = {name: x for name, x in shared.items() if name not in ("TILE", "BLOCK_N", "tiles")}
-    block_m = block_n = 16 if max(shared["BLOCK_D"], shared["BLOCK_DV"]) > 128 else 32
     r0, r1, r2 = (2 * n - 1 for n in kernel)
+    block_m, block_n = 16, 16 if r2 == 1 else 32
     blocks, span = -(-(r2 + block_m - 1) // block_n), block_n + block_m - 1
     sides = [-(-n // d) for n, d in zip(lengths, dilation, strict=True)]
     tiles = (sides[0], sides[1], -(-sides[2] // block_m))
@@ -333,7 +333,7 @@ def _sum_extras(shared, of_extras, q, k_extra, v_extra, launch) -> tuple[Tensor,
     """Gradients of the extra keys and values of every image in float32: [B, E, Hk, D], [B, E, Hk, Dv]."""
     batch, *lengths, heads, _ = q.shape
     names = ("q_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "q_strides", "dout_strides", "d_strides", "lengths", "heads", "scale",
-             "dout_step", "D", "DV", "BLOCK_D", "BLOCK_DV", "GROUP", "STAGES")  # fmt: skip
+             "dout_step", "D", "DV", "BLOCK_D", "BLOCK_DV", "GROUP", "ALIGN", "STAGES")  # fmt: skip
     extras, kv_heads = k_extra.shape[1:3]
     tokens = lengths[0] * lengths[1] * lengths[2]
     fans = kv_heads * -(-extras // 16) * batch
