@@ -10,6 +10,7 @@ from vitkern.nn.linear_attention import FocusedLinearAttention, LinearAttention,
 from vitkern.nn.lite_mla import LiteMLA
 from vitkern.nn.masked_cross_attention import MaskedCrossAttention
 from vitkern.nn.mdta import MDTA
+from vitkern.nn.neighborhood_attention import DilatedNeighborhoodAttention, NeighborhoodAttention
 from vitkern.nn.sigmoid_attention import SigmoidAttention
 from vitkern.nn.spatial_decay_attention import PolylinePathAttention, RetentionAttention2d
 from vitkern.nn.ss2d import SS2D
@@ -26,6 +27,7 @@ __all__ = [
     "BeitAttention",
     "ChannelAttention",
     "DecomposedRelPosAttention",
+    "DilatedNeighborhoodAttention",
     "FocusedLinearAttention",
     "GaussianMixtureAttention",
     "LevitAttention",
@@ -33,6 +35,7 @@ __all__ = [
     "LinearAttention",
     "LiteMLA",
     "MaskedCrossAttention",
+    "NeighborhoodAttention",
     "PolylinePathAttention",
     "RetentionAttention2d",
     "SigmoidAttention",
