@@ -173,9 +173,7 @@ def test_float32_places_beside_a_bfloat16_value_stay_exact(backend):
     shapes = ((100, 152),)
     value, where, weights = (t.detach() for t in inputs(shapes, batch=1, queries=64, dtype=torch.float32))
     low = value.bfloat16()
-    oracle = vitkern.deformable_attention(
-        low.double(), shapes, where.double(), weights.double(), backend="reference"
-    )
+    oracle = vitkern.deformable_attention(low.double(), shapes, where.double(), weights.double(), backend="reference")
     eager = vitkern.deformable_attention(low, shapes, where, weights, backend="reference")
     got = vitkern.deformable_attention(low, shapes, where, weights, backend=backend)
     testing.assert_close_to_oracle("out", got, oracle, eager)
