@@ -1,8 +1,9 @@
-// deformable_attention on the CPU: blocks of queries to threads; in the backward, levels of heads.
+// deformable_attention on the CPU: blocks of queries and heads to threads; in the backward, levels of heads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -77,10 +78,10 @@ struct Run {
 
   template <typename Kernel>
   void over_blocks(Kernel kernel, int64_t bytes) const {
-    const int64_t blocks = (p.queries + kDeformQueries - 1) / kDeformQueries;
+    const int64_t blocks = (p.queries * p.heads + kDeformRows - 1) / kDeformRows;
     torch::stable::parallel_for(0, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch(bytes, false);
-      for (int64_t t = begin; t < end; ++t) kernel(p, t / blocks, t % blocks * kDeformQueries, scratch.data());
+      for (int64_t t = begin; t < end; ++t) kernel(p, t / blocks, t % blocks * kDeformRows, scratch.data());
     });
   }
 };
@@ -89,8 +90,23 @@ Tensor deformable_attention(Tensor value, Tensor locations, Tensor weights, std:
                             bool nearest, bool normalize, std::string /*gpu*/) {
   Run r(value, locations, weights, shapes, points, nearest, normalize);
   Tensor out = new_tensor({r.p.batch, r.p.queries, r.p.heads, r.p.dim}, r.p.value.dtype);
-  r.p.out = rows_of(out);
-  r.over_blocks(r.chosen().forward, r.chosen().forward_bytes(r.p));
+  DeformProblem& p = r.p;
+  p.out = rows_of(out);
+  const DeformKernels& k = r.chosen();
+  if (p.value.dim == 1 && p.queries * p.points >= kDeformReads * value.size(1)) {
+    const int64_t most = (p.queries * p.points) / (kDeformReads * value.size(1));
+    p.chunk = std::max<int64_t>(kDeformRows, (p.queries + most - 1) / most);
+    const int64_t chunks = (p.queries + p.chunk - 1) / p.chunk, bytes = k.forward_bytes(p);
+    torch::stable::parallel_for(0, p.batch * p.heads * chunks, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(bytes, false);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t slice = t / chunks;
+        k.forward_head(p, slice / p.heads, int32_t(slice % p.heads), t % chunks * p.chunk, scratch.data());
+      }
+    });
+  } else {
+    r.over_blocks(k.forward, k.forward_bytes(p));
+  }
   return out;
 }
 

@@ -24,7 +24,7 @@ struct DeformLevel {
   int64_t locations, weights;            // elements from a query's and head's first point to that of the level
 };
 
-constexpr int32_t kDeformQueries = 16;  // of a block
+constexpr int32_t kDeformRows = 16;  // of a block; a row is a query and head, the heads of a query behind each other
 
 // One call. Acc is float or double, as the kernels.
 struct DeformProblem {
@@ -35,14 +35,20 @@ struct DeformProblem {
   int64_t batch, queries;
   int32_t heads, dim, levels, points;  // points: of all levels
   bool nearest, normalize;
+  int64_t chunk;  // queries of a task that takes one head's cells along, or 0: tasks are blocks of all heads
 };
+
+// How often a cell is read, on average, before its row is worth a copy to where a head's cells lie side by side.
+constexpr int64_t kDeformReads = 4;
 
 // `scratch` is aligned to 64 bytes and holds forward_bytes(p) or backward_bytes(p).
 struct DeformKernels {
   int64_t (*forward_bytes)(const DeformProblem& p);
   int64_t (*backward_bytes)(const DeformProblem& p);
-  // out of the block of queries that starts at `first`
+  // out of the block of rows that starts at `first`, of all heads
   void (*forward)(const DeformProblem& p, int64_t image, int64_t first, void* scratch);
+  // out of one head and the chunk of queries that starts at `first`
+  void (*forward_head)(const DeformProblem& p, int64_t image, int32_t head, int64_t first, void* scratch);
   // all gradients that one level of one head takes part in: a slice of dvalue, dlocations and dweights
   void (*backward)(const DeformProblem& p, int64_t image, int32_t head, int32_t level, void* scratch);
   // dweights from dsoft
