@@ -163,6 +163,12 @@ def _fake(value: Tensor, locations: Tensor, *rest: Any) -> Tensor:
     return value.new_empty((*locations.shape[:3], value.shape[3]))
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import deformable_attention as kernels
+
+    return kernels
+
+
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
     return _call.explanation(NAME, OP, _lower(*args, **options), backend)
 
@@ -175,7 +181,7 @@ OP = _Sampling(
     batched=3,
     definition=definition,
     fake=_fake,
-    gpu=Gpu(),
+    gpu=Gpu(_triton),
     outputs=("out",),
 )
 OP.register()
