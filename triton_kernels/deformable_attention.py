@@ -6,6 +6,8 @@ sort. A sum of integers, scaled by a first pass over the products, would be as r
 its whole slice along, and every cell would pass through a sum of eight bytes a channel.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,16 @@ from torch import Tensor
 
 from ._host import DTYPES, device_reasons, power
 
-SIZES = ("shapes", "points", "queries", "heads", "cells", "padded", "slices")
+SIZES = ("levels", "count", "queries", "heads", "cells", "padded", "slices")
 TILE = 2048                             # elements of a program's rows of channels
+
+
+@triton.jit
+def _level(table_ptr, level):
+    """Height, width and points of a level, and where its points begin in a row of locations and of weights."""
+    row = table_ptr + level * 8
+    return (tl.load(row).to(tl.int32), tl.load(row + 1).to(tl.int32), tl.load(row + 2).to(tl.int32), tl.load(row + 3),
+            tl.load(row + 4))  # fmt: skip
 
 
 @triton.jit
@@ -47,9 +57,8 @@ def _corner(value_ptr, alive, row, column, height, width, token, d, channels):
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
-    value_ptr, loc_ptr, weight_ptr, out_ptr, value_strides, loc_strides, weight_strides, loc_levels, weight_levels,
-    shapes, points, queries, heads,
-    LEVELS: tl.constexpr, NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    value_ptr, loc_ptr, weight_ptr, out_ptr, table_ptr, value_strides, loc_strides, weight_strides, levels, queries, heads,
+    NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out [B, N, H, D], contiguous. Grid: heads (fastest) x blocks of queries x images, on axis 0.
     Any strides: value (image, token, head, channel), locations and weights (image, query, head, point, axis)."""
@@ -65,13 +74,12 @@ def _forward(
     weight = image * weight_strides[0] + query * weight_strides[1] + head * weight_strides[2]
     value_ptr += image * value_strides[0] + head * value_strides[2]
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for level in tl.static_range(LEVELS):
-        height = shapes[2 * level]
-        width = shapes[2 * level + 1]
-        for p in range(0, points[level]):
+    for level in range(0, levels):
+        height, width, points, loc_level, weight_level = _level(table_ptr, level)
+        for p in range(0, points):
             alive, left, top, fx, fy = _place(
-                loc_ptr, loc + loc_levels[level] + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST)
-            a = tl.load(weight_ptr + weight + weight_levels[level] + p * weight_strides[3], mask=alive, other=0.0).to(tl.float32)
+                loc_ptr, loc + loc_level + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST)
+            a = tl.load(weight_ptr + weight + weight_level + p * weight_strides[3], mask=alive, other=0.0).to(tl.float32)
             row = top.to(tl.int32)
             column = left.to(tl.int32)
             found = _corner(value_ptr, alive, row, column, height, width, value_strides[1], steps, channels)
@@ -90,9 +98,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def _places(
-    value_ptr, loc_ptr, weight_ptr, dout_ptr, dloc_ptr, dweight_ptr, key_ptr, value_strides, loc_strides, weight_strides,
-    dout_strides, loc_levels, weight_levels, shapes, points, queries, heads, padded, slices,
-    LEVELS: tl.constexpr, NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    value_ptr, loc_ptr, weight_ptr, dout_ptr, dloc_ptr, dweight_ptr, key_ptr, table_ptr, value_strides, loc_strides,
+    weight_strides, dout_strides, levels, count, queries, heads, padded, slices,
+    NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Where asked for: dlocations [B, N, H, J, 2] and dweights [B, N, H, J], and of every point its left upper cell as a key
     [B, N, H, J] among the `padded` cells of its image and head, where every level has a row and a column in front; a point
@@ -108,21 +116,17 @@ def _places(
     loc = image * loc_strides[0] + query * loc_strides[1] + head * loc_strides[2]      # [BLOCK_Q]
     weight = image * weight_strides[0] + query * weight_strides[1] + head * weight_strides[2]
     value_ptr += image * value_strides[0] + head * value_strides[2]
-    count = 0
-    for level in tl.static_range(LEVELS):
-        count += points[level]
     at = ((image * queries + query) * heads + head) * count                            # [BLOCK_Q]
     if dweight_ptr is not None or dloc_ptr is not None:
         rows = image * dout_strides[0] + query * dout_strides[1] + head * dout_strides[2]
         g = tl.load(dout_ptr + rows[:, None] + d.to(tl.int64)[None, :] * dout_strides[3],
                     mask=real[:, None] & channels[None, :], other=0.0).to(tl.float32)  # [BLOCK_Q, BLOCK_D]
     first = (image * heads + head) * padded                                            # the level's first key
-    for level in tl.static_range(LEVELS):
-        height = shapes[2 * level]
-        width = shapes[2 * level + 1]
-        for p in range(0, points[level]):
+    for level in range(0, levels):
+        height, width, points, loc_level, weight_level = _level(table_ptr, level)
+        for p in range(0, points):
             alive, left, top, fx, fy = _place(
-                loc_ptr, loc + loc_levels[level] + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST)
+                loc_ptr, loc + loc_level + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST)
             row = top.to(tl.int32)
             column = left.to(tl.int32)
             if key_ptr is not None:
@@ -147,7 +151,7 @@ def _places(
                     da = tl.where(alive, da, 0.0)
                     tl.store(dweight_ptr + at + p, da.to(dweight_ptr.dtype.element_ty), mask=real)
                 if dloc_ptr is not None:
-                    a = tl.load(weight_ptr + weight + weight_levels[level] + p * weight_strides[3], mask=alive, other=0.0)
+                    a = tl.load(weight_ptr + weight + weight_level + p * weight_strides[3], mask=alive, other=0.0)
                     a = a.to(tl.float32)
                     dx = tl.where(alive & (NEAREST == 0), a * width * dx, 0.0)
                     dy = tl.where(alive & (NEAREST == 0), a * height * dy, 0.0)
@@ -155,14 +159,14 @@ def _places(
                     tl.store(dloc_ptr + (at + p) * 2 + 1, dy.to(dloc_ptr.dtype.element_ty), mask=real)
         value_ptr += (height * width).to(tl.int64) * value_strides[1]
         first += (height + 1).to(tl.int64) * (width + 1)
-        at += points[level]
+        at += points
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _cells(
-    loc_ptr, weight_ptr, dout_ptr, order_ptr, first_ptr, dvalue_ptr, loc_strides, weight_strides, dout_strides, loc_levels,
-    weight_levels, shapes, points, queries, heads, cells, padded,
-    LEVELS: tl.constexpr, NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    loc_ptr, weight_ptr, dout_ptr, order_ptr, first_ptr, dvalue_ptr, table_ptr, loc_strides, weight_strides, dout_strides,
+    levels, count, queries, heads, cells, padded,
+    NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dvalue [B, S, H, D], contiguous, of one cell and head: the points whose left upper cell is this one or one of three
     neighbours. order names the points [B, N, H, J] by their keys, first [keys + 1] where each key begins.
@@ -170,19 +174,13 @@ def _cells(
     head = (tl.program_id(0) % heads).to(tl.int64)
     image = (tl.program_id(0) // heads // cells).to(tl.int64)
     cell = tl.program_id(0) // heads % cells
-    height, width, start, key, before, count = shapes[0], shapes[1], 0, 0, 0, points[0]
-    loc, weight = loc_levels[0], weight_levels[0]
-    for level in tl.static_range(1, LEVELS):
-        behind = cell >= start + height * width                                        # the level before ends at this cell
-        begin = start + height * width
-        start = tl.where(behind, begin, start)
-        key = tl.where(behind, key + (height + 1) * (width + 1), key)
-        before = tl.where(behind, count, before)
-        height = tl.where(behind, shapes[2 * level], height)
-        width = tl.where(behind, shapes[2 * level + 1], width)
-        loc = tl.where(behind, loc_levels[level], loc)
-        weight = tl.where(behind, weight_levels[level], weight)
-        count += points[level]
+    own = 0                                                                            # the level of the cell
+    for level in range(1, levels):
+        own = tl.where(cell >= tl.load(table_ptr + level * 8 + 5), level, own)
+    height, width, points, loc, weight = _level(table_ptr, own)
+    start = tl.load(table_ptr + own * 8 + 5).to(tl.int32)
+    key = tl.load(table_ptr + own * 8 + 6)
+    before = tl.load(table_ptr + own * 8 + 7)
     row = (cell - start) // width
     column = (cell - start) % width
     loc_ptr += loc + image * loc_strides[0] + head * loc_strides[2]
@@ -191,11 +189,11 @@ def _cells(
     d = tl.arange(0, BLOCK_D)
     channels = d < D
     acc = tl.zeros([BLOCK_D], tl.float32)
-    own = first_ptr + (image * heads + head) * padded + key + (row + 1).to(tl.int64) * (width + 1) + column + 1
+    place = first_ptr + (image * heads + head) * padded + key + (row + 1).to(tl.int64) * (width + 1) + column + 1
     for side in tl.static_range(1 if NEAREST else 2):                                  # the row above, and this one
-        near = own
+        near = place
         if not NEAREST:
-            near = own - 1 - (1 - side) * (width + 1)
+            near = place - 1 - (1 - side) * (width + 1)
         stop = tl.load(near + (1 if NEAREST else 2))
         for at in range(tl.load(near), stop, BLOCK_E):
             e = at + tl.arange(0, BLOCK_E)
@@ -226,20 +224,28 @@ def supported(value, locations, weights, shapes, points, nearest, normalize) -> 
     return why
 
 
+@functools.lru_cache(maxsize=256)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Kept: a copy to the device waits for it, and cannot be captured."""
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
 def _arguments(locations: Tensor, weights: Tensor, shapes: list[int], points: list[int]) -> dict:
-    """The strides (image, query, head, point, axis), where the points of each level begin, and the sizes."""
-    starts = {}
-    for name, t in (("loc", locations), ("weight", weights)):
-        strides = t.stride()
-        apart = t.shape[3] > 1
-        before = [sum(points[:level]) for level in range(len(points))]
-        starts[f"{name}_levels"] = tuple(
-            level * strides[3] if apart else before[level] * strides[4] for level in range(len(points))
+    """The strides (image, query, head, point, axis), the sizes, and a table of the levels: height, width, points; where its
+    points begin in locations and weights; the cells, the keys and the points of the levels before."""
+    rows, start, keys, before = [], 0, 0, 0
+    for level, (height, width, n) in enumerate(zip(shapes[::2], shapes[1::2], points, strict=True)):
+        begins = (
+            level * t.stride(3) if t.shape[3] > 1 else before * t.stride(4) for t in (locations, weights)
         )
-        starts[f"{name}_strides"] = (*strides[:3], *strides[4:])
-    return starts | {
-        "shapes": tuple(shapes), "points": tuple(points), "queries": locations.shape[1], "heads": locations.shape[2],
-        "LEVELS": len(points),
+        rows.append((height, width, n, *begins, start, keys, before))
+        start, keys, before = start + height * width, keys + (height + 1) * (width + 1), before + n
+    strides = {
+        f"{name}_strides": (*t.stride()[:3], *t.stride()[4:]) for name, t in (("loc", locations), ("weight", weights))
+    }
+    return strides | {
+        "table_ptr": _table(tuple(rows), locations.device), "levels": len(points), "queries": locations.shape[1],
+        "heads": locations.shape[2],
     }  # fmt: skip
 
 
@@ -261,7 +267,7 @@ def fwd(value, locations, weights, shapes, points, nearest, normalize) -> Tensor
     weights = _normalized(weights) if normalize else weights
     given, tile = _arguments(locations, weights, shapes, points), _tile(dim)
     grid = (heads * triton.cdiv(locations.shape[1], tile["BLOCK_Q"]) * batch,)
-    _forward[grid](value, locations, weights, out, value.stride(), **given, NEAREST=nearest, **tile)
+    _forward[grid](value, locations, weights, out, value_strides=value.stride(), **given, NEAREST=nearest, **tile)
     return out
 
 
@@ -287,16 +293,16 @@ def bwd(
         keys = torch.empty(batch * queries * heads * count, dtype=kind, device=device)
     grid = (heads * triton.cdiv(queries, tile["BLOCK_Q"]) * batch,)
     _places[grid](
-        value, locations, soft, dout, dlocations, dsoft, keys, value.stride(), dout_strides=dout.stride(), **given,
-        padded=padded, slices=batch * heads, NEAREST=nearest, **tile,
+        value, locations, soft, dout, dlocations, dsoft, keys, value_strides=value.stride(), dout_strides=dout.stride(),
+        **given, count=count, padded=padded, slices=batch * heads, NEAREST=nearest, **tile,
     )  # fmt: skip
     if dvalue is not None:
         ordered, order = torch.sort(keys, stable=True)
         first = torch.searchsorted(ordered, torch.arange(batch * heads * padded + 1, dtype=ordered.dtype, device=device))
         block = power(dim)
         _cells[(heads * cells * batch,)](
-            locations, soft, dout, order, first, dvalue, dout_strides=dout.stride(), **given, cells=cells, padded=padded,
-            NEAREST=nearest, D=dim, BLOCK_D=block, BLOCK_E=16, num_warps=1 if block <= 64 else 4,
+            locations, soft, dout, order, first, dvalue, dout_strides=dout.stride(), **given, count=count,
+            cells=cells, padded=padded, NEAREST=nearest, D=dim, BLOCK_D=block, BLOCK_E=16, num_warps=1 if block <= 64 else 4,
             enable_fp_fusion=True,
         )  # fmt: skip
     if normalize and dweights is not None:
