@@ -82,6 +82,18 @@ def test_weights_as_logits(backend):
 
 
 @ON
+def test_logits_may_be_large(backend):
+    value, where, weights = (t.detach() for t in inputs(((6, 4), (3, 2)), dtype=torch.float32))
+    given = [(1e3 * weights).to(t) for t in (torch.float64, torch.float32, torch.float32)]
+    oracle, eager, got = (
+        vitkern.deformable_attention(value.to(a), ((6, 4), (3, 2)), where, a, normalize_weights=True, backend=name)
+        for a, name in zip(given, ("reference", "reference", backend), strict=True)
+    )
+    assert oracle.isfinite().all()
+    testing.assert_close_to_oracle("out", got, oracle, eager)
+
+
+@ON
 @pytest.mark.parametrize("normalize", [False, True])
 def test_nearest_is_twice_differentiable_in_value_and_weights(backend, normalize):
     value, where, weights = inputs(((3, 2), (2, 2)), 2, 1, 3, 2, 2)

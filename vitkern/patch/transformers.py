@@ -11,6 +11,7 @@ biased attention, at the attention module.
 | LevitAttention, LevitAttentionSubsample | 5.x | attention, absolute offsets | an index buffer that is not LeViT's |
 | the vision attention of Qwen2-VL, Qwen2.5-VL, Qwen3-VL | 5.x | attention_varlen, rope | |
 | Mask2FormerMaskedAttentionDecoder | 5.x | attention, mask from logits, which are compared before their sigmoid | |
+| those of `_transformers_deformable.TABLE`: Deformable DETR, RT-DETR, RT-DETRv2, D-FINE, Mask2Former … | 5.x | deformable_attention | |
 | those of `_interface.TABLE`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT, EoMT, DETR, MaskFormer, SAM 2 … | 5.x | attention | |
 
 The Swin models set window and shift anew when a map is not larger than the window and keep them for every later input; here
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch import _interface, _transformers_attention
+from vitkern.patch import _interface, _transformers_attention, _transformers_deformable
 from vitkern.patch._windows import continuous_table, separate
 
 
@@ -175,4 +176,5 @@ TABLE = {
     f"{_MODELS}.swin2sr.modeling_swin2sr.Swin2SRLayer": (_swinv2, "window_attention (cosine)"),
     **_interface.TABLE,
     **_transformers_attention.TABLE,
+    **_transformers_deformable.TABLE,
 }

@@ -69,8 +69,8 @@ def make(
             sizes, value = shapes, view(layout, t["value"])
         places, weights = t["sampling_locations"], t["attention_weights"]
         if layout == "turned":  # another order in memory, the same values
-            places = places.movedim(-1, 0).contiguous().movedim(0, -1)
-            weights = weights.movedim(2, -1).contiguous().movedim(-1, 2)
+            places = places.movedim((-1, -2), (0, 1)).contiguous().movedim((0, 1), (-1, -2))
+            weights = weights.movedim(-1, 1).contiguous().movedim(1, -1)
         more = {"points_per_level": points} if own else {}
         return (value, sizes, places, weights), options | more
 
