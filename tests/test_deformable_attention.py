@@ -179,6 +179,25 @@ def test_nothing_reads_a_cell_it_does_not_touch(backend):
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
+@pytest.mark.parametrize("queries", [3, 90], ids=["read in place", "copied side by side"])
+def test_cells_may_lie_beyond_32_bits(queries):
+    shapes = ((6, 4), (3, 2))
+    value, where, weights = (t.detach().half() for t in inputs(shapes, 2, 1, queries))
+    step = 2**31 // (value.shape[1] - 1) + 1
+    storage = torch.UntypedStorage(
+        2 * (step * (value.shape[1] - 1) + value[0, 0].numel())
+    )  # few of its pages are touched
+    far = torch.empty(0, dtype=value.dtype).set_(storage).as_strided(value.shape, (0, step, 8, 1)).copy_(value)
+    results = []
+    for given in (value, far):
+        leaves = [t.requires_grad_() for t in (given, where, weights)]
+        out = vitkern.deformable_attention(leaves[0], shapes, *leaves[1:], backend="cpu")
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @ON
 def test_float32_places_beside_a_bfloat16_value_stay_exact(backend):
     """In bfloat16 a place on a map 152 wide is off by 0.3 of a cell."""

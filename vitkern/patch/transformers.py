@@ -11,7 +11,7 @@ biased attention, at the attention module.
 | LevitAttention, LevitAttentionSubsample | 5.x | attention, absolute offsets | an index buffer that is not LeViT's |
 | the vision attention of Qwen2-VL, Qwen2.5-VL, Qwen3-VL | 5.x | attention_varlen, rope | |
 | Mask2FormerMaskedAttentionDecoder | 5.x | attention, mask from logits, which are compared before their sigmoid | |
-| those of `_transformers_deformable.TABLE`: Deformable DETR, RT-DETR, RT-DETRv2, D-FINE, Mask2Former … | 5.x | deformable_attention | |
+| those of `_transformers_deformable.TABLE`: Deformable DETR, RT-DETR, D-FINE, Mask2Former … | 5.x | deformable_attention | |
 | those of `_interface.TABLE`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT, EoMT, DETR, MaskFormer, SAM 2 … | 5.x | attention | |
 
 The Swin models set window and shift anew when a map is not larger than the window and keep them for every later input; here
