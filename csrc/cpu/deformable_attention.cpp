@@ -122,6 +122,7 @@ std::tuple<OptTensor, OptTensor, OptTensor> deformable_attention_bwd(OptTensor d
   if (need & 1) p.dvalue = rows_of(*(dvalue = new_tensor(sizes(value), p.value.dtype)));
   if (need & 2) p.dlocations = places_of(*(dlocations = new_tensor(sizes(locations), p.locations.dtype)));
   if (need & 4) p.dweights = places_of(*(dweights = new_tensor(sizes(weights), p.weights.dtype)));
+  if (!(need & 7)) return {dvalue, dlocations, dweights};
   const DeformKernels& k = r.chosen();
   const bool wide = p.value.dtype == Dtype::f64, soft = normalize && (need & 4);
   const int64_t tasks = p.batch * p.heads * p.levels, bytes = k.backward_bytes(p);
