@@ -61,6 +61,8 @@ CUDA_SOURCES = [
     "csrc/cuda/merge_tokens.cu",
     "csrc/cuda/merge_tokens_mlerp.cu",
     "csrc/cuda/tokens_op.cpp",
+    "csrc/cuda/deformable_attention.cu",
+    "csrc/cuda/deformable_attention_op.cpp",
 ]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 

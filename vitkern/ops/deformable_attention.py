@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkern.ops import _call, _checks
+from vitkern.ops._deformable_cuda import CUDA
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.deformable_attention import deformable_attention as definition
@@ -45,7 +46,7 @@ def deformable_attention(
         points_per_level: the points of each level where they differ; locations are then ``[B, N, H, J, 2]`` and weights
             ``[B, N, H, J]``, level behind level, J their sum.
         normalize_weights: whether the weights are logits, and a softmax in float32 over all points of a query and head is taken.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
         ``[B, N, H, D]`` in the dtype of value, summed in float32 (float64 for a float64 value) and rounded once. Gradients go to
@@ -181,7 +182,7 @@ OP = _Sampling(
     batched=3,
     definition=definition,
     fake=_fake,
-    gpu=Gpu(_triton),
+    gpu=Gpu(_triton, CUDA),
     outputs=("out",),
 )
 OP.register()

@@ -139,6 +139,7 @@ _SAMPLERS = (
     "omdet_turbo",
     "pp_doclayout_v2",
     "pp_doclayout_v3",
+    "pp_doclayout_v4",
     "rf_detr",
     "rt_detr",
 )
