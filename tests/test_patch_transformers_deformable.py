@@ -191,3 +191,41 @@ class InDecoder(nn.Module):
             spatial_shapes_list=list(SHAPES),
             level_start_index=torch.tensor([0, 24]),
         )
+
+
+# autocast, compilation ----------------------------------------------------------------------------------------------------
+
+
+def modules():
+    """One module of each kind of server."""
+    two = {"d_model": 24, "decoder_attention_heads": 3}
+    detr = transformers.DeformableDetrConfig(d_model=24, num_feature_levels=2)
+    v2 = transformers.RTDetrV2Config(**two, decoder_n_levels=2, decoder_n_points=3)
+    fine = transformers.DFineConfig(**two, decoder_n_points=[3, 5], num_feature_levels=2)
+    pixels = modeling("mask2former").Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention
+    return {
+        "sampler": Around(spread(modeling("deformable_detr").DeformableDetrMultiscaleDeformableAttention(detr, 3, 4))),
+        "pixels": Around(spread(pixels(24, 3, 2, 4))),
+        "v2": Around(spread(modeling("rt_detr_v2").RTDetrV2MultiscaleDeformableAttention(v2)), 4, 1),
+        "fine": Around(spread(modeling("d_fine").DFineMultiscaleDeformableAttention(fine)), 4, 1),
+    }
+
+
+@pytest.mark.parametrize("name", ["sampler", "pixels", "v2", "fine"])
+def test_autocast_is_as_close_as_the_module_itself(name):
+    made = modules()[name].eval()
+    x = torch.randn(2, 24, 5, 6, generator=torch.Generator().manual_seed(3))
+    yardstick = patch_cases.Yardstick(made, x, grad=False, autocast=True)
+    with vitkern.patched(made):
+        got = patch_cases.run(made, x, torch.float32, False, autocast=True)
+    yardstick.hold("autocast", {n: t.to(yardstick.eager[n].dtype) for n, t in got.items()})
+
+
+@pytest.mark.parametrize("name", ["sampler", "pixels", "v2", "fine"])
+def test_patched_modules_compile_without_graph_breaks(name):
+    made, x = modules()[name].eval(), torch.randn(2, 24, 5, 6)
+    with torch.no_grad(), vitkern.patched(made):
+        want = made(x)[0]
+        torch._dynamo.reset()
+        got = torch.compile(made, backend="aot_eager", fullgraph=True)(x)[0]
+    assert torch.equal(got, want)
