@@ -5,6 +5,7 @@ import libraries  # noqa: F401
 import pytest
 import torch
 from agreement import agree
+from memory import grown
 
 import vitkern
 from vitkern import testing
@@ -196,6 +197,22 @@ def test_cells_may_lie_beyond_32_bits(queries):
         results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
+def test_memory_holds_no_samples():
+    """The samples of 8400 queries are 103 MB for each corner; out and three gradients are 27."""
+    setup = """
+torch.set_num_threads(1)
+shapes = ((80, 80), (40, 40), (20, 20))
+def leaves(n):
+    made = torch.randn(1, 8400, 8, 32), torch.rand(1, n, 8, 3, 4, 2), torch.rand(1, n, 8, 3, 4)
+    return [t.requires_grad_() for t in made]
+few, given = leaves(4), leaves(8400)
+run = lambda v, p, a: vitkern.deformable_attention(v, shapes, p, a, backend="cpu").sum().backward()
+run(*few)
+"""
+    assert grown(setup, "run(*given)") < 60e6
 
 
 @ON
