@@ -47,6 +47,7 @@ CPU_SOURCES = [
     "csrc/cpu/cluster_tokens.cpp",
     "csrc/cpu/cluster_kmeans.cpp",
     "csrc/cpu/reconstruct_tokens.cpp",
+    "csrc/cpu/deformable_attention.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",
@@ -61,6 +62,8 @@ CUDA_SOURCES = [
     "csrc/cuda/merge_tokens.cu",
     "csrc/cuda/merge_tokens_mlerp.cu",
     "csrc/cuda/tokens_op.cpp",
+    "csrc/cuda/deformable_attention.cu",
+    "csrc/cuda/deformable_attention_op.cpp",
 ]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 

@@ -29,6 +29,7 @@ SECTIONS = {  # section -> the ops that it checks; those with a file in benchmar
     "linear": ("linear_attention", "feature_rows", "chain_sum", "grid_sum"),
     "channel": ("channel_attention",),
     "scan": ("selective_scan",),
+    "deformable": ("deformable_attention",),
     "merge": (
         "bipartite_match",
         "merge_plan",

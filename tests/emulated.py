@@ -34,6 +34,8 @@ SOURCES = (
     "merge_tokens.cu",
     "merge_tokens_mlerp.cu",
     "tokens_op.cpp",
+    "deformable_attention.cu",
+    "deformable_attention_op.cpp",
 )
 FLAGS = ("-Wall", "-Wno-unknown-pragmas", "-DVITKERN_EMULATED", "-I", str(native.ROOT / "tests/cpp/emulator"))
 

@@ -21,7 +21,7 @@ PARTS = min(4, len(os.sched_getaffinity(0)))
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize("name", ["window_attention", "tokens", "linear_attention"])
+@pytest.mark.parametrize("name", ["window_attention", "tokens", "linear_attention", "deformable_attention"])
 def test_every_case_dtype_and_schedule_under_the_sanitizers(name):
     """cuda_emulator/NAME.py, in as many processes as there are cores."""
     build(sanitize=True)  # here, where the compiler itself is not sanitized

@@ -400,7 +400,7 @@ def mask2former(**options):
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_mask2former_matches(pre_norm):
-    patch_cases.check(mask2former(pre_norm=pre_norm), (64, 96), replaced=5)
+    patch_cases.check(mask2former(pre_norm=pre_norm), (64, 96), replaced=6)
 
 
 def test_both_attentions_of_each_layer_of_mask2former_run_on_the_op():

@@ -9,6 +9,7 @@ from vitkern.ops.attention_varlen import attention_varlen
 from vitkern.ops.bipartite_match import bipartite_match
 from vitkern.ops.channel_attention import channel_attention
 from vitkern.ops.cluster_tokens import cluster_tokens
+from vitkern.ops.deformable_attention import deformable_attention
 from vitkern.ops.drop_tokens import drop_tokens
 from vitkern.ops.linear_attention import linear_attention
 from vitkern.ops.merge_lse import merge_lse
@@ -45,6 +46,7 @@ __all__ = [
     "channel_attention",
     "cluster_tokens",
     "decay",
+    "deformable_attention",
     "drop_tokens",
     "explain",
     "feature_map",

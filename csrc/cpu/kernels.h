@@ -6,6 +6,7 @@
 #include "channel_attention.h"
 #include "cluster_kmeans.h"
 #include "cluster_tokens.h"
+#include "deformable_attention.h"
 #include "feature_rows.h"
 #include "grid_sum.h"
 #include "linear_attention.h"
@@ -41,6 +42,7 @@ struct Kernels {
   FeatureRowsKernels rows_f32, rows_f64;
   ChainKernels chain_f32, chain_f64;
   GridKernels grid_f32, grid_f64;
+  DeformKernels deform_f32, deform_f64;
   NearKernels near_f32, near_f64;
 };
 

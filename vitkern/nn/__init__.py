@@ -10,6 +10,7 @@ from vitkern.nn.linear_attention import FocusedLinearAttention, LinearAttention,
 from vitkern.nn.lite_mla import LiteMLA
 from vitkern.nn.masked_cross_attention import MaskedCrossAttention
 from vitkern.nn.mdta import MDTA
+from vitkern.nn.multi_scale_deformable_attention import MultiScaleDeformableAttention, multi_scale_deformable_attn
 from vitkern.nn.neighborhood_attention import DilatedNeighborhoodAttention, NeighborhoodAttention
 from vitkern.nn.sigmoid_attention import SigmoidAttention
 from vitkern.nn.spatial_decay_attention import PolylinePathAttention, RetentionAttention2d
@@ -35,6 +36,7 @@ __all__ = [
     "LinearAttention",
     "LiteMLA",
     "MaskedCrossAttention",
+    "MultiScaleDeformableAttention",
     "NeighborhoodAttention",
     "PolylinePathAttention",
     "RetentionAttention2d",
@@ -43,4 +45,5 @@ __all__ = [
     "TalkingHeadAttention",
     "WindowAttention",
     "WindowAttentionV2",
+    "multi_scale_deformable_attn",
 ]

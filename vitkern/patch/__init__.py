@@ -68,6 +68,8 @@ def patch(model: nn.Module) -> PatchReport:
     towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL of transformers; beit, cait, levit and vision_transformer_sam of timm. On
     ``linear_attention``: efficientvit_mit of timm; the transformer and the autoencoder of SANA of diffusers. On
     ``channel_attention``: xcit, edgenext and davit of timm. On ``soft_merge``: mobilevitv2 of timm. On
+    ``deformable_attention``: Deformable DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo, LW-DETR, RF-DETR, RT-DETR,
+    RT-DETRv2, D-FINE, DEIMv2, PP-DocLayout v2 to v4 and the pixel decoders of Mask2Former and OneFormer of transformers. On
     ``neighborhood_attention``: DiNAT of transformers (:mod:`vitkern.patch.natten` where NATTEN is not installed).
     Outputs and gradients are those of the model up to rounding; where attention weights are asked for, the module's own
     forward runs. Returns a :class:`PatchReport`; ``report.undo()`` restores the model. A model that is patched twice is left

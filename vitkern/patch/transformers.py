@@ -11,6 +11,7 @@ biased attention, at the attention module.
 | LevitAttention, LevitAttentionSubsample | 5.x | attention, absolute offsets | an index buffer that is not LeViT's |
 | the vision attention of Qwen2-VL, Qwen2.5-VL, Qwen3-VL | 5.x | attention_varlen, rope | |
 | Mask2FormerMaskedAttentionDecoder | 5.x | attention, mask from logits, which are compared before their sigmoid | |
+| those of `_transformers_deformable.TABLE`: Deformable DETR, RT-DETR, D-FINE, Mask2Former … | 5.x | deformable_attention | |
 | NeighborhoodAttention (DiNAT) | 4.40 to 5.x, with NATTEN or `vitkern.patch.natten.stand_in` | neighborhood_attention | |
 | those of `_interface.TABLE`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT, EoMT, DETR, MaskFormer, SAM 2 … | 5.x | attention | |
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch import _interface, _transformers_attention, _transformers_neighborhood
+from vitkern.patch import _interface, _transformers_attention, _transformers_deformable, _transformers_neighborhood
 from vitkern.patch._windows import continuous_table, separate
 
 
@@ -176,5 +177,6 @@ TABLE = {
     f"{_MODELS}.swin2sr.modeling_swin2sr.Swin2SRLayer": (_swinv2, "window_attention (cosine)"),
     **_interface.TABLE,
     **_transformers_attention.TABLE,
+    **_transformers_deformable.TABLE,
     **_transformers_neighborhood.TABLE,
 }
