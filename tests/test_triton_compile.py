@@ -21,6 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_sums,
+    _attention_bwd_tables,
     _attention_bwd_tiles,
     _attention_hard,
     _attention_heads_bwd_tiles,
@@ -100,7 +101,7 @@ def caught(family, *more):
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
         _attention_hard, _attention_policy, _attention_topk, _attention_bwd_sums, attention_heads,
-        _attention_heads_bwd_tiles, *more,
+        _attention_heads_bwd_tiles, _attention_bwd_tables, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -262,8 +263,9 @@ def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
-    policy=False, mixed=False, topk=0,
+    policy=False, mixed=False, topk=0, **slots,
 ):  # fmt: skip
+    """`slots`: further arguments of the op."""
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
     batch = 1 if packed else 2
@@ -305,7 +307,7 @@ def attention_launches(
     if packed:
         given |= {name: torch.zeros(9, dtype=torch.int32) for name in ("cu_q", "cu_k")}
         given |= {"max_q": queries, "max_k": keys}
-    args = attention.Call(**given)
+    args = attention.Call(**given | slots)
     with caught(f"sm{capability}") as launches:
         out, *saved = attention.fwd(*args)
         attention.bwd(out, None, saved[1] if means else None, *saved, *args, -1)

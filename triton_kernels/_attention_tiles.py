@@ -175,7 +175,7 @@ def weights(
         kept = tl.where(keep, kept * keep_scale, 0.0)
         given = tl.where(keep, given * keep_scale, 0.0)
     dp = weighed(given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
-    if terms[7] is not None:
+    if terms[7] is not None or terms[27] is not None or terms[28] is not None:
         dp = tl.where(s == float("-inf"), 0.0, dp)                                     # whatever the factor is there
     if terms[16] is not None:
         share = query_shares(terms, strides, image, head, row, sizes, BLOCK_M)
@@ -189,7 +189,25 @@ def product_gradient(
     AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the scaled products from dS, that of the scores."""
-    if terms[6] is not None:
+    if terms[6] is not None or terms[26] is not None:
         g = gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         ds = tl.where(ds == 0.0, 0.0, ds * g)
     return ds
+
+
+@triton.jit
+def term_gradient(
+    a, factor, p, slope, dp, delta, given, terms, strides, image, head, row, start, sizes,
+    TARGET: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient that every pair gives to the bias or factor TARGET, a place in `terms`, from what `weights` found."""
+    if TARGET == 7 or TARGET == 27 or TARGET == 28:
+        x = weighed(p * given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+    else:
+        x = slope * (dp - delta[:, None])
+        if TARGET == 6 or TARGET == 26:
+            x = tl.where(x == 0.0, 0.0, x * (a * factor))
+            if (terms[6] is not None and TARGET != 6) or (terms[26] is not None and TARGET != 26):
+                g = gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+                x = tl.where(x == 0.0, 0.0, x * g)
+    return x

@@ -13,11 +13,13 @@ from torch import Tensor
 from . import _attention_hard, attention_heads_bwd
 from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
 from ._attention_bwd_sums import _backward_sums
+from ._attention_bwd_tables import table_gradient
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
 from ._attention_host import (
     DIFFERENTIABLE,
     HARD,
     MIXTURES,
+    TABLES,
     Call,
     arguments,
     folded,
@@ -84,9 +86,12 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     drow = new(wanted[3] and not wide, *(() if softmax else several), batch, queries, heads)
     dweight = new(wanted[16] and dkey_mean is not None, *several, batch, queries, heads)
     dq_xy = new(wanted[14], *several, batch, queries, heads, 2)
-    dfactor, dsink, dslope = (new(wanted[n], m * count // heads, heads) for n, m in ((5, parts), (6, 1), (13, parts)))
+    needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
+    dfactor, dsink, dslope, dratio = (
+        new(needs[n], m * count // heads, heads)
+        for n, m in (("factor", parts), ("sink", 1), ("slope", parts), ("later_ratio", parts)))
     some = new(dq is not None, *several, *q.shape) if several else dq
-    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, dq_xy)):
+    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, dq_xy, dratio)):
         run, sums = lists(shared, blocks), None
         if several and delta is not None:
             sums = new(True, parts, 2, batch, queries, heads)
@@ -96,7 +101,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         _backward_queries[(count, parts)](
             **shared, **blocks, **run, parts=parts, sum_ptr=sums, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
             low_ptr=low, dq_ptr=some, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
-            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=dq_xy)
+            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=dq_xy, dratio_ptr=dratio)
     if several:
         drow = drow if softmax else _whole(drow)
         dq, dweight, dq_xy = _whole(some, q.dtype), _whole(dweight), _whole(dq_xy)
@@ -130,12 +135,15 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     return (
         dq, dk, dv, dbias, folded(of_keys, key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
-        *(_dense_gradient(shared, inputs[n], n - 6) if wanted[n] else None for n in (7, 8)),
+        *(_dense_gradient(shared, inputs[n], n - 1) if wanted[n] else None for n in (7, 8)),
         *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *_path_gradients(shared, inputs[11:13], wanted[11:13]),
         add_parts(dslope, call.slope.dtype) if wanted[13] else None,
         *(None if x is None else folded(x.sum(2), at) for x, at in ((dq_xy, call.q_xy), (dk_xy, call.k_xy))),
         dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * len(MIXTURES),
-        None if dpolicy is None else folded(dpolicy.sum(2), call.policy), *[None] * (len(DIFFERENTIABLE) - 22),
+        None if dpolicy is None else folded(dpolicy.sum(2), call.policy),
+        *(table_gradient(shared, getattr(call, name), 25 + n) if needs[name] else None for n, name in enumerate(TABLES)),
+        folded(add_parts(dratio, torch.float32).sum(), call.later_ratio) if needs["later_ratio"] else None,
+        *[None] * (len(DIFFERENTIABLE) - 26),
     )  # fmt: skip
 
 
@@ -144,7 +152,7 @@ def _whole(parts: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor |
 
 
 def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
-    """The gradient of a bias, gain or weight with queries and keys: in chunks of what shares it where its tiles are too few
+    """The gradient of a bias, gain or weight with queries and keys, whose place in `terms` is `target`: in chunks of what shares it where its tiles are too few
     programs."""
     batch, queries, keys, heads = shared["sizes"][:4]
     blocks = tuned("backward_bias", shared)

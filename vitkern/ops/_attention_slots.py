@@ -65,8 +65,8 @@ class Packed:
 
 @dataclass(frozen=True)
 class Place:
-    """What the modifiers of a call meet: the tokens, or those of the longest sequence; `extended`: further keys; `native`: the
-    slots that only the CPU's kernel has are free; `axes`: tables meet q itself. `mapped` collects those that become maps."""
+    """What the modifiers of a call meet: the tokens, or those of the longest sequence; `extended`: further keys; `native`: tables
+    of offsets have slots; `axes`: tables meet q itself. `mapped` collects those that become maps."""
 
     q: Tensor
     k: Tensor
@@ -112,20 +112,19 @@ def slots(
     if packed is not None:
         longest = packed.longest
         found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
-    native = on_cpu(q, backend)
-    biases = lowered["biases"]
-    context = positions.chosen(biases) if native and biases else None
+    biases, cpu = lowered["biases"], on_cpu(q, backend)
+    mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
+    context = positions.chosen(biases) if cpu and biases else None
     if context is not None:
         positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
         biases = [b for b in biases if b is not context]
-    native = native and extra is None
-    axes = native and lowered["rope"] is None and lowered["cosine"] is None and longest is None  # q is what tables meet
+    native = extra is None and (cpu or mixtures is None)
+    axes = native and cpu and lowered["rope"] is None and lowered["cosine"] is None and longest is None  # q is what tables meet
     at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
     dense, of_keys, of_weights = _place_biases(found, biases, at)
     seen = _place_masks(found, lowered["masks"], at)
     factors: list[Tensor] = []
     early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
-    mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
     mixed = [] if mixtures is None else _mixes(mixtures)
     ahead = mixtures is not None
     for m in lowered["modulations"]:

@@ -1,0 +1,51 @@
+"""Ahead-of-time compilation of attention's kernels with tables of offsets on a grid: no configuration may spill."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from test_triton_compile import EVERY_TERM, attention_launches, compile_all, pytestmark  # noqa: E402, F401
+
+TABLES = ("bias_table", "gain_table", "weight_table")
+
+
+def of_grid(height, width, prefix=0, step=1, heads=2, names=TABLES, ratio=False):
+    """The slots of tables on a grid, and the numbers of queries and keys that fit it."""
+    entries = (2 * height - 1) * (2 * width - 1) + (3 if prefix else 0)
+    slots = {name: torch.zeros(1, heads, 1, entries) for name in names}
+    slots |= {"later_ratio": torch.zeros(())} if ratio else {}
+    slots |= {"grid_height": height, "grid_width": width, "grid_prefix": prefix, "grid_step": step}
+    queries = -(-height // step) * -(-width // step)
+    return slots | {"queries": queries + prefix, "keys": height * width + prefix, "bias": None}
+
+
+CASES = {
+    "BEiT": dict(width=64, heads=12, **of_grid(14, 14, 1, heads=12, names=TABLES[:1])),
+    "LeViT": dict(width=16, width_v=64, heads=8, **of_grid(14, 14, 0, 2, heads=8, names=TABLES[:1])),
+    "a large map": dict(width=32, **of_grid(64, 64, names=TABLES[:1])),
+    "factors": dict(width=64, **of_grid(14, 14, names=TABLES[1:], ratio=True)),
+    "everything": dict(
+        width=64, rule="table", means=True, **of_grid(14, 14, 1, ratio=True) | EVERY_TERM | {"bias": (0, 1, 1, 1)}
+    ),
+    "packed": dict(width=64, packed=True, dropout=0.1, **of_grid(14, 14, 1, ratio=True)),
+    "policy": dict(width=64, policy=True, **of_grid(14, 14)),
+    "wide": dict(width=256, **of_grid(14, 14, 1, ratio=True)),
+    "best keys": dict(width=64, normalizer="argmax_k", **of_grid(14, 14, 1, ratio=True)),
+}
+RUNS = [(name, capability, torch.bfloat16) for name in CASES for capability in (80, 90)] + [
+    ("BEiT", 100, torch.bfloat16), ("everything", 100, torch.float16), ("BEiT", 80, torch.float32),
+    ("everything", 90, torch.float32), ("wide", 80, torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, capability, dtype", RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-")
+)
+def test_tables_compile_without_spills(name, capability, dtype):
+    case = CASES[name]
+    seen = compile_all(attention_launches(capability, dtype, **case), f"{name}, sm_{capability}, {dtype}", capability)
+    if name.startswith("best"):
+        assert {"_choose", "_pair_weights", "_pair_products", "_entry_sums"} <= seen
+        return
+    assert {"_forward", "_backward_queries", "_backward_keys", "_backward_table", "_diagonals"} <= seen
+    assert ("_backward_prefix" in seen) == (case["grid_prefix"] > 0)
