@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of attention's kernels with tables of offsets on a grid: no configuration may spill."""
+"""Ahead-of-time compilation of attention's kernels with tables of offsets on a grid and contextual positions: none may spill."""
 
 import pytest
 import torch
@@ -38,9 +38,7 @@ RUNS = [(name, capability, torch.bfloat16) for name in CASES for capability in (
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name, capability, dtype", RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-")
-)
+@pytest.mark.parametrize("name, capability, dtype", RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-"))
 def test_tables_compile_without_spills(name, capability, dtype):
     case = CASES[name]
     seen = compile_all(attention_launches(capability, dtype, **case), f"{name}, sm_{capability}, {dtype}", capability)
@@ -49,3 +47,40 @@ def test_tables_compile_without_spills(name, capability, dtype):
         return
     assert {"_forward", "_backward_queries", "_backward_keys", "_backward_table", "_diagonals"} <= seen
     assert ("_backward_prefix" in seen) == (case["grid_prefix"] > 0)
+
+
+def contextual(queries, keys, heads, rows, width, values=True, batch=2):
+    slots = {"position_index": torch.zeros(1, queries, keys, dtype=torch.int32)}
+    slots |= {
+        "position_q": torch.zeros(batch, queries, heads, rows),
+        "position_k": torch.zeros(batch, keys, heads, rows),
+    }
+    slots |= {"position_v": torch.zeros(1, 1, rows, width)} if values else {}
+    return slots | {"queries": queries, "keys": keys, "heads": heads, "width": width, "bias": None}
+
+
+POSITIONS = {
+    "iRPE": contextual(197, 197, 6, 50, 64),
+    "scores alone": contextual(197, 197, 6, 50, 64, values=False),
+    "few queries": contextual(3, 4096, 2, 200, 32),
+    "everything": contextual(197, 197, 2, 50, 64)
+    | dict(rule="table", factors=True, **EVERY_TERM)
+    | of_grid(14, 14, 1, names=TABLES[:1], ratio=True),
+    "wide": contextual(197, 197, 2, 50, 256),
+    "policy": contextual(197, 197, 2, 50, 64) | dict(policy=True, topk=9),
+    "best queries": contextual(197, 197, 2, 50, 64) | dict(normalizer="argmax_q", factors=True),
+}
+POSITION_RUNS = [(name, capability, torch.bfloat16) for name in POSITIONS for capability in (80, 90)] + [
+    ("iRPE", 100, torch.bfloat16), ("everything", 100, torch.float16), ("iRPE", 80, torch.float32),
+    ("everything", 90, torch.float32), ("wide", 80, torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, capability, dtype", POSITION_RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-")
+)
+def test_positions_compile_without_spills(name, capability, dtype):
+    case = POSITIONS[name]
+    seen = compile_all(attention_launches(capability, dtype, **case), f"{name}, sm_{capability}, {dtype}", capability)
+    assert ("_row_products" in seen) == ("_table_sums" in seen) == ("position_v" in case)
+    assert ("_pair_sums" if name.startswith("best") else "_position_sums") in seen

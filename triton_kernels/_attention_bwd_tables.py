@@ -1,6 +1,6 @@
-"""The gradients of tables of offsets on a grid. All pairs of a row of the queries' grid and a row of the keys' grid with the same step
-between them are added into one map of columns by columns, whose diagonals then are the entries of that step; what belongs to the
-tokens in front of the grid is three sums of its own.
+"""The gradients of tables of offsets on a grid. All pairs of a row of the queries' grid and a row of the keys' grid with the same
+step between them are added into one map of columns by columns, whose diagonals then are the entries of that step; what belongs to
+the tokens in front of the grid is three sums of its own.
 """
 
 import torch
@@ -53,8 +53,8 @@ def _backward_table(
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The sums over all pairs of a row of queries and a row of keys one step apart, of BLOCK_M columns of queries and BLOCK_N of keys,
-    for one head of the table TARGET and a chunk of the samples and heads that share it, in order; members = (table heads,
+    """The sums over all pairs of a row of queries and a row of keys one step apart, of BLOCK_M columns of queries and BLOCK_N of
+    keys, for one head of the table TARGET and a chunk of the samples and heads that share it, in order; members = (table heads,
     samples and heads that share one).
     Grid: table heads (fastest) x query column tiles x key column tiles x steps (2 height - 1) x chunks, on axis 0. Writes
     [chunks, steps, table heads, columns of queries, columns of keys].

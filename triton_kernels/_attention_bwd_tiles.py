@@ -48,8 +48,8 @@ def _backward_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """delta - dlse, dq, the row sums of dS and the gradients of query_weight [B, Nq, H] and of q_xy [B, Nq, H, 2], of
-    BLOCK_M queries of one head and sample, and their share of dfactor, dsink, dslope and dratio, [programs / heads, heads]; over all
-    visits or one of `parts` of them, which then have an axis in front, but for what the first writes for all from their sums.
+    BLOCK_M queries of one head and sample, and their share of dfactor, dsink, dslope and dratio, [programs / heads, heads]; over
+    all visits or one of `parts` of them, which then have an axis in front, but for what the first writes for all from their sums.
     Grid: heads (fastest) x query tiles x samples on axis 0, parts on axis 1.
     Any strides: q, k, v, dout, dlse, dq and the terms."""
     heads, offset, total = sizes[3], sizes[4], sizes[8]
@@ -106,6 +106,7 @@ def _backward_queries(
         if dsink_ptr is not None:
             tl.store(dsink_ptr + pid, -tl.sum(share * delta, 0), mask=part == 0)
 
+    TABLED: tl.constexpr = terms[25] is not None and terms[26] is not None             # registers are short
     EDGES: tl.constexpr = dweight_ptr is not None or dslope_ptr is not None or dxy_ptr is not None or dratio_ptr is not None
     if dq_ptr is not None or dfactor_ptr is not None or EDGES or (drow_ptr is not None and NORM != SOFTMAX):
         dweight = tl.zeros([BLOCK_M], tl.float32)
@@ -115,7 +116,7 @@ def _backward_queries(
         dx = tl.zeros([BLOCK_M], tl.float32)
         dq = zero_parts(BLOCK_M, WIDTHS)
         dfactor = tl.zeros([BLOCK_M], tl.float32)
-        for n in tl.range(begin, end, num_stages=STAGES):
+        for n in tl.range(begin, end, num_stages=STAGES, disable_licm=TABLED):
             start = visited(visit_ptr, visits, n, BLOCK_N)
             j = start + tl.arange(0, BLOCK_N)
             k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ._attention_bwd_tables import entry_gradient
 from ._attention_host import UNSPECIALIZED, Call, arguments, folded, programs, row_strides, tuned, widths
+from ._attention_position_sums import add_values, pair_sums, values_gradient, with_given
+from ._attention_positions import looked_up, named_rows
 from ._attention_tables import entries
 from ._attention_terms import last_key, of_sample, places, row_factor, scores
 from ._attention_tiles import add_weighted, clean_parts, load_parts, offsets, row_products, store_parts, zero_parts
@@ -140,6 +142,11 @@ def _pair_products(
     g = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
     if WIDTHS[2] > 0:
         g += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+    if terms[32] is not None:
+        at_q, at_k = tl.maximum(i, 0), tl.maximum(j, 0)
+        at_q, at_k = tl.minimum(at_q, sizes[1] - 1), tl.minimum(at_k, sizes[2] - 1)
+        rows = named_rows(terms[29], term_strides, image, at_q, at_k)
+        g += tl.where(paired, looked_up(terms[32], term_strides, 71, image, head, at_q, rows), 0.0)
     if terms[5] is not None:
         g = tl.where(keep_keys(terms[5], image, head, i, j, threshold), g * keep_scale, 0.0)
     g = _pair_factors(g, terms, term_strides, image, head, sizes, paired, i, j, TARGET)
@@ -329,17 +336,21 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """out; lse, of argmax_k the chosen key; key_mean."""
     q, v, counts = call.q, call.v, call.query_weight
     by_keys = call.normalizer == "argmax_q"
-    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=q.device)
+    values = call.position_v                                # joins before the output is rounded
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=v.dtype if values is None else torch.float32, device=q.device)
     lse = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
     key_mean = torch.zeros((len(q), 0 if counts is None else v.shape[1], q.shape[2]), dtype=torch.float32, device=q.device)
     if not out.numel():
-        return out, lse, key_mean
+        return out.to(v.dtype), lse, key_mean
     chosen, shared, _ = _chosen(call)
     if v.shape[1]:
-        _moved(v, out, chosen, _weights_of(call, chosen, shared, by_keys), shared, by_keys, pick=not by_keys, mark=True)
+        weight = _weights_of(call, chosen, shared, by_keys)
+        _moved(v, out, chosen, weight, shared, by_keys, pick=not by_keys, mark=True)
+        if values is not None:
+            out = add_values(out, pair_sums(chosen, weight, shared, by_keys), values, v.dtype)
     if key_mean.numel():
         _moved(counts[..., None], key_mean[..., None], chosen, None, shared, by_keys, pick=by_keys)
-    return out, lse if by_keys else chosen.float(), key_mean
+    return out.to(v.dtype), lse if by_keys else chosen.float(), key_mean
 
 
 def backward(dout: Tensor, dkey_mean: Tensor | None, call: Call, needs: dict[str, bool]) -> dict[str, Tensor]:
@@ -347,9 +358,12 @@ def backward(dout: Tensor, dkey_mean: Tensor | None, call: Call, needs: dict[str
     v, weight, found = call.v, call.weight, {}
     by_keys = call.normalizer == "argmax_q"
     chosen, shared, _ = _chosen(call)
+    shared, pairs = with_given(shared, dout, call.position_v), _weights_of(call, chosen, shared, by_keys)
     if needs["v"]:
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        found["v"] = _moved(dout, dv, chosen, _weights_of(call, chosen, shared, by_keys), shared, by_keys, pick=by_keys)
+        found["v"] = _moved(dout, dv, chosen, pairs, shared, by_keys, pick=by_keys)
+    if needs["position_v"]:
+        found["position_v"] = values_gradient(pair_sums(chosen, pairs, shared, by_keys), dout, call.position_v)
 
     def products(target: int, entry: Tensor | None = None) -> Tensor:
         """What each pair gives to a factor of the weights, [B, N, H]."""

@@ -84,13 +84,14 @@ DIFFERENTIABLE = (
     "early_weight",
 )  # fmt: skip
 UNSERVED = {  # slots that only the CPU has
-    **dict.fromkeys(("position_index", "position_q", "position_k", "position_v"), "bias.ContextualPosition"),
     **dict.fromkeys(("early_gain", "early_weight"), "modulations before talking heads"),
 }  # fmt: skip
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 16
 TABLES = ("bias_table", "gain_table", "weight_table")
-BESIDE_MIXTURES = ("gain", "weight", "rel_y", "path_row", "slope", "policy", *TABLES, "later_ratio")  # what none has with them
+BESIDE_MIXTURES = (  # what no kernel has together with them
+    "gain", "weight", "rel_y", "path_row", "slope", "policy", *TABLES, "later_ratio", "position_index",
+)  # fmt: skip
 
 
 def mixes(call: Call) -> bool:
@@ -121,6 +122,8 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
         beside += ["topk"] if call.topk else []
         beside += [call.normalizer] if call.normalizer in HARD else []
         why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
+    if call.position_index is not None and call.cu_q is not None:
+        why.append("bias.ContextualPosition has no kernel of packed sequences")
     if call.policy is not None and call.cu_q is not None:
         why.append("modulation.Policy has no Triton kernel of packed sequences")
     if not 0.0 <= call.dropout_p < 1.0:
@@ -179,6 +182,9 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     by_offset = [getattr(call, name) for name in TABLES]
     grid = call.grid_height, call.grid_width, call.grid_prefix
     step = max(1, call.grid_step)
+    positions = call.position_index, call.position_q, call.position_k
+    tables = (call.position_q, 3), (call.position_k, 3), (call.position_v, 2)
+    rows = next((x.shape[axis] for x, axis in tables if x is not None), 0)
     parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink, call.slope))
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
@@ -187,17 +193,18 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
                   call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
                   call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None,
-                  *by_offset, call.later_ratio),
+                  *by_offset, call.later_ratio, *positions, None),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
                          *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1],
                          *(row_strides(path[0]) if path else (0, 0, 0)), *score_strides(call.policy)[:2],
-                         *(s for x in by_offset for s in score_strides(x)[1::2])),
+                         *(s for x in by_offset for s in score_strides(x)[1::2]),
+                         *(score_strides(positions[0])[:3]), *(s for x in positions[1:] for s in score_strides(x)), *[0] * 4),
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
                   1 if call.rel_x is None else call.rel_x.shape[3],
                   *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed),
-                  int(call.policy_diagonal), 0, *grid, -(-call.grid_width // step), step),
+                  int(call.policy_diagonal), 0, *grid, -(-call.grid_width // step), step, rows),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
         "NORM": NORMALIZERS.index("policy" if call.policy is not None else call.normalizer),
@@ -208,11 +215,13 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
 
 
 def row(kernel: str, shared: dict) -> dict:
-    """The row of a kernel's table for these arguments. Dropout, two score-shaped terms, or a table of offsets hold as many registers
-    as heads of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
+    """The row of a kernel's table for these arguments. Dropout, two score-shaped terms, or positions hold as many registers as heads
+    of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
-    terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean, tables; slope, path
-    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16, 25, 26, 27)) + 4 * (terms[17] is not None or terms[20] is not None)
+    terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean, tables
+    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16, 25, 26, 27))
+    many += 4 * (terms[17] is not None or terms[20] is not None)  # slope, path
+    many += 2 * (terms[29] is not None)  # their rows, and what is looked up
     many += any(terms[n] is not None for n in (25, 26, 27))  # the tile of their entries
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
     width *= 8 if many > 8 else 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1

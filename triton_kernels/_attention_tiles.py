@@ -8,6 +8,7 @@ Exponentials are exp2 of scores that are whole, biases included, times log2(e).
 import triton
 import triton.language as tl
 
+from ._attention_positions import position_given
 from ._attention_terms import gains, mean_gradient, query_shares, scores, weighed
 from ._tiles import LOG2E, clean, keep_keys, keep_tile, load_rows, store_rows
 
@@ -165,6 +166,8 @@ def weights(
     else:
         slope = tl.where(live[:, None], slopes(s, p, NORM), 0.0)
     given = row_products(dout, v, WIDTHS_V)
+    if terms[32] is not None:
+        given += position_given(terms, strides, image, head, row, start, sizes, BLOCK_M, BLOCK_N)
     kept = weighed(p, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[5] is not None:
         i = row + tl.arange(0, BLOCK_M)

@@ -32,6 +32,7 @@ from ._attention_host import (
     whole_bias,
 )
 from ._attention_policy import policy_rows
+from ._attention_position_sums import position_sums, values_gradient, with_given
 from ._attention_topk import surviving
 from ._attention_visits import lists, seen_tiles, shared_strides
 from ._host import power
@@ -68,6 +69,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     shared = surviving(call, shared)
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": lse.contiguous() if softmax else None}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
+    shared = with_given(shared, dout, call.position_v)
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
 
@@ -143,7 +145,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         None if dpolicy is None else folded(dpolicy.sum(2), call.policy),
         *(table_gradient(shared, getattr(call, name), 25 + n) if needs[name] else None for n, name in enumerate(TABLES)),
         folded(add_parts(dratio, torch.float32).sum(), call.later_ratio) if needs["later_ratio"] else None,
-        *[None] * (len(DIFFERENTIABLE) - 26),
+        *_position_gradients(shared, dout, call, needs), *[None] * 2,
     )  # fmt: skip
 
 
@@ -152,8 +154,8 @@ def _whole(parts: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor |
 
 
 def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
-    """The gradient of a bias, gain or weight with queries and keys, whose place in `terms` is `target`: in chunks of what shares it where its tiles are too few
-    programs."""
+    """The gradient of a bias, gain or weight with queries and keys, whose place in `terms` is `target`: in chunks of what shares it
+    where its tiles are too few programs."""
     batch, queries, keys, heads = shared["sizes"][:4]
     blocks = tuned("backward_bias", shared)
     members = (bias.shape[1], batch // bias.shape[0], heads // bias.shape[1])
@@ -166,6 +168,15 @@ def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
         **shared, **blocks, seen_ptr=seen, seen_strides=shared_strides(seen), dbias_ptr=parts, members=members, chunks=chunks,
         TARGET=target)
     return parts[0] if chunks == 1 else add_parts(parts, bias.dtype)
+
+
+def _position_gradients(shared: dict, dout: Tensor, call: Call, needs: dict[str, bool]) -> list[Tensor | None]:
+    """The gradients of position_q, position_k and position_v."""
+    found: list[Tensor | None] = [
+        folded(position_sums(shared, by_keys), like) if needs[name] else None
+        for name, like, by_keys in (("position_q", call.position_q, False), ("position_k", call.position_k, True))]
+    weigh = needs["position_v"]
+    return [*found, values_gradient(position_sums(shared, weigh=True), dout, call.position_v) if weigh else None]
 
 
 def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""attention in Triton, interpreted on the CPU: tables of offsets on a grid, and a ratio of later keys. Run by tests/test_triton.py."""
+"""attention in Triton, interpreted on the CPU: tables of offsets on a grid, a ratio of later keys. Run by tests/test_triton.py."""
 
 import sys
 from pathlib import Path
@@ -74,7 +74,9 @@ def test_beside_the_dense_terms_masks_and_dropout(normalizer, tuned):
     checked(c, **dense, **more)
 
 
-@pytest.mark.parametrize("given", [{"topk": 5}, {"causal": True, "offset": 1}, {"topk": 4, "normalizer": "argmax_k"}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{"topk": 5}, {"causal": True, "offset": 1}, {"topk": 4, "normalizer": "argmax_k"}], ids=str
+)
 def test_largest_and_causal(given, tuned):
     tuned(16, 16)
     checked(call((3, 8), 1, 1, batch=1, dtype=HALF), **given)

@@ -49,8 +49,10 @@ def unserved(lowered: dict[str, Any], backend: str | None) -> str:
     if stored:
         return f"return_stats {stored[0]!r} stores the whole map of scores, which no kernel does"
     values = sum(isinstance(b, ContextualPosition) and b.v_table is not None for b in lowered["biases"])
-    if values > 1 or (values and not on_cpu(lowered["q"], backend)):
-        return "only the CPU's kernel has the value table of bias.ContextualPosition, of one of them"
+    if values > 1:
+        return "bias.ContextualPosition has a kernel with one table of values in a call"
+    if values and mixtures and not on_cpu(lowered["q"], backend):
+        return "only the CPU's kernel has the value table of bias.ContextualPosition beside modulation.TalkingHeads"
     return ""
 
 
@@ -114,12 +116,14 @@ def slots(
         found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
     biases, cpu = lowered["biases"], on_cpu(q, backend)
     mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
-    context = positions.chosen(biases) if cpu and biases else None
+    context = positions.chosen(biases) if biases and (cpu or mixtures is None) else None
     if context is not None:
         positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
         biases = [b for b in biases if b is not context]
     native = extra is None and (cpu or mixtures is None)
-    axes = native and cpu and lowered["rope"] is None and lowered["cosine"] is None and longest is None  # q is what tables meet
+    axes = (
+        native and cpu and lowered["rope"] is None and lowered["cosine"] is None and longest is None
+    )  # q is what tables meet
     at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
     dense, of_keys, of_weights = _place_biases(found, biases, at)
     seen = _place_masks(found, lowered["masks"], at)
