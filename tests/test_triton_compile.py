@@ -25,6 +25,7 @@ from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_tiles,
     _attention_hard,
     _attention_heads_bwd_tiles,
+    _attention_heads_maps,
     _attention_host,
     _attention_policy,
     _attention_position_sums,
@@ -102,7 +103,8 @@ def caught(family, *more):
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
         _attention_hard, _attention_policy, _attention_topk, _attention_bwd_sums, attention_heads,
-        _attention_heads_bwd_tiles, _attention_bwd_tables, _attention_position_sums, *more,
+        _attention_heads_bwd_tiles, _attention_bwd_tables, _attention_position_sums,
+        _attention_heads_maps, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 

@@ -84,3 +84,34 @@ def test_positions_compile_without_spills(name, capability, dtype):
     seen = compile_all(attention_launches(capability, dtype, **case), f"{name}, sm_{capability}, {dtype}", capability)
     assert ("_row_products" in seen) == ("_table_sums" in seen) == ("position_v" in case)
     assert ("_pair_sums" if name.startswith("best") else "_position_sums") in seen
+
+
+def mixed_factors(heads, queries, keys):
+    names = ("gain", "weight", "early_gain", "early_weight")
+    return {name: torch.zeros(1, heads, queries, keys) for name in names}
+
+
+MIXED = {
+    "mixed": dict(width=48, heads=16, mixed=True, **of_grid(14, 14, 1, heads=16, names=TABLES[:1])),
+    "mixed, factors": dict(width=64, heads=8, mixed=True, bias=None, **mixed_factors(8, 257, 197)),
+    "mixed, positions": dict(width=32, heads=4, mixed=True, distances=True, path=(14, 14), grid=(14, 14))
+    | contextual(196, 196, 4, 50, 32, values=False),
+    "mixed, everything": dict(width=64, key_heads=8, mixed=True, rule="table", means=True)
+    | of_grid(14, 14, 1, heads=16)
+    | EVERY_TERM
+    | {"heads": 16, "bias": (0, 1, 1, 1)}
+    | mixed_factors(16, 197, 197),
+}
+MIXED_RUNS = [(name, capability, torch.bfloat16) for name in MIXED for capability in (80, 90)] + [
+    ("mixed", 100, torch.bfloat16), ("mixed, everything", 80, torch.float32), ("mixed, factors", 90, torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, capability, dtype", MIXED_RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-")
+)
+def test_mixed_heads_compile_without_spills(name, capability, dtype):
+    case = MIXED[name]
+    seen = compile_all(attention_launches(capability, dtype, **case), f"{name}, sm_{capability}, {dtype}", capability)
+    assert {"_heads_forward", "_heads_queries", "_heads_keys", "_heads_values", "_heads_bias"} <= seen
+    assert ("_map_offsets" in seen) == ("grid_step" in case) and ("_map_rows" in seen) == ("position_q" in case)

@@ -176,6 +176,41 @@ def _entry_sums(entry_ptr, product_ptr, out_ptr, tokens, heads, own_heads, count
     tl.store(out_ptr + (own.to(tl.int64) * count + e), tl.sum(acc, 1), mask=e < count)
 
 
+@triton.jit(do_not_specialize=("own_heads", "queries", "keys", "grid"))
+def _map_offsets(map_ptr, out_ptr, own_heads, queries, keys, grid, BLOCK: tl.constexpr):
+    """The sums of maps that are stored over the pairs of each step on a grid; grid = (height, width, prefix, columns, step).
+    Grid: table heads (fastest) x steps (2 height - 1) x blocks of distances, on axis 0. Writes [heads, 2 height - 1, 2 width - 1].
+    Contiguous: maps [heads, Nq, Nk]."""
+    height, width, prefix, columns, step = grid
+    pid = tl.program_id(0)
+    head = (pid % own_heads).to(tl.int64)
+    line = pid // own_heads % (2 * height - 1)
+    down = line - (height - 1)
+    n = pid // own_heads // (2 * height - 1) * BLOCK + tl.arange(0, BLOCK)
+    first = (tl.maximum(-down, 0) + step - 1) // step
+    last = tl.maximum((height - 1 - tl.maximum(down, 0)) // step + 1, first)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for query in tl.range(first * columns, last * columns, num_stages=1):
+        x = n - (width - 1) + query % columns * step
+        key = prefix + (query // columns * step + down) * width
+        at = (head * queries + prefix + query) * keys + key
+        sums += tl.load(map_ptr + (at + x), mask=(x >= 0) & (x < width), other=0.0)
+    tl.store(out_ptr + ((head * (2 * height - 1) + line) * (2 * width - 1) + n), sums, mask=n < 2 * width - 1)
+
+
+def map_gradient(x: Tensor, grid: tuple[int, ...], table: Tensor) -> Tensor:
+    """The gradient of a table [1, H|1, 1, entries] from a map [1, H|1, Nq, Nk] of its gradients at all pairs."""
+    height, width, prefix = grid[:3]
+    own, queries, keys = x.shape[1:]
+    found = torch.empty((own, (2 * height - 1) * (2 * width - 1)), dtype=torch.float32, device=x.device)
+    block = power(min(2 * width - 1, 128))
+    _map_offsets[(own * (2 * height - 1) * -(-(2 * width - 1) // block),)](
+        x, found, own, queries, keys, grid, BLOCK=block, num_warps=1, enable_fp_fusion=True)
+    of_prefix = (x[0, :, :prefix, prefix:], x[0, :, prefix:, :prefix], x[0, :, :prefix, :prefix]) if prefix else ()
+    parts = [found, *(part.sum((1, 2))[:, None] for part in of_prefix)]
+    return torch.cat(parts, 1)[None, :, None].to(table.dtype)
+
+
 def table_gradient(shared: dict, table: Tensor, target: int) -> Tensor:
     """The gradient of a table [1, H|1, 1, entries], whose place in `terms` is `target`."""
     batch, queries, _, heads = shared["sizes"][:4]

@@ -83,15 +83,11 @@ DIFFERENTIABLE = (
     "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v", "early_gain",
     "early_weight",
 )  # fmt: skip
-UNSERVED = {  # slots that only the CPU has
-    **dict.fromkeys(("early_gain", "early_weight"), "modulations before talking heads"),
-}  # fmt: skip
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 16
 TABLES = ("bias_table", "gain_table", "weight_table")
-BESIDE_MIXTURES = (  # what no kernel has together with them
-    "gain", "weight", "rel_y", "path_row", "slope", "policy", *TABLES, "later_ratio", "position_index",
-)  # fmt: skip
+BESIDE_MIXTURES = ("policy", "later_ratio", "position_v")    # what no kernel has together with them
+PADDED_MIXTURES = ("rel_y", "path_row", "slope")            # and of packed sequences
 
 
 def mixes(call: Call) -> bool:
@@ -111,14 +107,16 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     for name, tokens in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if tokens >= MAX_TOKENS:
             why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
-    for name, x in (("gain", call.gain), ("weight", call.weight)):
+    for name in ("gain", "weight", "early_gain", "early_weight"):
+        x = getattr(call, name)
         both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
         if x is not None and tuple(x.shape[2:]) != both:
             why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
     if mixes(call):
         if q.shape[2] > MIXED_HEADS:
             why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
-        beside = [name for name in BESIDE_MIXTURES if getattr(call, name) is not None]
+        names = BESIDE_MIXTURES if call.cu_q is None else (*BESIDE_MIXTURES, *PADDED_MIXTURES)
+        beside = [name for name in names if getattr(call, name) is not None]
         beside += ["topk"] if call.topk else []
         beside += [call.normalizer] if call.normalizer in HARD else []
         why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
@@ -130,8 +128,7 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
     if call.rel_y is not None and call.rel_y.dim() == 2:
         why.append("no Triton kernel multiplies tables of decomposed positions")
-    given = [name for name, x in call._asdict().items() if isinstance(x, Tensor)]
-    return why + [f"no Triton kernel has {x}" for x in dict.fromkeys(UNSERVED[n] for n in given if n in UNSERVED)]
+    return why
 
 
 def widths(d: int) -> tuple[int, int, int]:
@@ -169,7 +166,7 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     total = batch * queries, batch * keys
     if call.cu_q is not None:
         batch, queries, keys = len(call.cu_q) - 1, call.max_q, call.max_k
-    terms = [score_strides(x) for x in (bias, key_bias, mask, call.gain, call.weight)]
+    terms = [score_strides(x) for x in (bias, key_bias, mask, call.gain, call.weight, call.early_gain, call.early_weight)]
     relative = [(0,) * 4 if x is None else score_strides(x) for x in (call.rel_y, call.rel_x)]  # (batch, query, head, side)
     ids = [(0, 0) if x is None else score_strides(x) for x in (call.q_ids, call.k_ids, call.allow)]
     tokens = [row_strides(x) for x in (call.query_weight, dkey_mean)]
@@ -193,14 +190,16 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
                   call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
                   call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None,
-                  *by_offset, call.later_ratio, *positions, None),
+                  *by_offset, call.later_ratio, *positions, None, call.early_gain,
+                  call.early_weight),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
                          *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1],
                          *(row_strides(path[0]) if path else (0, 0, 0)), *score_strides(call.policy)[:2],
                          *(s for x in by_offset for s in score_strides(x)[1::2]),
-                         *(score_strides(positions[0])[:3]), *(s for x in positions[1:] for s in score_strides(x)), *[0] * 4),
+                         *(score_strides(positions[0])[:3]), *(s for x in positions[1:] for s in score_strides(x)), *[0] * 4,
+                         *terms[5], *terms[6]),
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
                   1 if call.rel_x is None else call.rel_x.shape[3],
                   *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed),

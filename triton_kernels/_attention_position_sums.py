@@ -205,6 +205,35 @@ def _table_sums(
     tl.store(out_ptr + at, acc, mask=(r < rows)[:, None] & (d < width)[None, :])
 
 
+@triton.jit(do_not_specialize=("heads", "queries", "keys", "rows", "index_strides"))
+def _map_rows(
+    map_ptr, index_ptr, sum_ptr, heads, queries, keys, rows, index_strides, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BY_KEYS: tl.constexpr,
+):  # fmt: skip
+    """position_sums of maps that are stored, for BLOCK queries or keys of one head and sample.
+    Grid: heads (fastest) x tiles x samples on axis 0, blocks of rows on axis 1. Writes [B, N, H, rows].
+    Any strides: the index (sample, query, key). Maps [B, H, Nq, Nk] are contiguous."""
+    pid = tl.program_id(0)
+    count = keys if BY_KEYS else queries
+    tiles = (count + BLOCK - 1) // BLOCK
+    head = pid % heads
+    n = pid // heads % tiles * BLOCK + tl.arange(0, BLOCK)
+    image = (pid // heads // tiles).to(tl.int64)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    sums = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+    for start in tl.range(0, queries if BY_KEYS else keys, BLOCK, num_stages=1):
+        other = start + tl.arange(0, BLOCK)
+        i = (other if BY_KEYS else n)[:, None].to(tl.int64)
+        j = (n if BY_KEYS else other)[None, :].to(tl.int64)
+        inside = (i < queries) & (j < keys)
+        x = tl.load(map_ptr + (((image * heads + head) * queries + i) * keys + j), mask=inside, other=0.0)
+        at = image * index_strides[0] + i * index_strides[1] + j * index_strides[2]
+        named = tl.load(index_ptr + at, mask=inside, other=-1)
+        sums += tl.sum(tl.where(named[:, :, None] == r[None, None, :], x[:, :, None], 0.0), 0 if BY_KEYS else 1)
+    at = ((image * count + n) * heads + head) * rows
+    tl.store(sum_ptr + (at[:, None] + r[None, :]), sums, mask=(n < count)[:, None] & (r < rows)[None, :])
+
+
 PRODUCTS = {"BLOCK": 32, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 CHUNKS = 32                             # of the tokens that a table's gradient sums
 OF_GRADIENTS = ("v_ptr", "v_strides", "dout_ptr", "dout_strides", "delta_ptr")
@@ -235,8 +264,9 @@ def with_given(shared: dict, dout: Tensor, table: Tensor | None) -> dict:
     _row_products[(heads * -(-batch * queries // 32), -(-given.shape[3] // 32))](
         dout, table, None, given, batch * queries, queries, heads, width, given.shape[3], strides,
         (by_head[0], by_head[2], by_head[1]), **PRODUCTS)
+    terms, by_term = shared["terms"], shared["term_strides"]
     return shared | {
-        "terms": (*shared["terms"][:32], given), "term_strides": (*shared["term_strides"][:71], *given.stride())}
+        "terms": (*terms[:32], given, *terms[33:]), "term_strides": (*by_term[:71], *given.stride(), *by_term[75:])}
 
 
 def position_sums(shared: dict, by_keys: bool = False, weigh: bool = False) -> Tensor:
@@ -249,6 +279,17 @@ def position_sums(shared: dict, by_keys: bool = False, weigh: bool = False) -> T
     given = shared | (dict.fromkeys(OF_GRADIENTS) | {"v_strides": (0,) * 3, "dout_strides": (0,) * 3} if weigh else {})
     grid = programs(shared, -(-sums.shape[1] // TILE)), -(-rows // ROWS)
     _position_sums[grid](**given, **blocks, sum_ptr=sums, BLOCK_R=min(ROWS, power(rows)), BY_KEYS=by_keys)
+    return sums
+
+
+def map_rows(x: Tensor, index: Tensor, rows: int, by_keys: bool) -> Tensor:
+    """The sums of maps [B, H, Nq, Nk] over the pairs that name each row: [B, N, H, rows]."""
+    batch, heads, queries, keys = x.shape
+    sums = torch.empty((batch, keys if by_keys else queries, heads, rows), dtype=torch.float32, device=x.device)
+    strides = (0 if len(index) == 1 else index.stride(0), *index.stride()[1:])
+    _map_rows[(batch * heads * -(-sums.shape[1] // TILE), -(-rows // ROWS))](
+        x, index, sums, heads, queries, keys, rows, strides, BLOCK=TILE, BLOCK_R=min(ROWS, power(rows)), BY_KEYS=by_keys,
+        num_warps=4, num_stages=1, enable_fp_fusion=True)
     return sums
 
 

@@ -1,5 +1,6 @@
-"""What depends on the offset between query and key on a grid alone, read from tables, and what belongs to keys behind the query's
-own place. An entry for every key minus query, row-major; with a prefix three more: prefix to grid, grid to prefix, among the prefix.
+"""What depends on the offset between query and key on a grid alone, read from tables, and what belongs to keys behind the
+query's own place. An entry for every key minus query, row-major; with a prefix three more: prefix to grid, grid to prefix,
+among the prefix.
 """
 
 import triton

@@ -5,13 +5,15 @@ What a score is made of stands in `terms`, each a pointer or None:
     13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy,
     20 and 21 the prefix sums of path_row and path_col, 22 policy, 23 the number that it adds to every weight's exponential,
     24 the bits of the keys that survive top-k, [B, Nq, H, words] and contiguous, 25 bias_table, 26 gain_table, 27 weight_table,
-    28 later_ratio, 29 position_index, 30 position_q, 31 position_k, 32 the products of dout and position_v (of a backward)
+    28 later_ratio, 29 position_index, 30 position_q, 31 position_k, 32 the products of dout and position_v (of a backward),
+    33 early_gain, 34 early_weight
 and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
 weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
 q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36, of 16 from 39, of 20 and of 21 from
 49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46; (batch, token) of policy from 52; (head, entry) of the
-tables from 54, 56 and 58; (batch, query, key) of 29 from 60; (batch, token, head, row) of 30, 31 and 32 from 63, 67 and 71.
-AXES says whether bias, key_bias, mask, gain and weight vary with the query and with the key. `sizes` is (batch, queries, keys,
+tables from 54, 56 and 58; (batch, query, key) of 29 from 60; (batch, token, head, row) of 30, 31 and 32 from 63, 67 and 71;
+(batch, head, query, key) of 33 from 75 and 34 from 79. AXES says whether bias, key_bias, mask, gain, weight and the early ones vary
+with the query and with the key. `sizes` is (batch, queries, keys,
 heads, offset, kw of rel_x, rows and columns of allow, queries and keys of all samples, width of the path's grid, whether it is
 transposed, whether a policy keeps the diagonal, words of a row of bits; of the tables' grid height and width, tokens in front of
 it, queries in a row and the step between them; rows of the tables of contextual positions). Of packed sequences these are the
@@ -246,12 +248,12 @@ def slope_of(terms, strides, head):
 def scores(
     a, factor, terms, strides, image, head, row, start, sizes,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GAINED: tl.constexpr = True,
 ):  # fmt: skip
-    """Scores of the products a of queries row.. and keys start..; what a row must not see becomes -inf, whatever its
-    product is."""
+    """Scores of the products a of queries row.. and keys start.., times their gains if GAINED; what a row must not see becomes
+    -inf, whatever its product is."""
     s = a * factor
-    if terms[6] is not None or terms[26] is not None:
+    if GAINED and (terms[6] is not None or terms[26] is not None):
         s *= gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[8] is not None:
         s += relative_term(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)

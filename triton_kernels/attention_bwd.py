@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _attention_hard, attention_heads_bwd
-from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
+from ._attention_bwd_relative import _backward_relative, _backward_relative_keys, path_gradient
 from ._attention_bwd_sums import _backward_sums
 from ._attention_bwd_tables import table_gradient
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
@@ -196,17 +196,9 @@ def _path_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tens
     for axis, like in enumerate(inputs):
         if wanted[axis]:
             by_keys = bool(axis) != bool(transposed)
-            steps = _grid_sums(shared, sides, [axis == 1, axis == 0], by_keys)[1 - axis].unflatten(1, sides)
-            steps = steps.transpose(1, 2) if axis else steps               # [B, other side, own side, H, own side]
-            grad = _between(steps.permute(0, 1, 3, 2, 4)).transpose(2, 3)  # [B, other side, own side, H]
-            found[axis] = folded((grad.transpose(1, 2) if axis else grad).flatten(1, 2), like)
+            steps = _grid_sums(shared, sides, [axis == 1, axis == 0], by_keys)[1 - axis]
+            found[axis] = folded(path_gradient(steps, axis, sides), like)
     return found
-
-
-def _between(x: Tensor) -> Tensor:
-    """For every t the sum of x[..., a, b] over min(a, b) < t <= max(a, b)."""
-    both = (x + x.mT).cumsum(-2).flip(-1).cumsum(-1).flip(-1)              # over a' <= a and b' >= b
-    return torch.nn.functional.pad(both.diagonal(1, -2, -1), (1, 0))
 
 
 def _grid_sums(shared: dict, sides: tuple[int, int], wanted: list[bool], by_keys: bool = False) -> list[Tensor | None]:

@@ -58,7 +58,7 @@ def _head_rows(
         top = tl.zeros([HEADS, BLOCK_M], tl.float32) + sink[:, None]
         norm = tl.where(top == float("-inf"), 0.0, 1.0)
     for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
         higher = tl.maximum(top, tl.max(s, 2))
@@ -96,10 +96,11 @@ def _heads_forward(
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     acc = tl.zeros([HEADS, BLOCK_M, CHUNK_V], tl.float32)
     for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-        p = mixed_weights(head_weights(s, lse, low, NORM), s, mixtures, heads, BLOCK_M, BLOCK_N)
+        p = mixed_weights(head_weights(s, lse, low, NORM), s, mixtures, terms, term_strides, image, row, start, sizes,
+                          AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), p * keep_scale, 0.0)
         j = start + tl.arange(0, BLOCK_N)
@@ -134,7 +135,7 @@ def _head_means(
     for row in tl.range(first, sizes[1], BLOCK_M, num_stages=1, disable_licm=True):
         i = row + tl.arange(0, BLOCK_M)
         lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
         share = token_numbers(terms[15], term_strides, 36, image, i, sizes[1], sizes[8], heads)
@@ -153,7 +154,7 @@ def heads_arguments(call: Call, others=(), dkey_mean=None) -> dict:
     mixtures = [getattr(call, name) for name in MIXTURES]
     return shared | {
         "mixtures": tuple(None if x is None else x.float().contiguous() for x in mixtures),
-        "ALIKE": not any(strides[n] for n in (1, 5, 9)) and all(terms[n] is None for n in (8, 17, 20)),
+        "ALIKE": not any(strides[n] for n in (1, 5, 9)) and all(terms[n] is None for n in (8, 17, 20, 25, 29)),
         "WIDTH": call.q.shape[3], "CHUNK": columns(call.q.shape[3], call.q.element_size())[0],
         "CLIP": keys % TILE != 0 or terms[13] is not None, "BLOCK_M": TILE, "BLOCK_N": TILE,
         "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True,

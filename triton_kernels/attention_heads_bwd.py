@@ -8,15 +8,15 @@ of a bias with queries and keys walks the samples that share it. Every sum has a
 import torch
 from torch import Tensor
 
-from ._attention_heads_bwd_tiles import _head_deltas, _heads_bias, _heads_keys, _heads_queries, _heads_values
+from ._attention_heads_bwd_tiles import _head_deltas, _heads_keys, _heads_queries, _heads_values
+from ._attention_heads_maps import dense_gradient, factor_gradients, position_gradients
 from ._attention_host import DIFFERENTIABLE, Call, folded, row_strides, whole_bias
 from ._reduce import add_parts
 from .attention_heads import columns, head_rows, heads_arguments, programs, without
 
 DELTAS = ("delta_ptr", "drow_ptr", "dsink_ptr", "dgiven_ptr", "dweight_ptr", "dpost_ptr")
-QUERIES = ("dq_ptr", "drow_ptr", "dfactor_ptr", "dpre_ptr")
+QUERIES = ("dq_ptr", "drow_ptr", "doffset_ptr", "dfactor_ptr", "dpre_ptr")
 KEYS = ("dk_ptr", "dcolumn_ptr")
-PROGRAMS = 2048                         # from so many on, the samples that share a bias are not shared out
 
 
 def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: Tensor, call: Call, wanted: list[bool]) -> tuple:
@@ -41,9 +41,11 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
         return make(shape, dtype=dtype, device=q.device) if condition else None
 
     tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
-    rows = needs["bias"] and not wide or needs["pre_bias"]
+    gained = call.gain is not None or call.gain_table is not None  # then the mixed scores have a gradient of their own
+    rows = needs["bias"] and not wide or (needs["pre_bias"] and not gained)
     of_rows, of_keys = (batch, queries, heads), (batch, keys, heads)
-    delta, drow, dfactor = (new(x, *of_rows) for x in (softmax, rows, needs["factor"]))
+    delta, drow, doffset, dfactor = (
+        new(x, *of_rows) for x in (softmax, rows, needs["pre_bias"] and gained, needs["factor"]))
     dsink, dgiven = (new(needs[x], *of_rows) for x in ("sink", "post_bias"))
     dweight = new(needs["query_weight"] and dkey_mean is not None, *of_rows)
     dpost, dpre = (new(needs[x], programs(shared, 1), heads, heads) for x in ("post_weight", "pre_weight"))
@@ -60,7 +62,7 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     walk(_head_deltas, DELTAS, 1, 1, of_dlse, dpost_ptr=dpost)
     shared["delta_ptr"], block = delta, {"BLOCK_D": column[0]}
     walk(_heads_queries, QUERIES, 1, column[1], block, dq_ptr=dq)
-    walk(_heads_queries, QUERIES, 1, 1, block, drow_ptr=None if softmax else drow, dfactor_ptr=dfactor)
+    walk(_heads_queries, QUERIES, 1, 1, block, drow_ptr=None if softmax else drow, doffset_ptr=doffset, dfactor_ptr=dfactor)
     walk(_heads_queries, QUERIES, 1, 1, block, dpre_ptr=dpre)
 
     def of_each_head(like, condition):
@@ -81,12 +83,12 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
             grads[name] = x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
     if needs["bias"]:
         if tall and wide:
-            grads["bias"] = folded(_dense_gradient(shared, whole_bias(call)), bias)
+            grads["bias"] = folded(dense_gradient(shared, whole_bias(call), 0), bias)
         else:
             grads["bias"] = folded(by_keys[:, :, None] if wide else by_rows[..., None], bias)
     if needs["key_bias"]:
         grads["key_bias"] = folded(by_keys[:, :, None], key_bias)
-    for name, x in (("factor", dfactor), ("sink", dsink), ("pre_bias", drow), ("post_bias", dgiven)):
+    for name, x in (("factor", dfactor), ("sink", dsink), ("pre_bias", doffset if gained else drow), ("post_bias", dgiven)):
         if needs[name]:
             grads[name] = x.sum((0, 1)).to(getattr(call, name).dtype)
     for name, x in (("pre_weight", dpre), ("post_weight", dpost)):
@@ -94,16 +96,5 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
             grads[name] = add_parts(x, getattr(call, name).dtype)
     if needs["query_weight"]:
         grads["query_weight"] = torch.zeros_like(call.query_weight) if dweight is None else dweight.to(call.query_weight.dtype)
+    grads |= factor_gradients(shared, call, needs) | position_gradients(shared, call, needs)
     return tuple(grads.values())
-
-
-def _dense_gradient(shared: dict, bias: Tensor) -> Tensor:
-    """The gradient of a bias with queries and keys: in chunks of the samples that share it where its tiles are too few programs."""
-    batch, queries, keys = shared["sizes"][:3]
-    members = bias.shape[0], batch // bias.shape[0]
-    fans = members[0] * -(-queries // shared["BLOCK_M"]) * -(-keys // shared["BLOCK_N"])
-    chunks = max(1, min(members[1], PROGRAMS // fans))
-    parts = torch.empty((chunks, *bias.shape), dtype=torch.float32, device=bias.device)
-    _heads_bias[(fans * chunks,)](
-        **shared, dbias_ptr=parts, members=members, chunks=chunks, SHARED=bias.shape[1] < shared["sizes"][3])
-    return add_parts(parts, bias.dtype)

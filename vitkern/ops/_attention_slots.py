@@ -115,12 +115,11 @@ def slots(
         longest = packed.longest
         found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
     biases, cpu = lowered["biases"], on_cpu(q, backend)
-    mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
-    context = positions.chosen(biases) if biases and (cpu or mixtures is None) else None
+    context = positions.chosen(biases) if biases else None
     if context is not None:
         positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
         biases = [b for b in biases if b is not context]
-    native = extra is None and (cpu or mixtures is None)
+    native = extra is None
     axes = (
         native and cpu and lowered["rope"] is None and lowered["cosine"] is None and longest is None
     )  # q is what tables meet
@@ -129,6 +128,7 @@ def slots(
     seen = _place_masks(found, lowered["masks"], at)
     factors: list[Tensor] = []
     early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
+    mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
     mixed = [] if mixtures is None else _mixes(mixtures)
     ahead = mixtures is not None
     for m in lowered["modulations"]:
