@@ -195,7 +195,7 @@ def compile_all(launches, where: str, capability: int) -> set[str]:
     """Compiles what was caught, checks registers and shared memory, and returns the kernels' names."""
     seen = set()
     for kernel, arguments in launches:
-        options = {x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion") if x in arguments}
+        options = {x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if x in arguments}
         compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
         used = resources(compiled)
         print(f"{where} {kernel.__name__} warps={options['num_warps']} {used}")

@@ -12,7 +12,6 @@ from ._attention_heads_tiles import (
     first_query,
     head_factors,
     head_gradients,
-    head_weights,
     keep_heads,
     known_rows,
     load_heads,
@@ -22,6 +21,7 @@ from ._attention_heads_tiles import (
     row_places,
     score_gradients,
     store_heads,
+    tile_weights,
     times_factors,
     token_numbers,
 )
@@ -74,7 +74,8 @@ def _head_deltas(
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-        p = tl.where(live[:, :, None], head_weights(s, lse, low, NORM), 0.0)
+        p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+        p = tl.where(live[:, :, None], p, 0.0)
         given, after, before, dp = head_gradients(
             s, live, dout_ptr, v_ptr, mixtures, terms, dout_strides, v_strides, d_strides, term_strides, image, row, start, sizes,
             threshold, keep_scale, AXES, FAR, CLIP, WIDTH_V, GROUP, ALIGN, CHUNK_V, BLOCK_M, BLOCK_N)
@@ -130,7 +131,8 @@ def _gradients(
     a, x, y, s = mixed_scores(
         q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, strides, image, row, start, sizes, scale,
         AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-    p = tl.where(live[:, :, None], head_weights(s, lse, low, NORM), 0.0)
+    p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+    p = tl.where(live[:, :, None], p, 0.0)
     given, after, before, dp = head_gradients(
         s, live, dout_ptr, v_ptr, mixtures, terms, dout_strides, v_strides, d_strides, strides, image, row, start, sizes,
         threshold, keep_scale, AXES, FAR, CLIP, WIDTH_V, GROUP, ALIGN, CHUNK_V, BLOCK_M, BLOCK_N)
@@ -268,7 +270,8 @@ def _heads_values(
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-        p = tl.where(live[:, :, None], head_weights(s, lse, low, NORM), 0.0)
+        p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+        p = tl.where(live[:, :, None], p, 0.0)
         p = mixed_weights(p, s, mixtures, terms, term_strides, image, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), p * keep_scale, 0.0)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._attention_terms import gains, places, score_term, scores, weighed
-from ._attention_tiles import SOFTMAX, plain_weights, slopes
+from ._attention_tiles import ARGMAX_K, ARGMAX_Q, SOFTMAX, plain_weights, slopes
 from ._tiles import LOG2E, clean
 
 HEADS = tl.constexpr(16)                                    # matrix products want 16
@@ -205,6 +205,25 @@ def head_weights(s, lse, low, NORM: tl.constexpr):
     """The weights of scores whose rows are known, before the second mixture."""
     p = plain_weights(s, NORM) if NORM != SOFTMAX else tl.exp2((s - lse[:, :, None]) * LOG2E - low[:, :, None])
     return tl.where(s == float("-inf"), 0.0, p)
+
+
+@triton.jit
+def tile_weights(
+    s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The weights before the second mixture; of hard choices 1 for each pair, from what lse_ptr says is chosen."""
+    if NORM == ARGMAX_K or NORM == ARGMAX_Q:
+        i = row + tl.arange(0, BLOCK_M)
+        j = start + tl.arange(0, BLOCK_N)
+        if NORM == ARGMAX_K:
+            flat, real = row_places(terms, image, i, sizes[1], sizes[8], sizes[3])
+            p = tl.where(j[None, None, :] == tl.load(lse_ptr + flat, mask=real, other=-1)[:, :, None], 1.0, 0.0)
+        else:
+            flat, real = row_places(terms, image, j, sizes[2], sizes[9], sizes[3])
+            p = tl.where(i[None, :, None] == tl.load(lse_ptr + flat, mask=real, other=-1)[:, None, :], 1.0, 0.0)
+    else:
+        p = head_weights(s, lse, low, NORM)
+    return p
 
 
 @triton.jit

@@ -117,8 +117,6 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
             why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
         names = BESIDE_MIXTURES if call.cu_q is None else (*BESIDE_MIXTURES, *PADDED_MIXTURES)
         beside = [name for name in names if getattr(call, name) is not None]
-        beside += ["topk"] if call.topk else []
-        beside += [call.normalizer] if call.normalizer in HARD else []
         why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
     if call.position_index is not None and call.cu_q is not None:
         why.append("bias.ContextualPosition has no kernel of packed sequences")

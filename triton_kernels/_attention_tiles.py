@@ -16,7 +16,9 @@ SOFTMAX = tl.constexpr(0)                                   # NORM
 SIGMOID = tl.constexpr(1)
 RELU = tl.constexpr(2)
 NONE = tl.constexpr(3)
-POLICY = tl.constexpr(6)                                    # in place of the softmax; 4 and 5 are argmax
+ARGMAX_K = tl.constexpr(4)
+ARGMAX_Q = tl.constexpr(5)
+POLICY = tl.constexpr(6)                                    # in place of the softmax
 
 
 @triton.jit

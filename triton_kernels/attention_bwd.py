@@ -57,12 +57,12 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
             grads[6] = dlse.sum((0, 1)).to(sink.dtype)
         return tuple(grads)
     dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
+    if mixes(call):
+        return attention_heads_bwd.backward(dout, dlse, dkey_mean, lse, call, wanted)
     if call.normalizer in HARD:
         needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
         found = _attention_hard.backward(dout, dkey_mean, call, needs)
         return tuple(found.get(n, torch.zeros_like(x) if w else None) for (n, w), x in zip(needs.items(), inputs, strict=True))
-    if mixes(call):
-        return attention_heads_bwd.backward(dout, dlse, dkey_mean, lse, call, wanted)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None
                   for x, w in zip((q, k, v), wanted, strict=False))
     shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)], dkey_mean)

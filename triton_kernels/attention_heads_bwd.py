@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ._attention_heads_bwd_tiles import _head_deltas, _heads_keys, _heads_queries, _heads_values
 from ._attention_heads_maps import dense_gradient, factor_gradients, position_gradients
-from ._attention_host import DIFFERENTIABLE, Call, folded, row_strides, whole_bias
+from ._attention_host import DIFFERENTIABLE, HARD, Call, folded, row_strides, whole_bias
 from ._reduce import add_parts
 from .attention_heads import columns, head_rows, heads_arguments, programs, without
 
 DELTAS = ("delta_ptr", "drow_ptr", "dsink_ptr", "dgiven_ptr", "dweight_ptr", "dpost_ptr")
 QUERIES = ("dq_ptr", "drow_ptr", "doffset_ptr", "dfactor_ptr", "dpre_ptr")
 KEYS = ("dk_ptr", "dcolumn_ptr")
+OF_WEIGHTS = ("v", "weight", "weight_table", "early_weight", "post_weight", "post_bias", "query_weight")  # not of the choice
 
 
 def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: Tensor, call: Call, wanted: list[bool]) -> tuple:
@@ -24,11 +25,12 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     q, k, v, bias, key_bias = call[:5]
     batch, queries, heads, depth = q.shape
     keys, width = v.shape[1], v.shape[3]
-    needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
+    hard, asked = call.normalizer in HARD, dict(zip(DIFFERENTIABLE, wanted, strict=True))
+    needs = {name: w and (not hard or name in OF_WEIGHTS) for name, w in asked.items()}
     softmax = call.normalizer == "softmax"
     shared = heads_arguments(call, [dout], dkey_mean)
     found, low = lse.contiguous() if softmax else None, None
-    if softmax and q.dtype == torch.float32:
+    if hard or (softmax and q.dtype == torch.float32):
         found, low = head_rows(call, shared)
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": found, "low_ptr": low}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
@@ -54,7 +56,7 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     def walk(kernel, names, side, count, more, **made):
         """One walk makes some of what a kernel can make: all at once would want more registers than there are."""
         if any(x is not None for x in made.values()):
-            kernel[(programs(shared, side), count)](**shared, **more, **dict.fromkeys(names) | made)
+            kernel[(programs(shared, side), count)](**shared | more, **dict.fromkeys(names) | made)
 
     of_dlse = {"dlse_ptr": dlse, "dlse_strides": row_strides(dlse)}
     walk(_head_deltas, DELTAS, 1, 1, of_dlse, delta_ptr=delta, drow_ptr=drow if softmax else None, dsink_ptr=dsink,
@@ -97,4 +99,5 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     if needs["query_weight"]:
         grads["query_weight"] = torch.zeros_like(call.query_weight) if dweight is None else dweight.to(call.query_weight.dtype)
     grads |= factor_gradients(shared, call, needs) | position_gradients(shared, call, needs)
+    grads |= {name: torch.zeros_like(getattr(call, name)) for name, w in asked.items() if w and not needs[name]}
     return tuple(grads.values())

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention_op import HALF, arguments, check_op, mixtures, scores, small_tiles
 
+from vitkern.ops.attention import OP
 from vitkern.triton_kernels import _attention_heads_maps, _host
 from vitkern.triton_kernels import attention as kernels
 from vitkern.triton_kernels._attention_host import Call
@@ -81,3 +82,37 @@ def test_packed_factors_and_tables():
     check_op([*c])
     why = " ".join(kernels.supported(*c._replace(slope=torch.rand(2), policy=torch.rand(1, 20), early_gain=scores((1, 1, 20, 1)))))
     assert "slope" in why and "policy" in why and "early_gain must have all queries" in why
+
+
+@pytest.mark.parametrize("topk, normalizer", [(1, "softmax"), (5, "softmax"), (20, "sigmoid"), (3, "argmax_k")], ids=str)
+def test_largest_mixed_scores(topk, normalizer):
+    c = call(2, 17, 37, 3, ("gain", "weight"), normalizer=normalizer, mask=torch.rand(2, 1, 17, 37) < 0.7)
+    check_op([*c._replace(topk=topk, bias=scores((1, 3, 17, 37)))])
+    check_op([*call(1, 18, 35, 2, causal=True, offset=9, dtype=HALF)._replace(topk=topk, normalizer=normalizer)])
+
+
+def test_ties_of_mixed_scores_go_to_the_lower_key():
+    """Whole numbers, equal to the bit; -0 ties with 0, rows with fewer visible keys keep them all."""
+    c = call(1, 9, 37, 2, mask=torch.rand(1, 2, 9, 37) < 0.8)._replace(topk=6, scale=1.0)
+    c.mask[:, :, 3, 4:] = c.mask[:, :, 5] = False
+    mix = torch.tensor([[1.0, -1.0], [0.0, 2.0]])
+    whole = [torch.randint(-1, 2, t.shape).float() for t in (c.q, c.k)]
+    whole[0][:, 0] = 0.0
+    eye = torch.eye(37)[None, :, None].expand(1, 37, 2, 37)
+    c = c._replace(q=whole[0], k=whole[1], v=eye, pre_weight=mix, pre_bias=None, post_weight=None, post_bias=None)
+    for normalizer in ("softmax", "argmax_k", "argmax_q"):
+        args = [*c._replace(normalizer=normalizer)]
+        out, want = kernels.fwd(*args)[0], OP.definition(*args)[0]
+        assert torch.equal(out != 0, want != 0)
+        if normalizer == "softmax":
+            assert torch.equal((out != 0).sum(-1).transpose(1, 2), c.mask.sum(-1).clamp(max=6))
+
+
+@pytest.mark.parametrize("normalizer", ["argmax_k", "argmax_q"])
+def test_hard_choices(normalizer):
+    c = call(2, 17, 19, 4, FACTORS, kv_heads=2, normalizer=normalizer, seed=torch.tensor([5]), dropout_p=0.3, causal=True, offset=4)
+    check_op([*c._replace(bias=scores((1, 4, 17, 19)), query_weight=torch.rand(2, 17, 4))])
+    check_op([*tables(call(2, 20, 20, 2, normalizer=normalizer), 4, 5)])
+    bounds = {"cu_q": torch.tensor([0, 5, 5, 20]).int(), "cu_k": torch.tensor([0, 3, 18, 20]).int(), "max_q": 15, "max_k": 15}
+    c = call(1, 20, 20, 2, normalizer=normalizer)._replace(**bounds, topk=4 * (normalizer == "argmax_k"))
+    check_op([*c._replace(query_weight=torch.rand(1, 20, 2))])
