@@ -25,6 +25,7 @@ from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_tiles,
     _attention_hard,
     _attention_heads_bwd_tiles,
+    _attention_heads_choice,
     _attention_heads_maps,
     _attention_host,
     _attention_policy,
@@ -104,7 +105,7 @@ def caught(family, *more):
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
         _attention_hard, _attention_policy, _attention_topk, _attention_bwd_sums, attention_heads,
         _attention_heads_bwd_tiles, _attention_bwd_tables, _attention_position_sums,
-        _attention_heads_maps, *more,
+        _attention_heads_maps, _attention_heads_choice, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -195,7 +196,9 @@ def compile_all(launches, where: str, capability: int) -> set[str]:
     """Compiles what was caught, checks registers and shared memory, and returns the kernels' names."""
     seen = set()
     for kernel, arguments in launches:
-        options = {x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if x in arguments}
+        options = {
+            x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if x in arguments
+        }
         compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
         used = resources(compiled)
         print(f"{where} {kernel.__name__} warps={options['num_warps']} {used}")

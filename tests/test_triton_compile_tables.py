@@ -102,8 +102,9 @@ MIXED = {
     | {"heads": 16, "bias": (0, 1, 1, 1)}
     | mixed_factors(16, 197, 197),
 }
+CHOICES = {"topk": dict(topk=8), "argmax_k": dict(normalizer="argmax_k"), "argmax_q": dict(normalizer="argmax_q")}
 MIXED_RUNS = [(name, capability, torch.bfloat16) for name in MIXED for capability in (80, 90)] + [
-    ("mixed", 100, torch.bfloat16), ("mixed, everything", 80, torch.float32), ("mixed, factors", 90, torch.float32),
+    ("mixed", 100, torch.bfloat16), ("mixed, everything", 90, torch.float32), ("mixed, factors", 90, torch.float32),
 ]  # fmt: skip
 
 
@@ -115,3 +116,16 @@ def test_mixed_heads_compile_without_spills(name, capability, dtype):
     seen = compile_all(attention_launches(capability, dtype, **case), f"{name}, sm_{capability}, {dtype}", capability)
     assert {"_heads_forward", "_heads_queries", "_heads_keys", "_heads_values", "_heads_bias"} <= seen
     assert ("_map_offsets" in seen) == ("grid_step" in case) and ("_map_rows" in seen) == ("position_q" in case)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_of_mixed_heads_compile_without_spills(name, capability):
+    """What chooses, and the forward that reads it."""
+    case = dict(width=64, heads=16, mixed=True, mask=True) | CHOICES[name]
+    launches = attention_launches(capability, torch.bfloat16, **case)
+    some = [
+        x for x in launches if x[0].__name__ in ("_head_survivors", "_head_choices", "_heads_forward", "_heads_values")
+    ]
+    seen = compile_all(some, f"{name} of mixed heads, sm_{capability}", capability)
+    assert ("_head_survivors" if name == "topk" else "_head_choices") in seen

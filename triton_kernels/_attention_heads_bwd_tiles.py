@@ -121,8 +121,9 @@ def _gradients(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of queries row.. and keys start.. of a sample and all heads the products, what is mixed and what comes of it, scores, weights,
-    the gradients of the weights that meet the values and of what the second mixture mixes, dS, and that of the mixed scores."""
+    """Of queries row.. and keys start.. of a sample and all heads the products, what is mixed and what comes of it, scores,
+    weights, the gradients of the weights that meet the values and of what the second mixture mixes, dS, and that of the mixed
+    scores."""
     i = row + tl.arange(0, BLOCK_M)
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     delta = tl.zeros([HEADS, BLOCK_M], tl.float32)
@@ -292,8 +293,8 @@ def _heads_bias(
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient of one sample of a bias or factor TARGET, a place in `terms`, summed over a chunk of the samples that
-    share it, and over the heads if SHARED; members = (bias samples, samples sharing), from the sample `origin` on.
+    """One tile of the gradient of one sample of a bias or factor TARGET, a place in `terms`, summed over a chunk of the samples
+    that share it, and over the heads if SHARED; members = (bias samples, samples sharing), from the sample `origin` on.
     Grid: query tiles (fastest) x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples, bias heads, Nq, Nk].
     Any strides: q, k, v, dout and the terms."""
     queries, keys, heads = sizes[1], sizes[2], sizes[3]
@@ -317,7 +318,8 @@ def _heads_bias(
             dout_strides, d_strides, term_strides, image, row, start, own, scale, threshold, keep_scale,
             NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
         if TARGET == 7 or TARGET == 27 or TARGET == 28:
-            p = mixed_weights(p, s, mixtures, terms, term_strides, image, row, start, own, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+            p = mixed_weights(
+                p, s, mixtures, terms, term_strides, image, row, start, own, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
             acc += p * given
         elif TARGET == 34:
             acc += p * before

@@ -1,5 +1,5 @@
-"""What chooses among keys or queries when heads mix: the mixed scores of all heads of a tile. The k largest of a row become bits, as
-those of heads by themselves; a hard choice is the place of the first best key, or query.
+"""What chooses among keys or queries when heads mix: the mixed scores of all heads of a tile. The k largest of a row become bits,
+as those of heads by themselves; a hard choice is the place of the first best key, or query.
 """
 
 import torch

@@ -18,8 +18,8 @@ FACTORS = {"gain": 6, "weight": 7, "early_gain": 33, "early_weight": 34}
 
 
 def dense_gradient(shared: dict, like: Tensor, target: int, most: int = PROGRAMS) -> Tensor:
-    """The gradient of a bias or factor with queries and keys, whose place in `terms` is `target`: in chunks of the samples that share
-    it where its tiles are too few programs."""
+    """The gradient of a bias or factor with queries and keys, whose place in `terms` is `target`: in chunks of the samples that
+    share it where its tiles are too few programs."""
     batch, queries, keys = shared["sizes"][:3]
     members = like.shape[0], batch // like.shape[0]
     fans = members[0] * -(-queries // shared["BLOCK_M"]) * -(-keys // shared["BLOCK_N"])

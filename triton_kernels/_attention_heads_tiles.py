@@ -212,7 +212,7 @@ def tile_weights(
     s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The weights before the second mixture; of hard choices 1 for each pair, from what lse_ptr says is chosen."""
-    if NORM == ARGMAX_K or NORM == ARGMAX_Q:
+    if NORM >= ARGMAX_K and NORM <= ARGMAX_Q:
         i = row + tl.arange(0, BLOCK_M)
         j = start + tl.arange(0, BLOCK_N)
         if NORM == ARGMAX_K:

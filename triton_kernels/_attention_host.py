@@ -212,8 +212,8 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
 
 
 def row(kernel: str, shared: dict) -> dict:
-    """The row of a kernel's table for these arguments. Dropout, two score-shaped terms, or positions hold as many registers as heads
-    of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
+    """The row of a kernel's table for these arguments. Dropout, two score-shaped terms, or positions hold as many registers as
+    heads of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
     terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean, tables
     many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16, 25, 26, 27))

@@ -114,7 +114,7 @@ def _heads_forward(
         bad = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0.0, 1.0)
         if tl.max(tl.max(tl.max(bad, 2), 1), 0) > 0.0:
             seen = tl.where(s == float("-inf"), 0.0, 1.0)
-            if NORM == ARGMAX_K or NORM == ARGMAX_Q:
+            if NORM >= ARGMAX_K and NORM <= ARGMAX_Q:
                 seen = tl.where(p == 0.0, 0.0, 1.0)
             acc = tl.where(tl.dot(seen.to(tl.float16), bad.to(tl.float16)) > 0.0, float("nan"), acc)
     store_heads(out_ptr, flat, real, column, acc, WIDTH_V, CHUNK_V)

@@ -35,6 +35,9 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": found, "low_ptr": low}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
     column, columns_v = columns(depth, q.element_size()), columns(width, q.element_size())
+    if "maxnreg" in shared:
+        columns_v = 16, -(-width // 16)
+        shared["CHUNK"] = 16
     shared |= {"WIDTH_V": width, "CHUNK_V": columns_v[0]}
 
     make = torch.empty if call.cu_q is None else torch.zeros  # tokens of no sequence add nothing to sums over all

@@ -45,7 +45,19 @@ def test_one_factor(name):
 
 @pytest.mark.parametrize("normalizer", ["softmax", "relu", "none"])
 def test_all_factors_and_what_stands_beside_them(normalizer):
-    c = call(2, 17, 19, 4, FACTORS, kv_heads=2, normalizer=normalizer, seed=torch.tensor([5]), dropout_p=0.3, causal=True, offset=4)
+    c = call(
+        2,
+        17,
+        19,
+        4,
+        FACTORS,
+        kv_heads=2,
+        normalizer=normalizer,
+        seed=torch.tensor([5]),
+        dropout_p=0.3,
+        causal=True,
+        offset=4,
+    )
     c = c._replace(
         weight=scores((2, 1, 17, 19)), early_gain=scores((2, 1, 17, 19)), factor=torch.rand(4), query_weight=torch.rand(2, 17, 4),
         bias=scores((1, 4, 17, 1)), key_bias=scores((2, 1, 1, 19)), sink=torch.randn(4) if normalizer == "softmax" else None,
@@ -77,14 +89,23 @@ def test_positions(samples, transposed, monkeypatch):
 
 
 def test_packed_factors_and_tables():
-    bounds = {"cu_q": torch.tensor([0, 5, 5, 20]).int(), "cu_k": torch.tensor([0, 3, 18, 20]).int(), "max_q": 20, "max_k": 20}
+    bounds = {
+        "cu_q": torch.tensor([0, 5, 5, 20]).int(),
+        "cu_k": torch.tensor([0, 3, 18, 20]).int(),
+        "max_q": 20,
+        "max_k": 20,
+    }
     c = tables(call(1, 20, 20, 2, FACTORS, dtype=HALF), 4, 5)._replace(**bounds)
     check_op([*c])
-    why = " ".join(kernels.supported(*c._replace(slope=torch.rand(2), policy=torch.rand(1, 20), early_gain=scores((1, 1, 20, 1)))))
+    why = " ".join(
+        kernels.supported(*c._replace(slope=torch.rand(2), policy=torch.rand(1, 20), early_gain=scores((1, 1, 20, 1))))
+    )
     assert "slope" in why and "policy" in why and "early_gain must have all queries" in why
 
 
-@pytest.mark.parametrize("topk, normalizer", [(1, "softmax"), (5, "softmax"), (20, "sigmoid"), (3, "argmax_k")], ids=str)
+@pytest.mark.parametrize(
+    "topk, normalizer", [(1, "softmax"), (5, "softmax"), (20, "sigmoid"), (3, "argmax_k")], ids=str
+)
 def test_largest_mixed_scores(topk, normalizer):
     c = call(2, 17, 37, 3, ("gain", "weight"), normalizer=normalizer, mask=torch.rand(2, 1, 17, 37) < 0.7)
     check_op([*c._replace(topk=topk, bias=scores((1, 3, 17, 37)))])
@@ -110,9 +131,26 @@ def test_ties_of_mixed_scores_go_to_the_lower_key():
 
 @pytest.mark.parametrize("normalizer", ["argmax_k", "argmax_q"])
 def test_hard_choices(normalizer):
-    c = call(2, 17, 19, 4, FACTORS, kv_heads=2, normalizer=normalizer, seed=torch.tensor([5]), dropout_p=0.3, causal=True, offset=4)
+    c = call(
+        2,
+        17,
+        19,
+        4,
+        FACTORS,
+        kv_heads=2,
+        normalizer=normalizer,
+        seed=torch.tensor([5]),
+        dropout_p=0.3,
+        causal=True,
+        offset=4,
+    )
     check_op([*c._replace(bias=scores((1, 4, 17, 19)), query_weight=torch.rand(2, 17, 4))])
     check_op([*tables(call(2, 20, 20, 2, normalizer=normalizer), 4, 5)])
-    bounds = {"cu_q": torch.tensor([0, 5, 5, 20]).int(), "cu_k": torch.tensor([0, 3, 18, 20]).int(), "max_q": 15, "max_k": 15}
+    bounds = {
+        "cu_q": torch.tensor([0, 5, 5, 20]).int(),
+        "cu_k": torch.tensor([0, 3, 18, 20]).int(),
+        "max_q": 15,
+        "max_k": 15,
+    }
     c = call(1, 20, 20, 2, normalizer=normalizer)._replace(**bounds, topk=4 * (normalizer == "argmax_k"))
     check_op([*c._replace(query_weight=torch.rand(1, 20, 2))])

@@ -100,8 +100,7 @@ def slots(
     lowered: dict[str, Any], packed: Packed | None, backend: str | None, mapped: list[Any] | None = None
 ) -> dict[str, Any]:
     """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
-    whose slot is taken, or that meets further keys, takes its dense form; so does one whose slot only the CPU's kernel has,
-    where another runs. `mapped` receives them."""
+    whose slot is taken, or that meets further keys, takes its dense form. `mapped` receives them."""
     q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
     acc = torch.promote_types(q.dtype, torch.float32)
     found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
