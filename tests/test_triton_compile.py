@@ -52,7 +52,7 @@ pytestmark = [
 ]
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
 SHARED_LIMIT = 99 * 1024  # what every GPU since compute capability 8.0 has
 FRAME = 16  # bytes: calls (64-bit division, the slow path of a float division or square root) save some registers
