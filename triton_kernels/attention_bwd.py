@@ -2,7 +2,8 @@
 
 Up to three kernels: queries (delta, dq, row sums of dS), keys (dk, dv, column sums) and, where a bias has an axis of queries
 and one of keys, one tile of its gradient at a time, which walks the samples and heads that share the bias. Where the tiles
-of the first two are too few programs, several share out the visits of one. Every sum has an order that the sizes fix: no
+of the first two are too few programs, several share out the visits of one. Tables of offsets and contextual positions have
+kernels of their own (_attention_bwd_tables.py, _attention_position_sums.py). Every sum has an order that the sizes fix: no
 atomics, the same bits on every run. Nothing of size [B, H, Nq, Nk] exists but the gradient of a bias of that shape. What a
 mask hides has no gradient whatever it holds; values that are not finite count as 0 where they are seen.
 """

@@ -2,7 +2,8 @@
 
 The weights are made again from lse. One walk over the keys makes the rows' sums and the gradient of the second mixture, the next
 dq and the gradient of the first, two walks over the queries dk and dv, a few columns to a program, and one program for each tile
-of a bias with queries and keys walks the samples that share it. Every sum has an order that the sizes fix.
+of a bias or factor with queries and keys walks the samples that share it; the gradients of positions are sums of dS of a few
+samples at a time (_attention_heads_maps.py). Every sum has an order that the sizes fix.
 """
 
 import torch
