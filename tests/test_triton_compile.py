@@ -21,11 +21,15 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from vitkern.triton_kernels import (  # noqa: E402
     _attention_bwd_sums,
+    _attention_bwd_tables,
     _attention_bwd_tiles,
     _attention_hard,
     _attention_heads_bwd_tiles,
+    _attention_heads_choice,
+    _attention_heads_maps,
     _attention_host,
     _attention_policy,
+    _attention_position_sums,
     _attention_topk,
     _attention_visits,
     _reduce,
@@ -48,7 +52,7 @@ pytestmark = [
 ]
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
 SHARED_LIMIT = 99 * 1024  # what every GPU since compute capability 8.0 has
 FRAME = 16  # bytes: calls (64-bit division, the slow path of a float division or square root) save some registers
@@ -100,7 +104,8 @@ def caught(family, *more):
         window_attention, window_attention_bwd, _window_bwd_tiled, _reduce, bipartite_match, merge_plan, merge_tokens,
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
         _attention_hard, _attention_policy, _attention_topk, _attention_bwd_sums, attention_heads,
-        _attention_heads_bwd_tiles, *more,
+        _attention_heads_bwd_tiles, _attention_bwd_tables, _attention_position_sums,
+        _attention_heads_maps, _attention_heads_choice, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -191,7 +196,9 @@ def compile_all(launches, where: str, capability: int) -> set[str]:
     """Compiles what was caught, checks registers and shared memory, and returns the kernels' names."""
     seen = set()
     for kernel, arguments in launches:
-        options = {x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion") if x in arguments}
+        options = {
+            x: arguments[x] for x in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if x in arguments
+        }
         compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
         used = resources(compiled)
         print(f"{where} {kernel.__name__} warps={options['num_warps']} {used}")
@@ -262,8 +269,9 @@ def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
-    policy=False, mixed=False, topk=0,
+    policy=False, mixed=False, topk=0, **slots,
 ):  # fmt: skip
+    """`slots`: further arguments of the op."""
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
     batch = 1 if packed else 2
@@ -305,7 +313,7 @@ def attention_launches(
     if packed:
         given |= {name: torch.zeros(9, dtype=torch.int32) for name in ("cu_q", "cu_k")}
         given |= {"max_q": queries, "max_k": keys}
-    args = attention.Call(**given)
+    args = attention.Call(**given | slots)
     with caught(f"sm{capability}") as launches:
         out, *saved = attention.fwd(*args)
         attention.bwd(out, None, saved[1] if means else None, *saved, *args, -1)

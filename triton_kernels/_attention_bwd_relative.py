@@ -1,7 +1,9 @@
 """The gradients of rel_y and rel_x, what a query adds to the rows and to the columns of the grid of keys."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._attention_bwd_sums import key_side, query_side
 from ._attention_host import UNSPECIALIZED
@@ -105,3 +107,18 @@ def _backward_relative_keys(
             tl.store(dy_ptr + (at * qh + y), tl.sum(ds, 0), mask=j < keys)
     if dx_ptr is not None:
         tl.store(dx_ptr + (flat[None, :] * qw + x[:, None]), dx, mask=(j < keys)[None, :] & (x < qw)[:, None])
+
+
+def path_gradient(steps: Tensor, axis: int, sides: tuple[int, int]) -> Tensor:
+    """The gradient of path_row (axis 0) or path_col from the sums of dS between places of the grid of `sides` along the other axis:
+    [B, N, H, side] to [B, N, H]."""
+    steps = steps.unflatten(1, sides)
+    steps = steps.transpose(1, 2) if axis else steps                   # [B, other side, own side, H, own side]
+    grad = _between(steps.permute(0, 1, 3, 2, 4)).transpose(2, 3)      # [B, other side, own side, H]
+    return (grad.transpose(1, 2) if axis else grad).flatten(1, 2)
+
+
+def _between(x: Tensor) -> Tensor:
+    """For every t the sum of x[..., a, b] over min(a, b) < t <= max(a, b)."""
+    both = (x + x.mT).cumsum(-2).flip(-1).cumsum(-1).flip(-1)              # over a' <= a and b' >= b
+    return torch.nn.functional.pad(both.diagonal(1, -2, -1), (1, 0))

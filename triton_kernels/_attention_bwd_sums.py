@@ -55,7 +55,8 @@ def sums_of(
     """delta and the sum of the weights of BLOCK_M queries over some visits."""
     delta = tl.zeros([BLOCK_M], tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
-    for n in tl.range(begin, end, num_stages=STAGES):
+    TABLED: tl.constexpr = terms[25] is not None and terms[26] is not None             # registers are short
+    for n in tl.range(begin, end, num_stages=STAGES, disable_licm=TABLED):
         start = visited(visit_ptr, visits, n, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)
         k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes, WIDTHS, WIDTHS_V, ALIGN)

@@ -30,20 +30,17 @@ from ._attention_tiles import (
     row_products,
     scaled_parts,
     store_parts,
+    term_gradient,
     weights,
     zero_parts,
 )
 from ._tiles import LOG2E
 
-BIAS = tl.constexpr(0)                                      # TARGET
-GAIN = tl.constexpr(1)
-WEIGHT = tl.constexpr(2)
-
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, sum_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
-    dweight_ptr, dslope_ptr, dxy_ptr, visit_ptr, count_ptr,
+    dweight_ptr, dslope_ptr, dxy_ptr, dratio_ptr, visit_ptr, count_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, visit_strides, sizes,
     parts, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
@@ -51,8 +48,8 @@ def _backward_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """delta - dlse, dq, the row sums of dS and the gradients of query_weight [B, Nq, H] and of q_xy [B, Nq, H, 2], of
-    BLOCK_M queries of one head and sample, and their share of dfactor, dsink and dslope, [programs / heads, heads]; over all
-    visits or one of `parts` of them, which then have an axis in front, but for what the first writes for all from their sums.
+    BLOCK_M queries of one head and sample, and their share of dfactor, dsink, dslope and dratio, [programs / heads, heads]; over
+    all visits or one of `parts` of them, which then have an axis in front, but for what the first writes for all from their sums.
     Grid: heads (fastest) x query tiles x samples on axis 0, parts on axis 1.
     Any strides: q, k, v, dout, dlse, dq and the terms."""
     heads, offset, total = sizes[3], sizes[4], sizes[8]
@@ -109,15 +106,17 @@ def _backward_queries(
         if dsink_ptr is not None:
             tl.store(dsink_ptr + pid, -tl.sum(share * delta, 0), mask=part == 0)
 
-    EDGES: tl.constexpr = dweight_ptr is not None or dslope_ptr is not None or dxy_ptr is not None
+    TABLED: tl.constexpr = terms[25] is not None and terms[26] is not None             # registers are short
+    EDGES: tl.constexpr = dweight_ptr is not None or dslope_ptr is not None or dxy_ptr is not None or dratio_ptr is not None
     if dq_ptr is not None or dfactor_ptr is not None or EDGES or (drow_ptr is not None and NORM != SOFTMAX):
         dweight = tl.zeros([BLOCK_M], tl.float32)
         dslope = tl.zeros([BLOCK_M], tl.float32)
+        dratio = tl.zeros([BLOCK_M], tl.float32)
         dy = tl.zeros([BLOCK_M], tl.float32)
         dx = tl.zeros([BLOCK_M], tl.float32)
         dq = zero_parts(BLOCK_M, WIDTHS)
         dfactor = tl.zeros([BLOCK_M], tl.float32)
-        for n in tl.range(begin, end, num_stages=STAGES):
+        for n in tl.range(begin, end, num_stages=STAGES, disable_licm=TABLED):
             start = visited(visit_ptr, visits, n, BLOCK_N)
             j = start + tl.arange(0, BLOCK_N)
             k, v = key_side(k_ptr, v_ptr, k_strides, v_strides, d_strides, image, head // GROUP, j, sizes,
@@ -131,6 +130,11 @@ def _backward_queries(
                 drow += tl.sum(ds, 1)
             if dweight_ptr is not None:
                 dweight += tl.sum(p * mean_gradient(terms, term_strides, image, head, start, sizes, BLOCK_N)[None, :], 1)
+            if dratio_ptr is not None:
+                later = term_gradient(
+                    a, factor, p, slope, dp, delta, given, terms, term_strides, image, head, row, start, sizes, 28, AXES, FAR, CLIP,
+                    BLOCK_M, BLOCK_N)
+                dratio += tl.sum(tl.where(j[None, :] > i[:, None], later, 0.0), 1)
             if dslope_ptr is not None or dxy_ptr is not None:
                 y, x, length = distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
                 dslope -= tl.sum(ds * length, 1)
@@ -150,6 +154,8 @@ def _backward_queries(
             tl.store(dweight_ptr + flat, dweight, mask=real)
         if dslope_ptr is not None:
             tl.store(dslope_ptr + own, tl.sum(dslope, 0))
+        if dratio_ptr is not None:
+            tl.store(dratio_ptr + own, tl.sum(dratio, 0))
         if dxy_ptr is not None:
             slope_h = slope_of(terms, term_strides, head)
             tl.store(dxy_ptr + flat * 2, dy * slope_h, mask=real)
@@ -263,7 +269,7 @@ def _backward_bias(
 ):  # fmt: skip
     """One tile of the gradient of one sample and head of a bias, of gain or of weight, summed over a chunk of the samples
     and heads that share it, in order; members = (bias heads, samples sharing, heads sharing). `seen` says which of them see
-    something of the tile.
+    something of the tile. TARGET: its place in `terms`.
     Grid: bias heads (fastest) x query tiles x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples,
     bias heads, Nq, Nk].
     Any strides: q, k, v, dout and the terms."""
@@ -309,11 +315,9 @@ def _backward_bias(
             p, slope, kept, dp, given, bare = weights(
                 a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, own, threshold, keep_scale,
                 NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
-            if TARGET == WEIGHT:
-                dbias += p * given
-            else:
-                ds = slope * (dp - delta[:, None])
-                dbias += tl.where(ds == 0.0, 0.0, ds * (a * factor)) if TARGET == GAIN else ds
+            dbias += term_gradient(
+                a, factor, p, slope, dp, delta, given, terms, term_strides, image, head, row, start, own, TARGET, AXES, FAR, CLIP,
+                BLOCK_M, BLOCK_N)
     at = ((chunk * bias_samples + bias_sample) * bias_heads + bias_head) * queries
     tl.store(dbias_ptr + ((at + i)[:, None] * keys + j[None, :]), dbias.to(dbias_ptr.dtype.element_ty),
              mask=(i < queries)[:, None] & (j < keys)[None, :])

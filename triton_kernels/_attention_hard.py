@@ -9,7 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_host import UNSPECIALIZED, Call, arguments, programs, row_strides, tuned, widths
+from ._attention_bwd_tables import entry_gradient
+from ._attention_host import UNSPECIALIZED, Call, arguments, folded, programs, row_strides, tuned, widths
+from ._attention_position_sums import add_values, pair_sums, values_gradient, with_given
+from ._attention_positions import looked_up, named_rows
+from ._attention_tables import entries
 from ._attention_terms import last_key, of_sample, places, row_factor, scores
 from ._attention_tiles import add_weighted, clean_parts, load_parts, offsets, row_products, store_parts, zero_parts
 from ._attention_topk import surviving
@@ -90,6 +94,21 @@ def _choosers(chosen_ptr, terms, sizes, pid, heads, BLOCK: tl.constexpr, BY_KEYS
     return image, head, sizes, flat, r < count, at >= 0, i, j
 
 
+@triton.jit
+def _pair_factors(x, terms, strides, image, head, sizes, paired, i, j, BUT: tl.constexpr = -1):
+    """x times the factors of the weights of each pair, without the term BUT."""
+    if terms[7] is not None and BUT != 7:
+        at = image.to(tl.int64) * strides[18] + head.to(tl.int64) * strides[19]
+        at += i.to(tl.int64) * strides[20] + j.to(tl.int64) * strides[21]
+        x *= tl.load(terms[7] + at, mask=paired, other=0.0).to(tl.float32)
+    if terms[27] is not None and BUT != 27:
+        at = terms[27] + head.to(tl.int64) * strides[58]
+        x *= tl.load(at + entries(i, j, sizes) * strides[59], mask=paired, other=0.0).to(tl.float32)
+    if terms[28] is not None and BUT != 28:
+        x = tl.where(paired & (j > i), x * tl.load(terms[28]).to(tl.float32), x)
+    return x
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _pair_weights(
     chosen_ptr, weight_ptr, terms, term_strides, sizes, threshold, keep_scale, BLOCK: tl.constexpr, BY_KEYS: tl.constexpr,
@@ -99,11 +118,7 @@ def _pair_weights(
     Any strides: the factors."""
     image, head, sizes, flat, real, paired, i, j = _choosers(
         chosen_ptr, terms, sizes, tl.program_id(0), sizes[3], BLOCK, BY_KEYS)
-    w = tl.where(paired, 1.0, 0.0)
-    if terms[7] is not None:
-        at = image.to(tl.int64) * term_strides[18] + head.to(tl.int64) * term_strides[19]
-        at += i.to(tl.int64) * term_strides[20] + j.to(tl.int64) * term_strides[21]
-        w = tl.load(terms[7] + at, mask=paired, other=0.0).to(tl.float32)
+    w = _pair_factors(tl.where(paired, 1.0, 0.0), terms, term_strides, image, head, sizes, paired, i, j)
     if terms[5] is not None:
         w = tl.where(keep_keys(terms[5], image, head, i, j, threshold), w * keep_scale, 0.0)
     tl.store(weight_ptr + flat, w, mask=real)
@@ -111,12 +126,14 @@ def _pair_weights(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _pair_products(
-    dout_ptr, v_ptr, chosen_ptr, product_ptr, terms, dout_strides, v_strides, d_strides, sizes, threshold, keep_scale,
-    GROUP: tl.constexpr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr, BY_KEYS: tl.constexpr,
+    dout_ptr, v_ptr, chosen_ptr, product_ptr, entry_ptr, terms, dout_strides, v_strides, d_strides, term_strides, sizes, threshold,
+    keep_scale,
+    GROUP: tl.constexpr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr, BY_KEYS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that each pair gives to its factor, 0 of none.
+    """The gradient that each pair gives to the factor TARGET, a place in `terms`, 0 of none; and the entry of each pair in a table,
+    -1 of none.
     Grid: heads (fastest) x tiles of what chooses x samples, on axis 0. Writes [B, N, H].
-    Any strides: dout and v."""
+    Any strides: dout, v and the factors."""
     image, head, sizes, flat, real, paired, i, j = _choosers(
         chosen_ptr, terms, sizes, tl.program_id(0), sizes[3], BLOCK, BY_KEYS)
     x = load_parts(dout_ptr, offsets(image, head, i + sizes[8], dout_strides, 1), paired, d_strides[0], WIDTHS)
@@ -125,9 +142,19 @@ def _pair_products(
     g = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
     if WIDTHS[2] > 0:
         g += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+    if terms[32] is not None:
+        at_q, at_k = tl.maximum(i, 0), tl.maximum(j, 0)
+        at_q, at_k = tl.minimum(at_q, sizes[1] - 1), tl.minimum(at_k, sizes[2] - 1)
+        rows = named_rows(terms[29], term_strides, image, at_q, at_k)
+        g += tl.where(paired, looked_up(terms[32], term_strides, 71, image, head, at_q, rows), 0.0)
     if terms[5] is not None:
         g = tl.where(keep_keys(terms[5], image, head, i, j, threshold), g * keep_scale, 0.0)
+    g = _pair_factors(g, terms, term_strides, image, head, sizes, paired, i, j, TARGET)
+    if TARGET == 28:
+        g = tl.where(paired & (j > i), g, 0.0)
     tl.store(product_ptr + flat, g, mask=real)
+    if entry_ptr is not None:
+        tl.store(entry_ptr + flat, tl.where(paired, entries(i, j, sizes), -1), mask=real)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -298,7 +325,7 @@ def _paired(kernel, shared: dict, chosen: Tensor, by_keys: bool, **more) -> None
 
 def _weights_of(call: Call, chosen: Tensor, shared: dict, by_keys: bool) -> Tensor | None:
     """What multiplies the row of each pair, [B, N, H]; None where that is 1."""
-    if call.weight is None and not call.dropout_p:
+    if call.weight is None and call.weight_table is None and call.later_ratio is None and not call.dropout_p:
         return None
     weight = torch.empty(chosen.shape, dtype=torch.float32, device=chosen.device)
     _paired(_pair_weights, shared, chosen, by_keys, weight_ptr=weight, term_strides=shared["term_strides"])
@@ -309,38 +336,55 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """out; lse, of argmax_k the chosen key; key_mean."""
     q, v, counts = call.q, call.v, call.query_weight
     by_keys = call.normalizer == "argmax_q"
-    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=v.dtype, device=q.device)
+    values = call.position_v                                # joins before the output is rounded
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=v.dtype if values is None else torch.float32, device=q.device)
     lse = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
     key_mean = torch.zeros((len(q), 0 if counts is None else v.shape[1], q.shape[2]), dtype=torch.float32, device=q.device)
     if not out.numel():
-        return out, lse, key_mean
+        return out.to(v.dtype), lse, key_mean
     chosen, shared, _ = _chosen(call)
     if v.shape[1]:
-        _moved(v, out, chosen, _weights_of(call, chosen, shared, by_keys), shared, by_keys, pick=not by_keys, mark=True)
+        weight = _weights_of(call, chosen, shared, by_keys)
+        _moved(v, out, chosen, weight, shared, by_keys, pick=not by_keys, mark=True)
+        if values is not None:
+            out = add_values(out, pair_sums(chosen, weight, shared, by_keys), values, v.dtype)
     if key_mean.numel():
         _moved(counts[..., None], key_mean[..., None], chosen, None, shared, by_keys, pick=by_keys)
-    return out, lse if by_keys else chosen.float(), key_mean
+    return out.to(v.dtype), lse if by_keys else chosen.float(), key_mean
 
 
 def backward(dout: Tensor, dkey_mean: Tensor | None, call: Call, needs: dict[str, bool]) -> dict[str, Tensor]:
-    """The gradients of v, weight and query_weight."""
+    """The gradients of v, the factors of the weights and query_weight."""
     v, weight, found = call.v, call.weight, {}
     by_keys = call.normalizer == "argmax_q"
     chosen, shared, _ = _chosen(call)
+    shared, pairs = with_given(shared, dout, call.position_v), _weights_of(call, chosen, shared, by_keys)
     if needs["v"]:
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        found["v"] = _moved(dout, dv, chosen, _weights_of(call, chosen, shared, by_keys), shared, by_keys, pick=by_keys)
-    if needs["weight"]:
-        products = torch.empty(chosen.shape, dtype=torch.float32, device=chosen.device)
-        _paired(_pair_products, shared, chosen, by_keys, dout_ptr=dout, v_ptr=v, product_ptr=products,
+        found["v"] = _moved(dout, dv, chosen, pairs, shared, by_keys, pick=by_keys)
+    if needs["position_v"]:
+        found["position_v"] = values_gradient(pair_sums(chosen, pairs, shared, by_keys), dout, call.position_v)
+
+    def products(target: int, entry: Tensor | None = None) -> Tensor:
+        """What each pair gives to a factor of the weights, [B, N, H]."""
+        made = torch.zeros(chosen.shape, dtype=torch.float32, device=v.device)
+        _paired(_pair_products, shared, chosen, by_keys, dout_ptr=dout, v_ptr=v, product_ptr=made, entry_ptr=entry,
                 dout_strides=row_strides(dout), v_strides=row_strides(v), d_strides=(dout.stride(-1), v.stride(-1)),
-                GROUP=shared["GROUP"], WIDTHS=shared["WIDTHS_V"])
+                term_strides=shared["term_strides"], GROUP=shared["GROUP"], WIDTHS=shared["WIDTHS_V"], TARGET=target)
+        return made
+
+    if needs["weight"]:
         batch, queries, keys, heads = shared["sizes"][:4]
         found["weight"] = torch.empty(weight.shape, dtype=weight.dtype, device=v.device)
         _spread[(weight.shape[0] * weight.shape[1] * -(-queries // 32) * -(-keys // 32),)](
-            chosen, products, found["weight"], shared["terms"], shared["sizes"],
+            chosen, products(7), found["weight"], shared["terms"], shared["sizes"],
             (weight.shape[1], batch // weight.shape[0], heads // weight.shape[1]), BLOCK_M=32, BLOCK_N=32, BY_KEYS=by_keys,
             num_warps=4, num_stages=1, enable_fp_fusion=True)
+    if needs["weight_table"]:
+        entry = torch.full_like(chosen, -1)
+        found["weight_table"] = entry_gradient(products(27, entry), entry, call.weight_table)
+    if needs["later_ratio"]:
+        found["later_ratio"] = folded(products(28).sum(), call.later_ratio)
     if needs["query_weight"] and dkey_mean is not None:
         dweight = torch.empty(call.query_weight.shape, dtype=torch.float32, device=v.device)
         _moved(dkey_mean[..., None], dweight[..., None], chosen, None, shared, by_keys, pick=not by_keys)

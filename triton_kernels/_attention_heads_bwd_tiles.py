@@ -4,12 +4,14 @@ import triton
 import triton.language as tl
 
 from ._attention_heads_tiles import (
+    EARLY_GAIN,
+    EARLY_WEIGHT,
+    GAIN,
     HEADS,
     PRE,
     first_query,
     head_factors,
     head_gradients,
-    head_weights,
     keep_heads,
     known_rows,
     load_heads,
@@ -19,6 +21,8 @@ from ._attention_heads_tiles import (
     row_places,
     score_gradients,
     store_heads,
+    tile_weights,
+    times_factors,
     token_numbers,
 )
 from ._attention_host import UNSPECIALIZED
@@ -67,23 +71,25 @@ def _head_deltas(
     dweight = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dpost = tl.zeros([BLOCK_M, HEADS, HEADS], tl.float32)
     for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-        p = tl.where(live[:, :, None], head_weights(s, lse, low, NORM), 0.0)
-        given, dp = head_gradients(
+        p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+        p = tl.where(live[:, :, None], p, 0.0)
+        given, after, before, dp = head_gradients(
             s, live, dout_ptr, v_ptr, mixtures, terms, dout_strides, v_strides, d_strides, term_strides, image, row, start, sizes,
-            threshold, keep_scale, WIDTH_V, GROUP, ALIGN, CHUNK_V, BLOCK_M, BLOCK_N)
+            threshold, keep_scale, AXES, FAR, CLIP, WIDTH_V, GROUP, ALIGN, CHUNK_V, BLOCK_M, BLOCK_N)
         if NORM == SOFTMAX and dpost_ptr is None:
             delta += tl.sum(p * dp, 2)
         if dgiven_ptr is not None:
-            dgiven += tl.sum(given, 2)
+            dgiven += tl.sum(after, 2)
         if dweight_ptr is not None:
             j = start + tl.arange(0, BLOCK_N)
             mean = token_numbers(terms[16], term_strides, 39, image, j, sizes[2], sizes[9], heads)
             dweight += tl.sum(p * mean[:, None, :], 2)
         if dpost_ptr is not None:
-            dpost = _add_mixture(dpost, given, p, BLOCK_M, BLOCK_N)
+            p = times_factors(p, terms, term_strides, image, row, start, sizes, EARLY_WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+            dpost = _add_mixture(dpost, after, p, BLOCK_M, BLOCK_N)
     if NORM == SOFTMAX and dpost_ptr is None:
         share = tl.zeros([HEADS, BLOCK_M], tl.float32)                                 # of the sink
         if terms[4] is not None:
@@ -115,25 +121,30 @@ def _gradients(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The products of all heads and dS of queries row.. and keys start.. of a sample."""
+    """Of queries row.. and keys start.. of a sample and all heads the products, what is mixed and what comes of it, scores,
+    weights, the gradients of the weights that meet the values and of what the second mixture mixes, dS, and that of the mixed
+    scores."""
     i = row + tl.arange(0, BLOCK_M)
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     delta = tl.zeros([HEADS, BLOCK_M], tl.float32)
     if NORM == SOFTMAX:
         delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
-    a, s = mixed_scores(
+    a, x, y, s = mixed_scores(
         q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, strides, image, row, start, sizes, scale,
         AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-    p = tl.where(live[:, :, None], head_weights(s, lse, low, NORM), 0.0)
-    given, dp = head_gradients(
+    p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+    p = tl.where(live[:, :, None], p, 0.0)
+    given, after, before, dp = head_gradients(
         s, live, dout_ptr, v_ptr, mixtures, terms, dout_strides, v_strides, d_strides, strides, image, row, start, sizes,
-        threshold, keep_scale, WIDTH_V, GROUP, ALIGN, CHUNK_V, BLOCK_M, BLOCK_N)
-    return a, score_gradients(p, s, dp, delta, live, NORM)
+        threshold, keep_scale, AXES, FAR, CLIP, WIDTH_V, GROUP, ALIGN, CHUNK_V, BLOCK_M, BLOCK_N)
+    ds = score_gradients(p, s, dp, delta, live, NORM)
+    dy = times_factors(ds, terms, strides, image, row, start, sizes, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    return a, x, y, s, p, given, before, ds, dy
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dq_ptr, drow_ptr, dfactor_ptr, dpre_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dq_ptr, drow_ptr, doffset_ptr, dfactor_ptr, dpre_ptr,
     mixtures, terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
@@ -141,7 +152,7 @@ def _heads_queries(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D columns of dq of BLOCK_M queries of all heads of a sample; or the sums of dS without softmax, the shares of the
-    gradient of factor, and their share of that of pre_weight.
+    gradients of pre_bias and of factor, and their share of that of pre_weight.
     Grid: query tiles (fastest) x samples on axis 0, columns on axis 1. Writes [B, Nq, H, D], [B, Nq, H] and [programs, H, H].
     Any strides: q, k, v, dout and the terms. The rest is contiguous."""
     heads = sizes[3]
@@ -157,18 +168,22 @@ def _heads_queries(
     factor = head_factors(terms, term_strides, heads, scale)
     dq = tl.zeros([HEADS, BLOCK_M, BLOCK_D], tl.float32)
     drow = tl.zeros([HEADS, BLOCK_M], tl.float32)
+    doffset = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dfactor = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dpre = tl.zeros([BLOCK_M, HEADS, HEADS], tl.float32)
     for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
-        a, ds = _gradients(
+        a, x, y, s, p, given, before, ds, dy = _gradients(
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
             dout_strides, d_strides, term_strides, image, row, start, sizes, scale, threshold, keep_scale,
             NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
         if drow_ptr is not None:
             drow += tl.sum(ds, 2)
         if dpre_ptr is not None:
-            dpre = _add_mixture(dpre, ds, clean(a) * factor, BLOCK_M, BLOCK_N)
-        dx = tl.where(a == a, mixed(mixtures[PRE], ds, heads, True, BLOCK_M, BLOCK_N), 0.0)
+            dpre = _add_mixture(dpre, dy, clean(x), BLOCK_M, BLOCK_N)
+        if doffset_ptr is not None:
+            doffset += tl.sum(dy, 2)
+        dx = tl.where(a == a, mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N), 0.0)
+        dx = times_factors(dx, terms, term_strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if dfactor_ptr is not None:
             dfactor += tl.sum(dx * clean(a), 2)
         if dq_ptr is not None:
@@ -180,6 +195,8 @@ def _heads_queries(
         store_heads(dq_ptr, flat, real, column, dq * factor, WIDTH, BLOCK_D)
     if drow_ptr is not None:
         tl.store(drow_ptr + flat, drow, mask=real)
+    if doffset_ptr is not None:
+        tl.store(doffset_ptr + flat, doffset, mask=real)
     if dfactor_ptr is not None:
         tl.store(dfactor_ptr + flat, dfactor, mask=real)
     if dpre_ptr is not None:
@@ -209,7 +226,7 @@ def _heads_keys(
     dk = tl.zeros([HEADS, BLOCK_N, BLOCK_D], tl.float32)
     dcolumn = tl.zeros([HEADS, BLOCK_N], tl.float32)
     for row in tl.range(first_query(start, sizes, CAUSAL, BLOCK_M), sizes[1], BLOCK_M, num_stages=1, disable_licm=True):
-        a, ds = _gradients(
+        a, x, y, s, p, given, before, ds, dy = _gradients(
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
             dout_strides, d_strides, term_strides, image, row, start, sizes, scale, threshold, keep_scale,
             NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
@@ -219,7 +236,8 @@ def _heads_keys(
             i = row + tl.arange(0, BLOCK_M)
             inside = (tl.arange(0, HEADS) < heads)[:, None] & (i < sizes[1])[None, :]
             q = load_heads(q_ptr, q_strides, d_strides[0], image, i + sizes[8], inside, column, heads, WIDTH, BLOCK_D, 1, ALIGN)
-            dx = tl.where(a == a, mixed(mixtures[PRE], ds, heads, True, BLOCK_M, BLOCK_N) * factor, 0.0)
+            dx = tl.where(a == a, mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N) * factor, 0.0)
+            dx = times_factors(dx, terms, term_strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
             dk = tl.dot(tl.permute(dx, (0, 2, 1)).to(q.dtype), q, dk, input_precision="ieee")
     flat, real = row_places(terms, image, start + tl.arange(0, BLOCK_N), sizes[2], sizes[9], heads)
     if dk_ptr is not None:
@@ -250,11 +268,12 @@ def _heads_values(
     for row in tl.range(first_query(start, sizes, CAUSAL, BLOCK_M), sizes[1], BLOCK_M, num_stages=1, disable_licm=True):
         i = row + tl.arange(0, BLOCK_M)
         lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-        p = tl.where(live[:, :, None], head_weights(s, lse, low, NORM), 0.0)
-        p = mixed_weights(p, s, mixtures, heads, BLOCK_M, BLOCK_N)
+        p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+        p = tl.where(live[:, :, None], p, 0.0)
+        p = mixed_weights(p, s, mixtures, terms, term_strides, image, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), p * keep_scale, 0.0)
         dout = load_heads(
@@ -267,15 +286,15 @@ def _heads_values(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_bias(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dbias_ptr,
-    mixtures, terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, members, chunks,
+    mixtures, terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, members, chunks, origin,
     scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient of one sample of a bias, summed over a chunk of the samples that share it, and over the heads if
-    SHARED; members = (bias samples, samples sharing).
+    """One tile of the gradient of one sample of a bias or factor TARGET, a place in `terms`, summed over a chunk of the samples
+    that share it, and over the heads if SHARED; members = (bias samples, samples sharing), from the sample `origin` on.
     Grid: query tiles (fastest) x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples, bias heads, Nq, Nk].
     Any strides: q, k, v, dout and the terms."""
     queries, keys, heads = sizes[1], sizes[2], sizes[3]
@@ -292,13 +311,26 @@ def _heads_bias(
     first = (chunk * samples // chunks).to(tl.int32)
     last = ((chunk + 1) * samples // chunks).to(tl.int32)
     for member in tl.range(first, last, num_stages=1, disable_licm=True):
-        image = bias_sample + member
+        image = origin + bias_sample + member
         own = of_sample(terms, sizes, image)
-        a, ds = _gradients(
+        a, x, y, s, p, given, before, ds, dy = _gradients(
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
             dout_strides, d_strides, term_strides, image, row, start, own, scale, threshold, keep_scale,
             NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
-        acc += ds
+        if TARGET == 7 or TARGET == 27 or TARGET == 28:
+            p = mixed_weights(
+                p, s, mixtures, terms, term_strides, image, row, start, own, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+            acc += p * given
+        elif TARGET == 34:
+            acc += p * before
+        elif TARGET == 33:
+            dx = mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N)
+            acc += tl.where(a == a, dx * (clean(a) * head_factors(terms, term_strides, heads, scale)), 0.0)
+        elif TARGET == 6 or TARGET == 26:
+            x = tl.where(ds == 0.0, 0.0, ds * y)
+            acc += times_factors(x, terms, term_strides, image, row, start, own, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+        else:
+            acc += ds
     i = row + tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)
     at = chunk * bias_samples + bias_sample

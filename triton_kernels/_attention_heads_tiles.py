@@ -8,13 +8,17 @@ hoists what stays the same: registers are short. ALIKE: what is added to the pro
 import triton
 import triton.language as tl
 
-from ._attention_terms import places, scores
-from ._attention_tiles import SOFTMAX, plain_weights, slopes
+from ._attention_terms import gains, places, score_term, scores, weighed
+from ._attention_tiles import ARGMAX_K, ARGMAX_Q, SOFTMAX, plain_weights, slopes
 from ._tiles import LOG2E, clean
 
 HEADS = tl.constexpr(16)                                    # matrix products want 16
 PRE = tl.constexpr(0)                                       # places in `mixtures`
 POST = tl.constexpr(2)
+EARLY_GAIN = tl.constexpr(33)                               # places in `terms` of the factors in front of the mixtures
+GAIN = tl.constexpr(6)                                      # and of the first of those behind them
+EARLY_WEIGHT = tl.constexpr(34)
+WEIGHT = tl.constexpr(7)
 
 
 @triton.jit
@@ -118,13 +122,54 @@ def head_terms(
     x = tl.full([HEADS, BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     if ALIKE:
         one = scores(nothing, 1.0, terms, strides, image, image * 0, row, start, sizes,
-                     AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
+                     AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N, False)
         x = tl.where(h < sizes[3], one[None, :, :], x)
     else:
         for n in tl.range(0, sizes[3], num_stages=1, disable_licm=True):
             one = scores(nothing, 1.0, terms, strides, image, image * 0 + n, row, start, sizes,
-                         AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
+                         AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N, False)
             x = tl.where(h == n, one[None, :, :], x)
+    return x
+
+
+@triton.jit
+def has_factor(terms, PLACE: tl.constexpr, BUT: tl.constexpr):
+    """Whether there is a factor at PLACE, or of those behind the mixtures one that is not BUT."""
+    if PLACE == GAIN:
+        found: tl.constexpr = (terms[6] is not None and BUT != 6) or (terms[26] is not None and BUT != 26)
+    elif PLACE == WEIGHT:
+        found: tl.constexpr = (
+            (terms[7] is not None and BUT != 7) or (terms[27] is not None and BUT != 27) or (terms[28] is not None and BUT != 28))
+    else:
+        found: tl.constexpr = terms[PLACE] is not None
+    return found
+
+
+@triton.jit
+def times_factors(
+    x, terms, strides, image, row, start, sizes,
+    PLACE: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BUT: tl.constexpr = -1,
+):  # fmt: skip
+    """x times the factor PLACE of every head, or those behind a mixture without the term BUT; 0 stays 0."""
+    if has_factor(terms, PLACE, BUT):
+        h = tl.arange(0, HEADS)[:, None, None]
+        factor = tl.full([HEADS, BLOCK_M, BLOCK_N], 1.0, tl.float32)
+        for n in tl.range(0, sizes[3], num_stages=1, disable_licm=True):
+            head = image * 0 + n
+            one = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
+            if PLACE == GAIN:
+                one = one * gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, BUT)
+            elif PLACE == WEIGHT:
+                one = weighed(one, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, BUT)
+            elif PLACE == EARLY_GAIN:
+                one = one * score_term(terms[33], strides, image, head, row, start, sizes, 1.0,
+                                       75, AXES[5][0], AXES[5][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
+            else:
+                one = one * score_term(terms[34], strides, image, head, row, start, sizes, 1.0,
+                                       79, AXES[6][0], AXES[6][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
+            factor = tl.where(h == n, one[None, :, :], factor)
+        x = tl.where(x == 0.0, 0.0, x * factor)
     return x
 
 
@@ -135,7 +180,8 @@ def mixed_scores(
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, ALIKE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The products of all heads and the mixed scores, -inf where hidden; a NaN that its own head does not see is mixed as 0."""
+    """The products of all heads, what is mixed, what comes of it, and the scores, -inf where hidden; a NaN that its own head does
+    not see is mixed as 0."""
     heads = sizes[3]
     h = tl.arange(0, HEADS)
     i = row + tl.arange(0, BLOCK_M)
@@ -147,9 +193,11 @@ def mixed_scores(
     a += a * 0.0                                                                       # an infinity becomes NaN
     more = head_terms(terms, strides, image, row, start, sizes, AXES, RULE, FAR, CAUSAL, CLIP, ALIKE, BLOCK_M, BLOCK_N)
     seen = tl.where((a != a) & (more == float("-inf")), 0.0, a)
-    s = mixed(mixtures[PRE], seen * head_factors(terms, strides, heads, scale), heads, False, BLOCK_M, BLOCK_N)
-    s += offset_of_heads(mixtures[PRE + 1], heads)
-    return a, tl.where(more == float("-inf"), float("-inf"), s + more)
+    x = times_factors(seen * head_factors(terms, strides, heads, scale), terms, strides, image, row, start, sizes,
+                      EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    y = mixed(mixtures[PRE], x, heads, False, BLOCK_M, BLOCK_N) + offset_of_heads(mixtures[PRE + 1], heads)
+    s = times_factors(y, terms, strides, image, row, start, sizes, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    return a, x, y, tl.where(more == float("-inf"), float("-inf"), s + more)
 
 
 @triton.jit
@@ -160,10 +208,35 @@ def head_weights(s, lse, low, NORM: tl.constexpr):
 
 
 @triton.jit
-def mixed_weights(p, s, mixtures, heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The weights after the second mixture, 0 where hidden."""
-    x = mixed(mixtures[POST], p, heads, False, BLOCK_M, BLOCK_N) + offset_of_heads(mixtures[POST + 1], heads)
-    return tl.where(s == float("-inf"), 0.0, x)
+def tile_weights(
+    s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The weights before the second mixture; of hard choices 1 for each pair, from what lse_ptr says is chosen."""
+    if NORM >= ARGMAX_K and NORM <= ARGMAX_Q:
+        i = row + tl.arange(0, BLOCK_M)
+        j = start + tl.arange(0, BLOCK_N)
+        if NORM == ARGMAX_K:
+            flat, real = row_places(terms, image, i, sizes[1], sizes[8], sizes[3])
+            p = tl.where(j[None, None, :] == tl.load(lse_ptr + flat, mask=real, other=-1)[:, :, None], 1.0, 0.0)
+        else:
+            flat, real = row_places(terms, image, j, sizes[2], sizes[9], sizes[3])
+            p = tl.where(i[None, :, None] == tl.load(lse_ptr + flat, mask=real, other=-1)[:, None, :], 1.0, 0.0)
+    else:
+        p = head_weights(s, lse, low, NORM)
+    return p
+
+
+@triton.jit
+def mixed_weights(
+    p, s, mixtures, terms, strides, image, row, start, sizes,
+    AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BUT: tl.constexpr = -1,
+):  # fmt: skip
+    """The weights after the second mixture and all factors but BUT, 0 where hidden."""
+    p = times_factors(p, terms, strides, image, row, start, sizes, EARLY_WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    x = mixed(mixtures[POST], p, sizes[3], False, BLOCK_M, BLOCK_N) + offset_of_heads(mixtures[POST + 1], sizes[3])
+    x = tl.where(s == float("-inf"), 0.0, x)
+    return times_factors(x, terms, strides, image, row, start, sizes, WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, BUT)
 
 
 @triton.jit
@@ -205,10 +278,11 @@ def token_numbers(ptr, strides, AT: tl.constexpr, image, n, count, first, heads)
 @triton.jit
 def head_gradients(
     s, live, dout_ptr, v_ptr, mixtures, terms, dout_strides, v_strides, d_strides, strides, image, row, start, sizes,
-    threshold, keep_scale, WIDTH_V: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    threshold, keep_scale, AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, WIDTH_V: tl.constexpr, GROUP: tl.constexpr,
+    ALIGN: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the weights after the second mixture and before it; 0 where hidden and in rows that are not live."""
+    """The gradients of the weights that meet the values, of those after the second mixture, of what it mixes, and of the weights
+    of the scores; 0 where hidden and in rows that are not live."""
     heads = sizes[3]
     h = tl.arange(0, HEADS)
     i = row + tl.arange(0, BLOCK_M)
@@ -220,12 +294,14 @@ def head_gradients(
     if terms[5] is not None:
         given = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), given * keep_scale, 0.0)
     given = tl.where((s != float("-inf")) & live[:, :, None], given, 0.0)
-    dp = mixed(mixtures[POST], given, heads, True, BLOCK_M, BLOCK_N)
+    after = times_factors(given, terms, strides, image, row, start, sizes, WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    before = mixed(mixtures[POST], after, heads, True, BLOCK_M, BLOCK_N)
+    dp = times_factors(before, terms, strides, image, row, start, sizes, EARLY_WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[16] is not None:
         share = token_numbers(terms[15], strides, 36, image, i, sizes[1], sizes[8], heads)
         mean = token_numbers(terms[16], strides, 39, image, j, sizes[2], sizes[9], heads)
         dp += share[:, :, None] * mean[:, None, :]
-    return given, dp
+    return given, after, before, dp
 
 
 @triton.jit

@@ -83,15 +83,11 @@ DIFFERENTIABLE = (
     "bias_table", "gain_table", "weight_table", "later_ratio", "position_q", "position_k", "position_v", "early_gain",
     "early_weight",
 )  # fmt: skip
-UNSERVED = {  # slots that only the CPU has
-    **dict.fromkeys(("bias_table", "gain_table", "weight_table"), "tables of offsets on a grid"),
-    "later_ratio": "a ratio of later keys",
-    **dict.fromkeys(("position_index", "position_q", "position_k", "position_v"), "bias.ContextualPosition"),
-    **dict.fromkeys(("early_gain", "early_weight"), "modulations before talking heads"),
-}  # fmt: skip
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 16
-BESIDE_MIXTURES = ("gain", "weight", "rel_y", "path_row", "slope", "policy")  # what no kernel has together with them
+TABLES = ("bias_table", "gain_table", "weight_table")
+BESIDE_MIXTURES = ("policy", "later_ratio", "position_v")    # what no kernel has together with them
+PADDED_MIXTURES = ("rel_y", "path_row", "slope")            # and of packed sequences
 
 
 def mixes(call: Call) -> bool:
@@ -111,25 +107,26 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     for name, tokens in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if tokens >= MAX_TOKENS:
             why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
-    for name, x in (("gain", call.gain), ("weight", call.weight)):
+    for name in ("gain", "weight", "early_gain", "early_weight"):
+        x = getattr(call, name)
         both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
         if x is not None and tuple(x.shape[2:]) != both:
             why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
     if mixes(call):
         if q.shape[2] > MIXED_HEADS:
             why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
-        beside = [name for name in BESIDE_MIXTURES if getattr(call, name) is not None]
-        beside += ["topk"] if call.topk else []
-        beside += [call.normalizer] if call.normalizer in HARD else []
+        names = BESIDE_MIXTURES if call.cu_q is None else (*BESIDE_MIXTURES, *PADDED_MIXTURES)
+        beside = [name for name in names if getattr(call, name) is not None]
         why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
+    if call.position_index is not None and call.cu_q is not None:
+        why.append("bias.ContextualPosition has no kernel of packed sequences")
     if call.policy is not None and call.cu_q is not None:
         why.append("modulation.Policy has no Triton kernel of packed sequences")
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
     if call.rel_y is not None and call.rel_y.dim() == 2:
         why.append("no Triton kernel multiplies tables of decomposed positions")
-    given = [name for name, x in call._asdict().items() if isinstance(x, Tensor)]
-    return why + [f"no Triton kernel has {x}" for x in dict.fromkeys(UNSERVED[n] for n in given if n in UNSERVED)]
+    return why
 
 
 def widths(d: int) -> tuple[int, int, int]:
@@ -167,7 +164,7 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     total = batch * queries, batch * keys
     if call.cu_q is not None:
         batch, queries, keys = len(call.cu_q) - 1, call.max_q, call.max_k
-    terms = [score_strides(x) for x in (bias, key_bias, mask, call.gain, call.weight)]
+    terms = [score_strides(x) for x in (bias, key_bias, mask, call.gain, call.weight, call.early_gain, call.early_weight)]
     relative = [(0,) * 4 if x is None else score_strides(x) for x in (call.rel_y, call.rel_x)]  # (batch, query, head, side)
     ids = [(0, 0) if x is None else score_strides(x) for x in (call.q_ids, call.k_ids, call.allow)]
     tokens = [row_strides(x) for x in (call.query_weight, dkey_mean)]
@@ -177,6 +174,12 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
         for x, axis in ((call.path_row, 2), (call.path_col, 1)))
     far = keys * heads >= 2**31 or any(
         MAX_BLOCK * (abs(s[2]) + abs(s[3])) >= 2**31 for s in (*terms, *((*s[:2], s[1], s[3]) for s in relative)))
+    by_offset = [getattr(call, name) for name in TABLES]
+    grid = call.grid_height, call.grid_width, call.grid_prefix
+    step = max(1, call.grid_step)
+    positions = call.position_index, call.position_q, call.position_k
+    tables = (call.position_q, 3), (call.position_k, 3), (call.position_v, 2)
+    rows = next((x.shape[axis] for x, axis in tables if x is not None), 0)
     parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink, call.slope))
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
@@ -184,16 +187,21 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
                   seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
                   call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
-                  call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None),
+                  call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None,
+                  *by_offset, call.later_ratio, *positions, None, call.early_gain,
+                  call.early_weight),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],
                          *(s for x in (*ids, *tokens) for s in x), parameters[2], *spots[0], *spots[1],
-                         *(row_strides(path[0]) if path else (0, 0, 0)), *score_strides(call.policy)[:2]),
+                         *(row_strides(path[0]) if path else (0, 0, 0)), *score_strides(call.policy)[:2],
+                         *(s for x in by_offset for s in score_strides(x)[1::2]),
+                         *(score_strides(positions[0])[:3]), *(s for x in positions[1:] for s in score_strides(x)), *[0] * 4,
+                         *terms[5], *terms[6]),
         "sizes": (batch, queries, keys, heads, max(-queries, min(call.offset, keys)) if call.causal else 0,
                   1 if call.rel_x is None else call.rel_x.shape[3],
                   *((1, 1) if call.allow is None else call.allow.shape), *total, call.path_width, int(call.path_transposed),
-                  int(call.policy_diagonal), 0),
+                  int(call.policy_diagonal), 0, *grid, -(-call.grid_width // step), step, rows),
         "scale": float(call.scale),
         "threshold": math.ceil(call.dropout_p * 2.0**32), "keep_scale": 1.0 / (1.0 - call.dropout_p),
         "NORM": NORMALIZERS.index("policy" if call.policy is not None else call.normalizer),
@@ -204,11 +212,14 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
 
 
 def row(kernel: str, shared: dict) -> dict:
-    """The row of a kernel's table for these arguments. Dropout, or two score-shaped terms, hold as many registers as heads
-    of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
+    """The row of a kernel's table for these arguments. Dropout, two score-shaped terms, or positions hold as many registers as
+    heads of twice the width, four terms, distances and paths as heads of four times, more than eight as heads of eight times."""
     q, keys = shared["q_ptr"], shared["sizes"][2]
-    terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean; slope, path
-    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16)) + 4 * (terms[17] is not None or terms[20] is not None)
+    terms = shared["terms"]                                 # bias, mask, seed, gain, weight, rel_y, q_ids, dkey_mean, tables
+    many = sum(terms[n] is not None for n in (0, 2, 5, 6, 7, 8, 10, 16, 25, 26, 27))
+    many += 4 * (terms[17] is not None or terms[20] is not None)  # slope, path
+    many += 2 * (terms[29] is not None)  # their rows, and what is looked up
+    many += any(terms[n] is not None for n in (25, 26, 27))  # the tile of their entries
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
     width *= 8 if many > 8 else 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())

@@ -4,19 +4,27 @@ What a score is made of stands in `terms`, each a pointer or None:
     0 bias, 1 key_bias, 2 mask, 3 factor, 4 sink, 5 seed, 6 gain, 7 weight, 8 rel_y, 9 rel_x, 10 q_ids, 11 k_ids, 12 allow,
     13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy,
     20 and 21 the prefix sums of path_row and path_col, 22 policy, 23 the number that it adds to every weight's exponential,
-    24 the bits of the keys that survive top-k, [B, Nq, H, words] and contiguous
+    24 the bits of the keys that survive top-k, [B, Nq, H, words] and contiguous, 25 bias_table, 26 gain_table, 27 weight_table,
+    28 later_ratio, 29 position_index, 30 position_q, 31 position_k, 32 the products of dout and position_v (of a backward),
+    33 early_gain, 34 early_weight
 and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
 weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
 q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36, of 16 from 39, of 20 and of 21 from
-49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46; (batch, token) of policy from 52. AXES says whether
-bias, key_bias, mask, gain and weight vary with the query and with the key. `sizes` is (batch, queries, keys, heads, offset, kw
-of rel_x, rows and columns of allow, queries and keys of all samples, width of the path's grid, whether it is transposed, whether
-a policy keeps the diagonal, words of a row of bits). Of packed sequences these are the greatest; `of_sample` makes those of one,
-whose eighth and ninth are the first of its queries and keys among all.
+49; of slope 42; (batch, token, axis) of q_xy from 43 and k_xy from 46; (batch, token) of policy from 52; (head, entry) of the
+tables from 54, 56 and 58; (batch, query, key) of 29 from 60; (batch, token, head, row) of 30, 31 and 32 from 63, 67 and 71;
+(batch, head, query, key) of 33 from 75 and 34 from 79. AXES says whether bias, key_bias, mask, gain, weight and the early ones vary
+with the query and with the key. `sizes` is (batch, queries, keys,
+heads, offset, kw of rel_x, rows and columns of allow, queries and keys of all samples, width of the path's grid, whether it is
+transposed, whether a policy keeps the diagonal, words of a row of bits; of the tables' grid height and width, tokens in front of
+it, queries in a row and the step between them; rows of the tables of contextual positions). Of packed sequences these are the
+greatest; `of_sample` makes those of one, whose eighth and ninth are the first of its queries and keys among all.
 """
 
 import triton
 import triton.language as tl
+
+from ._attention_positions import position_term
+from ._attention_tables import ratio_tile, table_term
 
 NO_RULE = tl.constexpr(0)                                   # RULE
 EQUAL = tl.constexpr(1)
@@ -43,7 +51,7 @@ def of_sample(terms, sizes, image):
         first_q, queries = _bounds(terms[13] + image, queries, sizes[8])
         first_k, keys = _bounds(terms[14] + image, keys, sizes[9])
     return sizes[0], queries, keys, sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], first_q, first_k, \
-        sizes[10], sizes[11], sizes[12], sizes[13]
+        sizes[10], sizes[11], sizes[12], sizes[13], sizes[14], sizes[15], sizes[16], sizes[17], sizes[18], sizes[19]
 
 
 @triton.jit
@@ -240,12 +248,12 @@ def slope_of(terms, strides, head):
 def scores(
     a, factor, terms, strides, image, head, row, start, sizes,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GAINED: tl.constexpr = True,
 ):  # fmt: skip
-    """Scores of the products a of queries row.. and keys start..; what a row must not see becomes -inf, whatever its
-    product is."""
+    """Scores of the products a of queries row.. and keys start.., times their gains if GAINED; what a row must not see becomes
+    -inf, whatever its product is."""
     s = a * factor
-    if terms[6] is not None:
+    if GAINED and (terms[6] is not None or terms[26] is not None):
         s *= gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[8] is not None:
         s += relative_term(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)
@@ -253,6 +261,11 @@ def scores(
         s -= slope_of(terms, strides, head) * distances(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)[2]
     if terms[20] is not None:
         s += path_term(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)
+    if terms[30] is not None or terms[31] is not None:
+        s += position_term(terms, strides, image, head, row, start, sizes, BLOCK_M, BLOCK_N)
+    if terms[25] is not None:
+        bias = table_term(terms[25], strides, head, row, start, sizes, 54, BLOCK_M, BLOCK_N)
+        s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if terms[0] is not None:
         bias = score_term(terms[0], strides, image, head, row, start, sizes, float("-inf"),
                           0, AXES[0][0], AXES[0][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
@@ -282,22 +295,35 @@ def scores(
 def gains(
     terms, strides, image, head, row, start, sizes,
     AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BUT: tl.constexpr = -1,
 ):  # fmt: skip
-    """What the scores are multiplied by before the biases."""
-    return score_term(terms[6], strides, image, head, row, start, sizes, 1.0,
-                      14, AXES[3][0], AXES[3][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
+    """What the scores are multiplied by before the biases, without the term BUT."""
+    if terms[6] is not None and BUT != 6:
+        g = score_term(terms[6], strides, image, head, row, start, sizes, 1.0,
+                       14, AXES[3][0], AXES[3][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
+        if terms[26] is not None and BUT != 26:
+            g *= table_term(terms[26], strides, head, row, start, sizes, 56, BLOCK_M, BLOCK_N)
+    else:
+        g = table_term(terms[26], strides, head, row, start, sizes, 56, BLOCK_M, BLOCK_N)
+    return g
 
 
 @triton.jit
 def weighed(
     p, terms, strides, image, head, row, start, sizes,
     AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BUT: tl.constexpr = -1,
 ):  # fmt: skip
-    """p times the factors of the weights; 0 stays 0."""
-    if terms[7] is not None:
+    """p times the factors of the weights, without the term BUT; 0 stays 0."""
+    if terms[7] is not None and BUT != 7:
         w = score_term(terms[7], strides, image, head, row, start, sizes, 1.0,
                        18, AXES[4][0], AXES[4][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
         p = tl.where(p == 0.0, 0.0, p * w)
+    if terms[27] is not None and BUT != 27:
+        w = table_term(terms[27], strides, head, row, start, sizes, 58, BLOCK_M, BLOCK_N)
+        p = tl.where(p == 0.0, 0.0, p * w)
+    if terms[28] is not None and BUT != 28:
+        p = tl.where(p == 0.0, 0.0, p * ratio_tile(terms[28], row, start, BLOCK_M, BLOCK_N))
     return p
 
 

@@ -8,6 +8,7 @@ Exponentials are exp2 of scores that are whole, biases included, times log2(e).
 import triton
 import triton.language as tl
 
+from ._attention_positions import position_given
 from ._attention_terms import gains, mean_gradient, query_shares, scores, weighed
 from ._tiles import LOG2E, clean, keep_keys, keep_tile, load_rows, store_rows
 
@@ -15,7 +16,9 @@ SOFTMAX = tl.constexpr(0)                                   # NORM
 SIGMOID = tl.constexpr(1)
 RELU = tl.constexpr(2)
 NONE = tl.constexpr(3)
-POLICY = tl.constexpr(6)                                    # in place of the softmax; 4 and 5 are argmax
+ARGMAX_K = tl.constexpr(4)
+ARGMAX_Q = tl.constexpr(5)
+POLICY = tl.constexpr(6)                                    # in place of the softmax
 
 
 @triton.jit
@@ -165,6 +168,8 @@ def weights(
     else:
         slope = tl.where(live[:, None], slopes(s, p, NORM), 0.0)
     given = row_products(dout, v, WIDTHS_V)
+    if terms[32] is not None:
+        given += position_given(terms, strides, image, head, row, start, sizes, BLOCK_M, BLOCK_N)
     kept = weighed(p, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[5] is not None:
         i = row + tl.arange(0, BLOCK_M)
@@ -175,7 +180,7 @@ def weights(
         kept = tl.where(keep, kept * keep_scale, 0.0)
         given = tl.where(keep, given * keep_scale, 0.0)
     dp = weighed(given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
-    if terms[7] is not None:
+    if terms[7] is not None or terms[27] is not None or terms[28] is not None:
         dp = tl.where(s == float("-inf"), 0.0, dp)                                     # whatever the factor is there
     if terms[16] is not None:
         share = query_shares(terms, strides, image, head, row, sizes, BLOCK_M)
@@ -189,7 +194,25 @@ def product_gradient(
     AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the scaled products from dS, that of the scores."""
-    if terms[6] is not None:
+    if terms[6] is not None or terms[26] is not None:
         g = gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         ds = tl.where(ds == 0.0, 0.0, ds * g)
     return ds
+
+
+@triton.jit
+def term_gradient(
+    a, factor, p, slope, dp, delta, given, terms, strides, image, head, row, start, sizes,
+    TARGET: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient that every pair gives to the bias or factor TARGET, a place in `terms`, from what `weights` found."""
+    if TARGET == 7 or TARGET == 27 or TARGET == 28:
+        x = weighed(p * given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+    else:
+        x = slope * (dp - delta[:, None])
+        if TARGET == 6 or TARGET == 26:
+            x = tl.where(x == 0.0, 0.0, x * (a * factor))
+            if (terms[6] is not None and TARGET != 6) or (terms[26] is not None and TARGET != 26):
+                g = gains(terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+                x = tl.where(x == 0.0, 0.0, x * g)
+    return x

@@ -103,11 +103,11 @@ def surviving(call: Call, shared: dict) -> dict:
         return shared
     words = -(-keys // WORD.value)
     bits = torch.zeros((*call.q.shape[:3], words), dtype=torch.int32, device=call.q.device)
-    shared = shared | {"sizes": (*shared["sizes"][:13], words)}
+    shared = shared | {"sizes": (*shared["sizes"][:13], words, *shared["sizes"][14:])}
     names = ("q_ptr", "k_ptr", "terms", "q_strides", "k_strides", "term_strides", "sizes", "scale", "AXES", "RULE", "FAR", "CAUSAL",
              "GROUP", "WIDTHS")  # fmt: skip
     made = {"CLIP": keys % WORD.value != 0 or shared["terms"][13] is not None, **BLOCKS}
     _survivors[(programs(shared, -(-queries // BLOCKS["BLOCK_M"])),)](
         **{n: shared[n] for n in names}, **made, **lists(shared, made), word_ptr=bits, topk=call.topk,
         d_strides=shared["d_strides"][:2], ALIGN=alignment([call.q, call.k]), num_warps=8, num_stages=1, enable_fp_fusion=True)
-    return shared | {"terms": (*shared["terms"][:24], bits)}
+    return shared | {"terms": (*shared["terms"][:24], bits, *shared["terms"][25:])}

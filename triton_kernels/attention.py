@@ -18,6 +18,7 @@ from . import _attention_hard, attention_heads
 from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, mixes, programs, reasons, shares, tuned
 from ._attention_key_means import _key_means
 from ._attention_policy import policy_rows
+from ._attention_position_sums import add_values, position_sums
 from ._attention_terms import last_key, listed, of_sample, part_of, places, row_factor, scores, visited, weighed
 from ._attention_tiles import (
     POLICY,
@@ -249,9 +250,11 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     if call.normalizer in HARD:
         return _attention_hard.forward(call)
     softmax, counts = call.normalizer == "softmax" and call.policy is None, call.query_weight is not None
-    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=v.dtype, device=q.device)
+    values = call.position_v                                # joins before the output is rounded
+    dtype = v.dtype if values is None else torch.float32
+    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=dtype, device=q.device)
     lse = (torch.empty if softmax else torch.zeros)((batch, queries, heads), dtype=torch.float32, device=q.device)
-    low = torch.empty_like(lse) if softmax and counts and q.dtype == torch.float32 else None
+    low = torch.empty_like(lse) if softmax and (counts or values is not None) and q.dtype == torch.float32 else None
     key_mean = torch.zeros((batch, k.shape[1] if counts else 0, heads), dtype=torch.float32, device=q.device)
     shared = surviving(call, arguments(call))
     if out.numel():
@@ -273,9 +276,12 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
             _join[(-(-lse.numel() // rows),)](
                 some, logs, out, lse, split, lse.numel(), out.shape[3], SOFT=softmax, ROWS=rows, BLOCK=block, num_warps=4,
                 enable_fp_fusion=True)
+        if values is not None:
+            of_rows = {"lse_ptr": top if softmax or call.policy is not None else None, "low_ptr": rest}
+            out = add_values(out, position_sums(shared | of_rows, weigh=True), values, v.dtype)
         if key_mean.numel():
             blocks = tuned("backward_keys", shared)
             del shared["v_ptr"], shared["v_strides"], shared["WIDTHS_V"], shared["keep_scale"], shared["threshold"]
             _key_means[(programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"])),)](
                 **shared, **blocks, lse_ptr=top if softmax or call.policy is not None else None, low_ptr=rest, mean_ptr=key_mean)
-    return out, lse, key_mean
+    return out.to(v.dtype), lse, key_mean

@@ -2,7 +2,8 @@
 
 Up to three kernels: queries (delta, dq, row sums of dS), keys (dk, dv, column sums) and, where a bias has an axis of queries
 and one of keys, one tile of its gradient at a time, which walks the samples and heads that share the bias. Where the tiles
-of the first two are too few programs, several share out the visits of one. Every sum has an order that the sizes fix: no
+of the first two are too few programs, several share out the visits of one. Tables of offsets and contextual positions have
+kernels of their own (_attention_bwd_tables.py, _attention_position_sums.py). Every sum has an order that the sizes fix: no
 atomics, the same bits on every run. Nothing of size [B, H, Nq, Nk] exists but the gradient of a bias of that shape. What a
 mask hides has no gradient whatever it holds; values that are not finite count as 0 where they are seen.
 """
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from . import _attention_hard, attention_heads_bwd
-from ._attention_bwd_relative import _backward_relative, _backward_relative_keys
+from ._attention_bwd_relative import _backward_relative, _backward_relative_keys, path_gradient
 from ._attention_bwd_sums import _backward_sums
+from ._attention_bwd_tables import table_gradient
 from ._attention_bwd_tiles import _backward_bias, _backward_keys, _backward_queries
 from ._attention_host import (
     DIFFERENTIABLE,
     HARD,
     MIXTURES,
+    TABLES,
     Call,
     arguments,
     folded,
@@ -30,6 +33,7 @@ from ._attention_host import (
     whole_bias,
 )
 from ._attention_policy import policy_rows
+from ._attention_position_sums import position_sums, values_gradient, with_given
 from ._attention_topk import surviving
 from ._attention_visits import lists, seen_tiles, shared_strides
 from ._host import power
@@ -54,18 +58,19 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
             grads[6] = dlse.sum((0, 1)).to(sink.dtype)
         return tuple(grads)
     dout = (v.new_zeros(()).expand(*q.shape[:3], v.shape[3]) if dout is None else dout).to(v.dtype)
+    if mixes(call):
+        return attention_heads_bwd.backward(dout, dlse, dkey_mean, lse, call, wanted)
     if call.normalizer in HARD:
         needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
         found = _attention_hard.backward(dout, dkey_mean, call, needs)
         return tuple(found.get(n, torch.zeros_like(x) if w else None) for (n, w), x in zip(needs.items(), inputs, strict=True))
-    if mixes(call):
-        return attention_heads_bwd.backward(dout, dlse, dkey_mean, lse, call, wanted)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if w else None
                   for x, w in zip((q, k, v), wanted, strict=False))
     shared = arguments(call, [dout, *(x for x in (dq, dk, dv) if x is not None)], dkey_mean)
     shared = surviving(call, shared)
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": lse.contiguous() if softmax else None}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
+    shared = with_given(shared, dout, call.position_v)
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
 
@@ -84,9 +89,12 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     drow = new(wanted[3] and not wide, *(() if softmax else several), batch, queries, heads)
     dweight = new(wanted[16] and dkey_mean is not None, *several, batch, queries, heads)
     dq_xy = new(wanted[14], *several, batch, queries, heads, 2)
-    dfactor, dsink, dslope = (new(wanted[n], m * count // heads, heads) for n, m in ((5, parts), (6, 1), (13, parts)))
+    needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
+    dfactor, dsink, dslope, dratio = (
+        new(needs[n], m * count // heads, heads)
+        for n, m in (("factor", parts), ("sink", 1), ("slope", parts), ("later_ratio", parts)))
     some = new(dq is not None, *several, *q.shape) if several else dq
-    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, dq_xy)):
+    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, dq_xy, dratio)):
         run, sums = lists(shared, blocks), None
         if several and delta is not None:
             sums = new(True, parts, 2, batch, queries, heads)
@@ -96,7 +104,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
         _backward_queries[(count, parts)](
             **shared, **blocks, **run, parts=parts, sum_ptr=sums, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
             low_ptr=low, dq_ptr=some, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
-            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=dq_xy)
+            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=dq_xy, dratio_ptr=dratio)
     if several:
         drow = drow if softmax else _whole(drow)
         dq, dweight, dq_xy = _whole(some, q.dtype), _whole(dweight), _whole(dq_xy)
@@ -130,12 +138,15 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     return (
         dq, dk, dv, dbias, folded(of_keys, key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
-        *(_dense_gradient(shared, inputs[n], n - 6) if wanted[n] else None for n in (7, 8)),
+        *(_dense_gradient(shared, inputs[n], n - 1) if wanted[n] else None for n in (7, 8)),
         *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *_path_gradients(shared, inputs[11:13], wanted[11:13]),
         add_parts(dslope, call.slope.dtype) if wanted[13] else None,
         *(None if x is None else folded(x.sum(2), at) for x, at in ((dq_xy, call.q_xy), (dk_xy, call.k_xy))),
         dweight.to(call.query_weight.dtype) if wanted[16] else None, *[None] * len(MIXTURES),
-        None if dpolicy is None else folded(dpolicy.sum(2), call.policy), *[None] * (len(DIFFERENTIABLE) - 22),
+        None if dpolicy is None else folded(dpolicy.sum(2), call.policy),
+        *(table_gradient(shared, getattr(call, name), 25 + n) if needs[name] else None for n, name in enumerate(TABLES)),
+        folded(add_parts(dratio, torch.float32).sum(), call.later_ratio) if needs["later_ratio"] else None,
+        *_position_gradients(shared, dout, call, needs), *[None] * 2,
     )  # fmt: skip
 
 
@@ -144,8 +155,8 @@ def _whole(parts: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor |
 
 
 def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
-    """The gradient of a bias, gain or weight with queries and keys: in chunks of what shares it where its tiles are too few
-    programs."""
+    """The gradient of a bias, gain or weight with queries and keys, whose place in `terms` is `target`: in chunks of what shares it
+    where its tiles are too few programs."""
     batch, queries, keys, heads = shared["sizes"][:4]
     blocks = tuned("backward_bias", shared)
     members = (bias.shape[1], batch // bias.shape[0], heads // bias.shape[1])
@@ -158,6 +169,15 @@ def _dense_gradient(shared: dict, bias: Tensor, target: int) -> Tensor:
         **shared, **blocks, seen_ptr=seen, seen_strides=shared_strides(seen), dbias_ptr=parts, members=members, chunks=chunks,
         TARGET=target)
     return parts[0] if chunks == 1 else add_parts(parts, bias.dtype)
+
+
+def _position_gradients(shared: dict, dout: Tensor, call: Call, needs: dict[str, bool]) -> list[Tensor | None]:
+    """The gradients of position_q, position_k and position_v."""
+    found: list[Tensor | None] = [
+        folded(position_sums(shared, by_keys), like) if needs[name] else None
+        for name, like, by_keys in (("position_q", call.position_q, False), ("position_k", call.position_k, True))]
+    weigh = needs["position_v"]
+    return [*found, values_gradient(position_sums(shared, weigh=True), dout, call.position_v) if weigh else None]
 
 
 def _relative_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tensor | None]:
@@ -177,17 +197,9 @@ def _path_gradients(shared: dict, inputs: list, wanted: list[bool]) -> list[Tens
     for axis, like in enumerate(inputs):
         if wanted[axis]:
             by_keys = bool(axis) != bool(transposed)
-            steps = _grid_sums(shared, sides, [axis == 1, axis == 0], by_keys)[1 - axis].unflatten(1, sides)
-            steps = steps.transpose(1, 2) if axis else steps               # [B, other side, own side, H, own side]
-            grad = _between(steps.permute(0, 1, 3, 2, 4)).transpose(2, 3)  # [B, other side, own side, H]
-            found[axis] = folded((grad.transpose(1, 2) if axis else grad).flatten(1, 2), like)
+            steps = _grid_sums(shared, sides, [axis == 1, axis == 0], by_keys)[1 - axis]
+            found[axis] = folded(path_gradient(steps, axis, sides), like)
     return found
-
-
-def _between(x: Tensor) -> Tensor:
-    """For every t the sum of x[..., a, b] over min(a, b) < t <= max(a, b)."""
-    both = (x + x.mT).cumsum(-2).flip(-1).cumsum(-1).flip(-1)              # over a' <= a and b' >= b
-    return torch.nn.functional.pad(both.diagonal(1, -2, -1), (1, 0))
 
 
 def _grid_sums(shared: dict, sides: tuple[int, int], wanted: list[bool], by_keys: bool = False) -> list[Tensor | None]:

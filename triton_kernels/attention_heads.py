@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_heads_choice import head_choices, head_survivors
 from ._attention_heads_tiles import (
     HEADS,
     first_query,
-    head_weights,
     keep_heads,
     known_rows,
     load_heads,
@@ -20,14 +20,17 @@ from ._attention_heads_tiles import (
     mixed_weights,
     row_places,
     store_heads,
+    tile_weights,
     token_numbers,
 )
-from ._attention_host import MIXTURES, UNSPECIALIZED, Call, arguments
+from ._attention_host import HARD, MIXTURES, UNSPECIALIZED, Call, arguments
 from ._attention_terms import last_key, of_sample
+from ._attention_tiles import ARGMAX_K, ARGMAX_Q
 from ._host import power
 from ._tiles import LN2, LOG2E, clean
 
 TILE = 16                               # queries, and keys: sixteen heads of more do not fit into registers
+CROWDED = (6, 7, 25, 26, 27, 30, 31, 33, 34)  # terms with which the compiler would rather spill than hold one program fewer
 OF_VALUES = ("v_ptr", "v_strides", "threshold", "keep_scale")
 
 
@@ -58,7 +61,7 @@ def _head_rows(
         top = tl.zeros([HEADS, BLOCK_M], tl.float32) + sink[:, None]
         norm = tl.where(top == float("-inf"), 0.0, 1.0)
     for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
         higher = tl.maximum(top, tl.max(s, 2))
@@ -96,10 +99,12 @@ def _heads_forward(
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     acc = tl.zeros([HEADS, BLOCK_M, CHUNK_V], tl.float32)
     for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
-        p = mixed_weights(head_weights(s, lse, low, NORM), s, mixtures, heads, BLOCK_M, BLOCK_N)
+        p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+        p = mixed_weights(p, s, mixtures, terms, term_strides, image, row, start, sizes,
+                          AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
             p = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), p * keep_scale, 0.0)
         j = start + tl.arange(0, BLOCK_N)
@@ -109,6 +114,8 @@ def _heads_forward(
         bad = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0.0, 1.0)
         if tl.max(tl.max(tl.max(bad, 2), 1), 0) > 0.0:
             seen = tl.where(s == float("-inf"), 0.0, 1.0)
+            if NORM >= ARGMAX_K and NORM <= ARGMAX_Q:
+                seen = tl.where(p == 0.0, 0.0, 1.0)
             acc = tl.where(tl.dot(seen.to(tl.float16), bad.to(tl.float16)) > 0.0, float("nan"), acc)
     store_heads(out_ptr, flat, real, column, acc, WIDTH_V, CHUNK_V)
 
@@ -134,11 +141,12 @@ def _head_means(
     for row in tl.range(first, sizes[1], BLOCK_M, num_stages=1, disable_licm=True):
         i = row + tl.arange(0, BLOCK_M)
         lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
-        a, s = mixed_scores(
+        a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
         share = token_numbers(terms[15], term_strides, 36, image, i, sizes[1], sizes[8], heads)
-        mean += tl.sum(tl.where(real[:, :, None], head_weights(s, lse, low, NORM) * share[:, :, None], 0.0), 1)
+        p = tile_weights(s, lse, low, lse_ptr, terms, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
+        mean += tl.sum(tl.where(real[:, :, None], p * share[:, :, None], 0.0), 1)
     j = start + tl.arange(0, BLOCK_N)
     flat, real = row_places(terms, image, j, sizes[2], sizes[9], heads)
     tl.store(mean_ptr + flat, mean, mask=real)
@@ -151,13 +159,15 @@ def heads_arguments(call: Call, others=(), dkey_mean=None) -> dict:
     keys = shared["sizes"][2]
     del shared["WIDTHS"], shared["WIDTHS_V"]
     mixtures = [getattr(call, name) for name in MIXTURES]
-    return shared | {
+    crowded = any(terms[n] is not None for n in CROWDED)
+    made = shared | ({"maxnreg": 255} if crowded else {}) | {
         "mixtures": tuple(None if x is None else x.float().contiguous() for x in mixtures),
-        "ALIKE": not any(strides[n] for n in (1, 5, 9)) and all(terms[n] is None for n in (8, 17, 20)),
+        "ALIKE": not any(strides[n] for n in (1, 5, 9)) and all(terms[n] is None for n in (8, 17, 20, 25, 29)),
         "WIDTH": call.q.shape[3], "CHUNK": columns(call.q.shape[3], call.q.element_size())[0],
         "CLIP": keys % TILE != 0 or terms[13] is not None, "BLOCK_M": TILE, "BLOCK_N": TILE,
         "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True,
     }  # fmt: skip
+    return head_survivors(made, call.topk)
 
 
 def columns(width: int, itemsize: int) -> tuple[int, int]:
@@ -171,7 +181,9 @@ def without(shared: dict, *names: str) -> dict:
 
 
 def head_rows(call: Call, shared: dict) -> tuple[Tensor | None, Tensor | None]:
-    """lse [B, Nq, H] of a softmax, and what it lacks in base 2; None for other normalisers."""
+    """lse [B, Nq, H] of a softmax, and what it lacks in base 2; of hard choices what is chosen; None for other normalisers."""
+    if call.normalizer in HARD:
+        return head_choices(shared, call.normalizer == "argmax_q"), None
     if call.normalizer != "softmax":
         return None, None
     lse, low = (torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device) for _ in range(2))
@@ -201,4 +213,6 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         **shared, out_ptr=out, lse_ptr=found, low_ptr=low, WIDTH_V=v.shape[3], CHUNK_V=chunk)
     if key_mean.numel():
         _head_means[(programs(shared, 2),)](**without(shared, *OF_VALUES), lse_ptr=found, low_ptr=low, mean_ptr=key_mean)
-    return out, lse if found is None else found, key_mean
+    if call.normalizer == "argmax_q":
+        found = None
+    return out, lse if found is None else found.float(), key_mean

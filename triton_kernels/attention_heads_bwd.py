@@ -2,21 +2,23 @@
 
 The weights are made again from lse. One walk over the keys makes the rows' sums and the gradient of the second mixture, the next
 dq and the gradient of the first, two walks over the queries dk and dv, a few columns to a program, and one program for each tile
-of a bias with queries and keys walks the samples that share it. Every sum has an order that the sizes fix.
+of a bias or factor with queries and keys walks the samples that share it; the gradients of positions are sums of dS of a few
+samples at a time (_attention_heads_maps.py). Every sum has an order that the sizes fix.
 """
 
 import torch
 from torch import Tensor
 
-from ._attention_heads_bwd_tiles import _head_deltas, _heads_bias, _heads_keys, _heads_queries, _heads_values
-from ._attention_host import DIFFERENTIABLE, Call, folded, row_strides, whole_bias
+from ._attention_heads_bwd_tiles import _head_deltas, _heads_keys, _heads_queries, _heads_values
+from ._attention_heads_maps import dense_gradient, factor_gradients, position_gradients
+from ._attention_host import DIFFERENTIABLE, HARD, Call, folded, row_strides, whole_bias
 from ._reduce import add_parts
 from .attention_heads import columns, head_rows, heads_arguments, programs, without
 
 DELTAS = ("delta_ptr", "drow_ptr", "dsink_ptr", "dgiven_ptr", "dweight_ptr", "dpost_ptr")
-QUERIES = ("dq_ptr", "drow_ptr", "dfactor_ptr", "dpre_ptr")
+QUERIES = ("dq_ptr", "drow_ptr", "doffset_ptr", "dfactor_ptr", "dpre_ptr")
 KEYS = ("dk_ptr", "dcolumn_ptr")
-PROGRAMS = 2048                         # from so many on, the samples that share a bias are not shared out
+OF_WEIGHTS = ("v", "weight", "weight_table", "early_weight", "post_weight", "post_bias", "query_weight")  # not of the choice
 
 
 def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: Tensor, call: Call, wanted: list[bool]) -> tuple:
@@ -24,15 +26,19 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     q, k, v, bias, key_bias = call[:5]
     batch, queries, heads, depth = q.shape
     keys, width = v.shape[1], v.shape[3]
-    needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
+    hard, asked = call.normalizer in HARD, dict(zip(DIFFERENTIABLE, wanted, strict=True))
+    needs = {name: w and (not hard or name in OF_WEIGHTS) for name, w in asked.items()}
     softmax = call.normalizer == "softmax"
     shared = heads_arguments(call, [dout], dkey_mean)
     found, low = lse.contiguous() if softmax else None, None
-    if softmax and q.dtype == torch.float32:
+    if hard or (softmax and q.dtype == torch.float32):
         found, low = head_rows(call, shared)
     shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "lse_ptr": found, "low_ptr": low}
     shared["d_strides"] = (*shared["d_strides"], dout.stride(-1))
     column, columns_v = columns(depth, q.element_size()), columns(width, q.element_size())
+    if "maxnreg" in shared:
+        columns_v = 16, -(-width // 16)
+        shared["CHUNK"] = 16
     shared |= {"WIDTH_V": width, "CHUNK_V": columns_v[0]}
 
     make = torch.empty if call.cu_q is None else torch.zeros  # tokens of no sequence add nothing to sums over all
@@ -41,9 +47,11 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
         return make(shape, dtype=dtype, device=q.device) if condition else None
 
     tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
-    rows = needs["bias"] and not wide or needs["pre_bias"]
+    gained = call.gain is not None or call.gain_table is not None  # then the mixed scores have a gradient of their own
+    rows = needs["bias"] and not wide or (needs["pre_bias"] and not gained)
     of_rows, of_keys = (batch, queries, heads), (batch, keys, heads)
-    delta, drow, dfactor = (new(x, *of_rows) for x in (softmax, rows, needs["factor"]))
+    delta, drow, doffset, dfactor = (
+        new(x, *of_rows) for x in (softmax, rows, needs["pre_bias"] and gained, needs["factor"]))
     dsink, dgiven = (new(needs[x], *of_rows) for x in ("sink", "post_bias"))
     dweight = new(needs["query_weight"] and dkey_mean is not None, *of_rows)
     dpost, dpre = (new(needs[x], programs(shared, 1), heads, heads) for x in ("post_weight", "pre_weight"))
@@ -52,7 +60,7 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     def walk(kernel, names, side, count, more, **made):
         """One walk makes some of what a kernel can make: all at once would want more registers than there are."""
         if any(x is not None for x in made.values()):
-            kernel[(programs(shared, side), count)](**shared, **more, **dict.fromkeys(names) | made)
+            kernel[(programs(shared, side), count)](**shared | more, **dict.fromkeys(names) | made)
 
     of_dlse = {"dlse_ptr": dlse, "dlse_strides": row_strides(dlse)}
     walk(_head_deltas, DELTAS, 1, 1, of_dlse, delta_ptr=delta, drow_ptr=drow if softmax else None, dsink_ptr=dsink,
@@ -60,7 +68,7 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     walk(_head_deltas, DELTAS, 1, 1, of_dlse, dpost_ptr=dpost)
     shared["delta_ptr"], block = delta, {"BLOCK_D": column[0]}
     walk(_heads_queries, QUERIES, 1, column[1], block, dq_ptr=dq)
-    walk(_heads_queries, QUERIES, 1, 1, block, drow_ptr=None if softmax else drow, dfactor_ptr=dfactor)
+    walk(_heads_queries, QUERIES, 1, 1, block, drow_ptr=None if softmax else drow, doffset_ptr=doffset, dfactor_ptr=dfactor)
     walk(_heads_queries, QUERIES, 1, 1, block, dpre_ptr=dpre)
 
     def of_each_head(like, condition):
@@ -81,12 +89,12 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
             grads[name] = x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
     if needs["bias"]:
         if tall and wide:
-            grads["bias"] = folded(_dense_gradient(shared, whole_bias(call)), bias)
+            grads["bias"] = folded(dense_gradient(shared, whole_bias(call), 0), bias)
         else:
             grads["bias"] = folded(by_keys[:, :, None] if wide else by_rows[..., None], bias)
     if needs["key_bias"]:
         grads["key_bias"] = folded(by_keys[:, :, None], key_bias)
-    for name, x in (("factor", dfactor), ("sink", dsink), ("pre_bias", drow), ("post_bias", dgiven)):
+    for name, x in (("factor", dfactor), ("sink", dsink), ("pre_bias", doffset if gained else drow), ("post_bias", dgiven)):
         if needs[name]:
             grads[name] = x.sum((0, 1)).to(getattr(call, name).dtype)
     for name, x in (("pre_weight", dpre), ("post_weight", dpost)):
@@ -94,16 +102,6 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
             grads[name] = add_parts(x, getattr(call, name).dtype)
     if needs["query_weight"]:
         grads["query_weight"] = torch.zeros_like(call.query_weight) if dweight is None else dweight.to(call.query_weight.dtype)
+    grads |= factor_gradients(shared, call, needs) | position_gradients(shared, call, needs)
+    grads |= {name: torch.zeros_like(getattr(call, name)) for name, w in asked.items() if w and not needs[name]}
     return tuple(grads.values())
-
-
-def _dense_gradient(shared: dict, bias: Tensor) -> Tensor:
-    """The gradient of a bias with queries and keys: in chunks of the samples that share it where its tiles are too few programs."""
-    batch, queries, keys = shared["sizes"][:3]
-    members = bias.shape[0], batch // bias.shape[0]
-    fans = members[0] * -(-queries // shared["BLOCK_M"]) * -(-keys // shared["BLOCK_N"])
-    chunks = max(1, min(members[1], PROGRAMS // fans))
-    parts = torch.empty((chunks, *bias.shape), dtype=torch.float32, device=bias.device)
-    _heads_bias[(fans * chunks,)](
-        **shared, dbias_ptr=parts, members=members, chunks=chunks, SHARED=bias.shape[1] < shared["sizes"][3])
-    return add_parts(parts, bias.dtype)

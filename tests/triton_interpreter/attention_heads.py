@@ -157,7 +157,6 @@ def test_no_keys_and_no_queries(queries, keys):
 
 
 def test_reasons():
-    call = Call(*arguments(1, heads=17))._replace(**mixtures(17), gain=scores((1, 1, 5, 7)), policy=torch.ones(1, 7))
+    call = Call(*arguments(1, heads=17))._replace(**mixtures(17), later_ratio=torch.rand(()), policy=torch.ones(1, 7))
     why = kernels.supported(*call)
-    assert len(why) == 3 and "at most 16 heads, got 17" in why[0] and "gain" in why[1] and "policy" in why[2]
-    assert "argmax_q" in " ".join(kernels.supported(*call._replace(normalizer="argmax_q")))
+    assert len(why) == 3 and "at most 16 heads, got 17" in why[0] and "policy" in why[1] and "later_ratio" in why[2]

@@ -1,4 +1,4 @@
-"""attention on CPUs: ContextualPosition as products of queries and keys with its tables, in place of maps of scores."""
+"""attention: ContextualPosition as products of queries and keys with its tables, in place of maps of scores."""
 
 from typing import Any
 

@@ -49,8 +49,10 @@ def unserved(lowered: dict[str, Any], backend: str | None) -> str:
     if stored:
         return f"return_stats {stored[0]!r} stores the whole map of scores, which no kernel does"
     values = sum(isinstance(b, ContextualPosition) and b.v_table is not None for b in lowered["biases"])
-    if values > 1 or (values and not on_cpu(lowered["q"], backend)):
-        return "only the CPU's kernel has the value table of bias.ContextualPosition, of one of them"
+    if values > 1:
+        return "bias.ContextualPosition has a kernel with one table of values in a call"
+    if values and mixtures and not on_cpu(lowered["q"], backend):
+        return "only the CPU's kernel has the value table of bias.ContextualPosition beside modulation.TalkingHeads"
     return ""
 
 
@@ -65,8 +67,8 @@ class Packed:
 
 @dataclass(frozen=True)
 class Place:
-    """What the modifiers of a call meet: the tokens, or those of the longest sequence; `extended`: further keys; `native`: the
-    slots that only the CPU's kernel has are free; `axes`: tables meet q itself. `mapped` collects those that become maps."""
+    """What the modifiers of a call meet: the tokens, or those of the longest sequence; `extended`: further keys; `native`: tables
+    of offsets have slots; `axes`: tables meet q itself. `mapped` collects those that become maps."""
 
     q: Tensor
     k: Tensor
@@ -98,8 +100,7 @@ def slots(
     lowered: dict[str, Any], packed: Packed | None, backend: str | None, mapped: list[Any] | None = None
 ) -> dict[str, Any]:
     """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
-    whose slot is taken, or that meets further keys, takes its dense form; so does one whose slot only the CPU's kernel has,
-    where another runs. `mapped` receives them."""
+    whose slot is taken, or that meets further keys, takes its dense form. `mapped` receives them."""
     q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
     acc = torch.promote_types(q.dtype, torch.float32)
     found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
@@ -112,14 +113,15 @@ def slots(
     if packed is not None:
         longest = packed.longest
         found |= {"cu_q": packed.cu_q, "cu_k": packed.cu_k, "max_q": longest[0].shape[1], "max_k": longest[1].shape[1]}
-    native = on_cpu(q, backend)
-    biases = lowered["biases"]
-    context = positions.chosen(biases) if native and biases else None
+    biases, cpu = lowered["biases"], on_cpu(q, backend)
+    context = positions.chosen(biases) if biases else None
     if context is not None:
         positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
         biases = [b for b in biases if b is not context]
-    native = native and extra is None
-    axes = native and lowered["rope"] is None and lowered["cosine"] is None and longest is None  # q is what tables meet
+    native = extra is None
+    axes = (
+        native and cpu and lowered["rope"] is None and lowered["cosine"] is None and longest is None
+    )  # q is what tables meet
     at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
     dense, of_keys, of_weights = _place_biases(found, biases, at)
     seen = _place_masks(found, lowered["masks"], at)

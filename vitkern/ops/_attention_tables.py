@@ -1,4 +1,4 @@
-"""attention on CPUs: modifiers that depend on the offset on a grid alone, as small tables in place of maps of scores.
+"""attention: modifiers that depend on the offset on a grid alone, as small tables in place of maps of scores.
 
 A table is ``[1, H|1, 1, (2 gh - 1)(2 gw - 1)]``: an entry for every key minus query, row-major; with a prefix three more, prefix
 to grid, grid to prefix, among the prefix. One geometry serves all tables of a call.

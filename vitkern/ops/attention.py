@@ -77,7 +77,7 @@ def attention(
             the scores before modulations; ``"probs"``, ``"logits"`` in full; ``"index"`` of argmax_k.
         query_weight: ``[B, Nq]`` or ``[B, Nq, H]``, of key_mean; with gradient.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run. ``"probs"``
-            and ``"logits"`` have no kernel, the value table of ContextualPosition has one on CPUs alone.
+            and ``"logits"`` have no kernel, the value table of ContextualPosition has one beside TalkingHeads on CPUs alone.
 
     Returns:
         ``out [B, Nq, H, Dv]`` in the dtype of v (None for ``v=None``), with return_stats ``(out, Stats)``. A row that sees no
