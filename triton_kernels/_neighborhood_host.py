@@ -4,13 +4,14 @@ import functools
 import math
 
 import torch
+import triton
 from torch import Tensor
 
 from ._host import DTYPES, device_reasons, power
 from ._window_host import alignment
 
 MAX_WIDTH = 256                         # D and Dv
-CONFIGS = (                             # bytes of an element and padded width at most, tokens of a tile, keys of a block, warps, stages
+CONFIGS = (                             # element bytes and width at most; tokens of a tile, keys of a block, warps, stages
     (2, 64, 64, 32, 8, 2), (2, 128, 32, 32, 8, 2), (2, 256, 16, 32, 8, 2), (4, 64, 16, 16, 4, 2), (4, 256, 16, 16, 8, 1),
 )  # fmt: skip
 UNSPECIALIZED = (
@@ -54,7 +55,7 @@ def tile(lengths: tuple, kernel: tuple, dilation: tuple, size: int) -> tuple[int
 
 def counts(lengths, dilation, tile) -> tuple[int, ...]:
     """Tiles of the largest group along each axis."""
-    return tuple(-(-(-(-n // d)) // t) for n, d, t in zip(lengths, dilation, tile, strict=True))
+    return tuple(triton.cdiv(triton.cdiv(n, d), t) for n, d, t in zip(lengths, dilation, tile, strict=True))
 
 
 def row_strides(x: Tensor) -> tuple[int, ...]:

@@ -93,7 +93,8 @@ def _apply(
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
     CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """out_i = scale sum_s a_is y of the visible slots, contiguous. What is not finite in y makes its channel NaN, or is 0 with CLEAN.
+    """out_i = scale sum_s a_is y of the visible slots, contiguous.
+    What is not finite in y makes its channel NaN; with CLEAN it is 0.
     Grid: heads (fastest) x blocks of tokens x images, on axis 0."""
     pid = tl.program_id(0)
     head = pid % heads

@@ -53,8 +53,8 @@ def key_tile(
     KERNEL: tl.constexpr, DILATION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the queries against the keys base.. of the box, -inf where hidden, those keys, where they lie on the map, and whether
-    they are there."""
+    """Scores of the queries against the keys base.. of the box, -inf where hidden, those keys, where they lie on the map, and
+    whether they are there."""
     n = base + tl.arange(0, BLOCK_N)
     j = box_at(n, box, counts)
     real = (n < counts[0] * counts[1] * counts[2]) & inside(j, sizes)

@@ -1,5 +1,5 @@
-"""Gradients of neighborhood_attention on a GPU: of queries by tiles of queries, of keys and values by tiles of keys, of rpb by offset,
-each a sum that one program takes in a fixed order."""
+"""Gradients of neighborhood_attention on a GPU: of queries by tiles of queries, of keys and values by tiles of keys, of rpb by
+offset, each a sum that one program takes in a fixed order."""
 
 import torch
 import triton
@@ -97,7 +97,7 @@ def _query_side(
     c, here, image, head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides, dout_strides, q_step, dout_step, lengths, heads,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Queries and dout at coordinates of the map, what they hold that is finite, lse, delta, and NaN for a dout that is not finite."""
+    """Queries and dout at coordinates of the map, what they hold that is finite, lse, delta, and NaN where a dout is not finite."""
     q = load_rows(q_ptr, offsets(c, image, head, q_strides, ALIGN), here, q_step, D, BLOCK_D)
     dout = load_rows(dout_ptr, offsets(c, image, head, dout_strides, ALIGN), here, dout_step, DV, BLOCK_DV)
     at = numbers(c, image, lengths) * heads + head
@@ -177,10 +177,10 @@ def _backward_rpb(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dS over rows of queries for one offset on the two outer axes and BLOCK_N keys of a row: every row of BLOCK_M queries lies
-    likewise to its keys, so the tiles are added as they are and their diagonals, the offsets on the last axis, once at the end.
-    Grid: heads (fastest) x offsets on axis 1 x on axis 0 x blocks of keys x chunks. `total` counts rows of queries: images x groups x
-    tiles, which are (1, 1, BLOCK_M) here. Writes [chunks, H, 2 K0 - 1, 2 K1 - 1, blocks, BLOCK_N + BLOCK_M - 1]."""
+    """Sums of dS over rows of queries for one offset on the two outer axes and BLOCK_N keys of a row: every row of BLOCK_M queries
+    lies likewise to its keys, so the tiles are added as they are and their diagonals, the offsets on the last axis, at the end.
+    Grid: heads (fastest) x offsets on axis 1 x on axis 0 x blocks of keys x chunks. `total` counts rows of queries: images x groups
+    x tiles, which are (1, 1, BLOCK_M) here. Writes [chunks, H, 2 K0 - 1, 2 K1 - 1, blocks, BLOCK_N + BLOCK_M - 1]."""
     R0: tl.constexpr = 2 * KERNEL[0] - 1
     R1: tl.constexpr = 2 * KERNEL[1] - 1
     blocks: tl.constexpr = (2 * KERNEL[2] + BLOCK_M - 2 + BLOCK_N - 1) // BLOCK_N
@@ -239,7 +239,8 @@ def _backward_extras(
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_M extra keys from one chunk of an image's queries.
-    Grid: heads of k (fastest) x blocks of keys x chunks x images, on axis 0. Writes [B, chunks, E, Hk, D] and [B, chunks, E, Hk, Dv]."""
+    Grid: heads of k (fastest) x blocks of keys x chunks x images, on axis 0. Writes [B, chunks, E, Hk, D] and
+    [B, chunks, E, Hk, Dv]."""
     pid = tl.program_id(0)
     kv_heads = heads // GROUP
     kv_head = pid % kv_heads
@@ -289,7 +290,8 @@ def bwd(
     grid, shared, launch = arguments(
         q, k, v, rpb, key_mask, k_extra, v_extra, kernel, dilation, stride, causal, zero, scale, dout
     )
-    shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "dout_step": dout.stride(-1), "lse_ptr": lse, "delta_ptr": delta}
+    shared |= {"dout_ptr": dout, "dout_strides": row_strides(dout), "dout_step": dout.stride(-1)}
+    shared |= {"lse_ptr": lse, "delta_ptr": delta}
     _backward_queries[(grid,)](
         **shared, dlse_ptr=dlse, dlse_strides=(0,) * 5 if dlse is None else row_strides(dlse), dq_ptr=dq, **launch
     )

@@ -1,4 +1,5 @@
-"""neighborhood_qk on a GPU: the scores of neighborhood_attention, stored. Arguments as in vitkern/reference/neighborhood_attention.py."""
+"""neighborhood_qk on a GPU: the scores of neighborhood_attention, stored. Arguments as in
+vitkern/reference/neighborhood_attention.py."""
 
 import math
 
@@ -76,8 +77,9 @@ def entries(a: Tensor, rpb: Tensor, shape: dict) -> Tensor:
     parts = torch.zeros((chunks, *rpb.shape), dtype=torch.float32, device=a.device)
     if blocks:
         _entries[(fans * chunks,)](
-            a_ptr=a, out_ptr=parts, a_strides=row_strides(a), d_strides=(a.stride(-1),), heads=shared["heads"], tokens=shared["tokens"],
-            total=blocks, chunks=chunks, BLOCK_M=shared["BLOCK_M"], SIDE=tuple(rpb.shape[1:]), **shape, num_warps=2,
+            a_ptr=a, out_ptr=parts, a_strides=row_strides(a), d_strides=(a.stride(-1),), heads=shared["heads"],
+            tokens=shared["tokens"], total=blocks, chunks=chunks, BLOCK_M=shared["BLOCK_M"], SIDE=tuple(rpb.shape[1:]),
+            **shape, num_warps=2,
         )  # fmt: skip
     return parts.sum(0).to(rpb.dtype)
 

@@ -81,7 +81,9 @@ class Flex(Masked):
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return seen[i // n, j // n] & seen[i % n, j % n]
 
-        self.blocks = torch.compile(create_block_mask, dynamic=False)(mask_mod, None, None, tokens, tokens, device=device)
+        self.blocks = torch.compile(create_block_mask, dynamic=False)(
+            mask_mod, None, None, tokens, tokens, device=device
+        )
 
     def __call__(self, inputs: dict[str, Any]) -> Tensor:
         q, k, v = self.parts(inputs)

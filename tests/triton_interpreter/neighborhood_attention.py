@@ -49,7 +49,9 @@ def test_any_number_of_chunks_of_rpb(monkeypatch):
 @pytest.mark.parametrize(
     "call",
     [
-        make(1, (150,), (40,), heads=1, stride=7, d=4),  # several tiles, boxes of several blocks, several blocks of offsets
+        make(
+            1, (150,), (40,), heads=1, stride=7, d=4
+        ),  # several tiles, boxes of several blocks, several blocks of offsets
         make(2, (12, 18), (3, 5), heads=1, d=4, batch=1, extra=20, masked=True),
         make(3, (20, 9), (5, 4), heads=2, kv_heads=1, d=4, batch=1, border="zero", dilation=(2, 1)),
     ],

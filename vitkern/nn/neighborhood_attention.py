@@ -80,8 +80,8 @@ def neighborhood(
     drop: nn.Module | None = None,
     weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Neighbourhood attention of maps ``[B, H, W, heads, head_dim]``, and its weights ``[B, H, W, heads, n]`` where they are asked for
-    or must be stored, since `drop` acts on them."""
+    """Neighbourhood attention of maps ``[B, H, W, heads, head_dim]``, and its weights ``[B, H, W, heads, n]`` where they are
+    asked for or must be stored, since `drop` acts on them."""
     if drop is None and not weights:
         return neighborhood_attention(q, k, v, kernel_size, dilation=dilation, rpb=rpb), None  # type: ignore[return-value]
     found = neighborhood_qk(q, k, kernel_size, dilation=dilation, rpb=rpb).softmax(-1)

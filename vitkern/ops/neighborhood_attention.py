@@ -39,8 +39,8 @@ def neighborhood_attention(
     r"""Attention of every token of a map over the window around it (NAT, Hassani et al. 2023; dilated, DiNAT 2022; strided,
     Generalized Neighborhood Attention 2025), with NATTEN's rule at the border: the window moves inwards and keeps its size.
 
-    ``A_is = scale q_i.k_nbr(i, s) + rpb[h, nbr' - i' + K - 1]``, ``o_i = sum_s softmax(A_i)_s v_nbr(i, s)``, where ``i'`` counts tokens
-    of equal ``i mod dilation``.
+    ``A_is = scale q_i.k_nbr(i, s) + rpb[h, nbr' - i' + K - 1]``, ``o_i = sum_s softmax(A_i)_s v_nbr(i, s)``, where ``i'`` counts
+    tokens of equal ``i mod dilation``.
 
     Args:
         q: ``[B, *spatial, H, D]``, 1 to 3 spatial axes, any strides. float32, float64, bfloat16 or float16.
@@ -87,8 +87,8 @@ def neighborhood_qk(
     border: str = "shift",
     backend: str | None = None,
 ) -> Tensor:
-    """The scores of :func:`neighborhood_attention`, stored: ``[B, *spatial, H, n]`` in the dtype of q, n the product of kernel_size,
-    slots row-major, -inf where a slot is not visible. Arguments as there; gradients to q, k and rpb."""
+    """The scores of :func:`neighborhood_attention`, stored: ``[B, *spatial, H, n]`` in the dtype of q, n the product of
+    kernel_size, slots row-major, -inf where a slot is not visible. Arguments as there; gradients to q, k and rpb."""
     args = _lower_qk(
         q, k, kernel_size, dilation=dilation, stride=stride, is_causal=is_causal, rpb=rpb, scale=scale, border=border
     )
@@ -107,8 +107,8 @@ def neighborhood_av(
     backend: str | None = None,
 ) -> Tensor:
     """``o_i = sum_s a_is v_nbr(i, s)`` of weights ``[B, *spatial, H, n]``, slots as in :func:`neighborhood_qk`: the second half of
-    :func:`neighborhood_attention`, ``[B, *spatial, H, Dv]``. What stands in a slot that is not visible does not matter. Gradients to
-    both tensors."""
+    :func:`neighborhood_attention`, ``[B, *spatial, H, Dv]``. What stands in a slot that is not visible does not matter. Gradients
+    to both tensors."""
     args = _lower_av(attention, v, kernel_size, dilation=dilation, stride=stride, is_causal=is_causal, border=border)
     return _narrow(_call.run(AV, args, backend), v.dim())
 

@@ -21,7 +21,9 @@ def _scores(axes: int) -> Callable[..., Tensor]:
         return neighborhood_qk(q, k, kernel_size, dilation=dilation, rpb=rpb, scale=1.0).movedim(-2, 1)
 
     function.__name__ = f"natten{axes}dqkrpb"
-    function.__doc__ = f"Scores ``[B, heads, *spatial, n]`` over the {axes} axes of a map, with `rpb` where it is not None."
+    function.__doc__ = (
+        f"Scores ``[B, heads, *spatial, n]`` over the {axes} axes of a map, with `rpb` where it is not None."
+    )
     return function
 
 

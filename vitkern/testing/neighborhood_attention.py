@@ -72,7 +72,10 @@ def draw(rng: random.Random, op: str = FUSED) -> Call:
     dilation = tuple(rng.choice((1, 1, 2, 3)) for _ in range(rank))
     longest = {1: 60, 2: 14, 3: 4}[rank]
     lengths = tuple(k * d + rng.choice((0, 1, rng.randint(0, longest))) for k, d in zip(kernel, dilation, strict=True))
-    options: dict[str, Any] = {"dilation": dilation, "stride": tuple(rng.choice((1, 1, rng.randint(1, k))) for k in kernel)}
+    options: dict[str, Any] = {
+        "dilation": dilation,
+        "stride": tuple(rng.choice((1, 1, rng.randint(1, k))) for k in kernel),
+    }
     if rng.random() < 0.3:
         options["is_causal"] = tuple(rng.random() < 0.5 for _ in range(rank))
     elif rng.random() < 0.3:
