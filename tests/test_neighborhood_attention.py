@@ -128,6 +128,7 @@ LARGE = [
     make(2, (36, 34), (33, 32), d=1, heads=1, batch=1),  # a table of offsets too large to lay out by lanes
     make(3, (60, 9), (3, 3), heads=1, batch=1, extra=3),  # bands
     make(4, (5, 70), (2, 5), heads=2, kv_heads=1, batch=1, border="zero", dilation=(1, 2)),
+    make(5, (10, 10), (2, 2), heads=1, batch=3, dilation=5, extra=2, extra_batch=True),  # more groups than tasks
 ]
 
 
@@ -152,6 +153,35 @@ def test_what_is_not_finite_stays_with_those_who_see_it(what, backend):
     assert got[0, sees, 0, 1].isnan().all() and torch.equal(got[0, ~sees], clean[0, ~sees])
     (dq,) = torch.autograd.grad(got[0, ~sees].sum(), q)
     assert dq[0, ~sees].isfinite().all()
+
+
+@ON
+def test_gradients_of_what_is_not_finite_stay_with_what_it_sees(backend):
+    q, k, v = (t.requires_grad_() for t in qkv(1, 9, 9, 1, 4))
+    seen = torch.zeros(9, 9, dtype=torch.bool)
+    seen[3:6, 3:6] = True
+    spoilt = q.detach().clone()
+    spoilt[0, 4, 4, 0, 1] = nan
+    out = vitkern.neighborhood_attention(spoilt, k, v, 3, backend=backend)
+    for grad in torch.autograd.grad(out.sum(), (k, v)):
+        assert grad[0, seen].isnan().all() and grad[0, ~seen].isfinite().all()
+    weight = torch.ones_like(v)
+    weight[0, 4, 4, 0, 1] = nan
+    out = vitkern.neighborhood_attention(q, k, v, 3, backend=backend)
+    dk, dv = torch.autograd.grad(out, (k, v), weight)
+    assert dk[0, seen].isnan().all() and dk[0, ~seen].isfinite().all()
+    assert dv[0, seen][..., 1].isnan().all() and dv[0, ~seen].isfinite().all()
+
+
+@ON
+def test_a_bias_that_hides_an_offset_hides_what_is_there(backend):
+    q, k, v = qkv(1, 9, 9, 1, 4)
+    rpb = torch.zeros(1, 5, 5, dtype=torch.float64)
+    rpb[0, 2, 3] = -inf  # the key to the right
+    clean = vitkern.neighborhood_attention(q, k, v, 3, rpb=rpb, backend=backend)
+    k[0, 4, 4], v[0, 4, 4] = nan, inf
+    got = vitkern.neighborhood_attention(q, k, v, 3, rpb=rpb, backend=backend)
+    assert torch.equal(got[0, 4, 3], clean[0, 4, 3]) and got[0, 4, 5].isnan().all()
 
 
 @ON
