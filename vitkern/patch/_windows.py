@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vitkern.bias import RelativePosition, offset_index
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 
+_SWIN_PARTS = (("qkv", nn.Linear), ("attn_drop", nn.Dropout))
+
 # reasons --------------------------------------------------------------------------------------------------------------
 
 
@@ -23,11 +25,13 @@ def version_refusal(library: str, version: str, first: tuple[int, ...], series: 
     return f"{library} {version} is not a known version ({known})"
 
 
-def part_refusal(block: nn.Module) -> str | None:
-    """Refuses a block of timm or MONAI whose attention, or what the op takes over of it, was replaced."""
-    own = f"{type(block).__module__}.WindowAttention"
-    parts = {"attn": own, "attn.qkv": _name(nn.Linear), "attn.attn_drop": _name(nn.Dropout)}
-    for path, kind in parts.items():
+def part_refusal(
+    block: nn.Module, attention: str = "WindowAttention", parts: tuple[tuple[str, type], ...] = _SWIN_PARTS
+) -> str | None:
+    """Refuses a block whose attention, of the class of that name in its own file, or what the op takes over of it, was
+    replaced."""
+    wanted = {"attn": f"{type(block).__module__}.{attention}"} | {f"attn.{path}": _name(kind) for path, kind in parts}
+    for path, kind in wanted.items():
         found = _name(type(block.get_submodule(path)))
         if found != kind:
             return f"{path} is a {found}, not a {kind}"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch import _timm_attention, _timm_channels, _timm_linear
+from vitkern.patch import _timm_attention, _timm_channels, _timm_linear, _timm_windows
 from vitkern.patch._windows import (
     continuous_table,
     dropout_rate,
@@ -122,4 +122,5 @@ TABLE = {
     **_timm_attention.TABLE,
     **_timm_linear.TABLE,
     **_timm_channels.TABLE,
+    **_timm_windows.TABLE,
 }
