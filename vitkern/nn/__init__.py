@@ -3,6 +3,7 @@
 from vitkern.nn.agent_attention import AgentAttention
 from vitkern.nn.attention import Attention
 from vitkern.nn.beit_attention import BeitAttention
+from vitkern.nn.cascaded_group_attention import CascadedGroupAttention
 from vitkern.nn.decomposed_rel_pos_attention import DecomposedRelPosAttention
 from vitkern.nn.gaussian_mixture_attention import GaussianMixtureAttention
 from vitkern.nn.levit_attention import LevitAttention, LevitAttentionDownsample
@@ -26,6 +27,7 @@ __all__ = [
     "AgentAttention",
     "Attention",
     "BeitAttention",
+    "CascadedGroupAttention",
     "ChannelAttention",
     "DecomposedRelPosAttention",
     "DilatedNeighborhoodAttention",

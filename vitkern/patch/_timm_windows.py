@@ -1,18 +1,19 @@
-"""timm: window attention without shift, at the module that owns the partition."""
+"""timm: window attention without shift, at the module that owns the partition or inside it."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
+from vitkern.nn.cascaded_group_attention import cascade
 from vitkern.ops.window_attention import window_attention
 from vitkern.patch._attention import index_refusal, relative_on_grid, split_heads
 from vitkern.patch._windows import part_refusal, version_refusal
 
 
-def _refusal(block: nn.Module, *parts: tuple[str, type], attention: str = "Attention") -> str | None:
+def _version() -> str | None:
     import timm
 
-    return version_refusal("timm", timm.__version__, (1, 0, 29), series=2) or part_refusal(block, attention, parts)
+    return version_refusal("timm", timm.__version__, (1, 0, 29), series=2)
 
 
 # TinyViT: absolute offsets; the norm stands inside the window, so that a pad is the projected norm of zero ------------------
@@ -37,8 +38,23 @@ def _tiny_vit(block: nn.Module) -> Any:
         tokens = self.local_conv(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         return (tokens + self.drop_path2(self.mlp(tokens))).view(x.shape)
 
-    return _refusal(block) or index_refusal(block.attn, (block.window_size,) * 2) or forward
+    refused = _version() or part_refusal(block, "Attention", ())
+    return refused or index_refusal(block.attn, (block.window_size,) * 2) or forward
+
+
+# EfficientViT of MSRA: its convolutions need partitioned windows, so that the attention inside them is what is served -----
+
+
+def _cascaded(module: nn.Module) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return cascade(self, x)
+
+    side = (module.resolution,) * 2  # type: ignore[operator]
+    return _version() or index_refusal(module, side) or forward
 
 
 _MODELS = "timm.models"
-TABLE = {f"{_MODELS}.tiny_vit.TinyVitBlock": (_tiny_vit, "window_attention")}
+TABLE = {
+    f"{_MODELS}.tiny_vit.TinyVitBlock": (_tiny_vit, "window_attention"),
+    f"{_MODELS}.efficientvit_msra.CascadedGroupAttention": (_cascaded, "window_attention"),
+}

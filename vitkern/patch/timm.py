@@ -1,10 +1,12 @@
-"""timm: Swin and SwinV2, at the block that owns roll and partition; masked, biased, linear and channel
-attention, at the attention module.
+"""timm: Swin, SwinV2 and TinyViT, at the block that owns roll and partition; EfficientViT of MSRA, masked, biased, linear and
+channel attention, at the attention module.
 
 | class | versions | op | not served |
 |---|---|---|---|
 | swin_transformer.SwinTransformerBlock | 1.0.29 to 1.0.x | window_attention | blocks whose attention was replaced |
 | swin_transformer_v2.SwinTransformerV2Block | 1.0.29 to 1.0.x | window_attention, cosine | the same |
+| tiny_vit.TinyVitBlock | 1.0.29 to 1.0.x | window_attention, absolute offsets | an index buffer that is not LeViT's |
+| efficientvit_msra.CascadedGroupAttention | 1.0.29 to 1.0.x | window_attention, one call per head | the same |
 | beit.Attention | 1.0.29 to 1.0.x | attention, relative position with a prefix | an index buffer that is not BEiT's |
 | cait.TalkingHeadAttn, cait.ClassAttn | 1.0.29 to 1.0.x | attention, talking heads | |
 | levit.Attention, levit.AttentionDownsample | 1.0.29 to 1.0.x | attention, absolute offsets | an index buffer that is not LeViT's |
