@@ -10,7 +10,7 @@ from vitkern.patch._attention import index_refusal, relative_on_grid, split_head
 from vitkern.patch._windows import part_refusal, version_refusal
 
 
-def _version() -> str | None:
+def version() -> str | None:
     import timm
 
     return version_refusal("timm", timm.__version__, (1, 0, 29), series=2)
@@ -38,7 +38,7 @@ def _tiny_vit(block: nn.Module) -> Any:
         tokens = self.local_conv(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         return (tokens + self.drop_path2(self.mlp(tokens))).view(x.shape)
 
-    refused = _version() or part_refusal(block, "Attention", ())
+    refused = version() or part_refusal(block, {"attn": "Attention"})
     return refused or index_refusal(block.attn, (block.window_size,) * 2) or forward
 
 
@@ -50,7 +50,7 @@ def _cascaded(module: nn.Module) -> Any:
         return cascade(self, x)
 
     side = (module.resolution,) * 2  # type: ignore[operator]
-    return _version() or index_refusal(module, side) or forward
+    return version() or index_refusal(module, side) or forward
 
 
 _MODELS = "timm.models"

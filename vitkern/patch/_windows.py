@@ -1,7 +1,7 @@
 """What the libraries' Swin blocks share: reasons to refuse one, heads and pads of a projection, one attention call."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitkern.bias import RelativePosition, offset_index
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 
-_SWIN_PARTS = (("qkv", nn.Linear), ("attn_drop", nn.Dropout))
+_SWIN_PARTS = {"attn": "WindowAttention", "attn.qkv": nn.Linear, "attn.attn_drop": nn.Dropout}
 
 # reasons --------------------------------------------------------------------------------------------------------------
 
@@ -25,16 +25,13 @@ def version_refusal(library: str, version: str, first: tuple[int, ...], series: 
     return f"{library} {version} is not a known version ({known})"
 
 
-def part_refusal(
-    block: nn.Module, attention: str = "WindowAttention", parts: tuple[tuple[str, type], ...] = _SWIN_PARTS
-) -> str | None:
-    """Refuses a block whose attention, of the class of that name in its own file, or what the op takes over of it, was
-    replaced."""
-    wanted = {"attn": f"{type(block).__module__}.{attention}"} | {f"attn.{path}": _name(kind) for path, kind in parts}
-    for path, kind in wanted.items():
+def part_refusal(block: nn.Module, parts: Mapping[str, str | type] = _SWIN_PARTS) -> str | None:
+    """Refuses a block a part of which, that the op takes over, was replaced: a class, or the one of that name in its own file."""
+    for path, kind in parts.items():
+        wanted = f"{type(block).__module__}.{kind}" if isinstance(kind, str) else _name(kind)
         found = _name(type(block.get_submodule(path)))
-        if found != kind:
-            return f"{path} is a {found}, not a {kind}"
+        if found != wanted:
+            return f"{path} is a {found}, not a {wanted}"
     return None
 
 

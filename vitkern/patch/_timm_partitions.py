@@ -1,0 +1,141 @@
+"""timm: MaxViT and GC ViT, whose windows divide the map, at the block that owns the partition."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkern.bias import RelativePosition
+from vitkern.nn._partitions import partitioned, with_shared_queries
+from vitkern.patch._timm_windows import version
+from vitkern.patch._windows import dropout_rate, index_refusal, part_refusal, split_heads, version_refusal
+
+_LAYERS = "timm.layers.pos_embed_rel"
+
+
+def _divides(window: Sequence[int], size: Sequence[int]) -> bool:
+    return all(length % w == 0 for w, length in zip(window, size, strict=True))
+
+
+def _options(attention: Any, window: Sequence[int]) -> dict[str, Any]:
+    """Bias, scale and dropout of an attention module: Swin's table, that of TensorFlow [H, 2 h - 1, 2 w - 1], or an MLP's."""
+    rel_pos, grid = attention.rel_pos, tuple(window)
+    bias = None
+    if rel_pos is not None:
+        kind = type(rel_pos).__name__
+        if kind == "RelPosBiasTf":
+            table = rel_pos.relative_position_bias_table.flatten(1).t()
+            bias = RelativePosition(table, grid=grid, sign="key-query")
+        elif kind == "RelPosMlp":
+            table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).flatten(0, 1))
+            bias = RelativePosition(table if rel_pos.bias_gain is None else rel_pos.bias_gain * table, grid=grid)
+        else:
+            bias = RelativePosition(rel_pos.relative_position_bias_table, grid=grid)
+    return {"bias": bias, "scale": attention.scale, "dropout_p": dropout_rate(attention.attn_drop)}
+
+
+def _offsets_refusal(attention: Any) -> str | None:
+    """Refuses positions other than those that the op computes."""
+    rel_pos = attention.rel_pos
+    if rel_pos is None:
+        return None
+    kind = f"{type(rel_pos).__module__}.{type(rel_pos).__qualname__}"
+    if kind not in {f"{_LAYERS}.{name}" for name in ("RelPosBias", "RelPosBiasTf", "RelPosMlp")}:
+        return f"rel_pos is a {kind}, which is not known"
+    if getattr(rel_pos, "prefix_tokens", 0):
+        return "rel_pos has prefix tokens, which windows have not"
+    index = getattr(rel_pos, "relative_position_index", None)
+    return None if index is None else index_refusal(index, rel_pos.window_size)
+
+
+# MaxViT and its kin: windows of neighbours, or of tokens that lie evenly over the map -------------------------------------
+
+
+def _attend(attention: Any, projected: Tensor, window: tuple[int, int], grid: bool) -> Tensor:
+    """Attention of a projected map [B, H, W, 3 C]: [B, H, W, C]."""
+    if attention.head_first:
+        qkv = projected.unflatten(-1, (attention.num_heads, 3, -1)).transpose(-3, -2)
+    else:
+        qkv = projected.unflatten(-1, (3, attention.num_heads, -1))
+    return partitioned(qkv, window, grid, **_options(attention, window)).flatten(-2)
+
+
+def _channels_last(attention: Any, x: Tensor, window: tuple[int, int], grid: bool) -> Tensor:
+    return attention.proj_drop(attention.proj(_attend(attention, attention.qkv(x), window, grid)))
+
+
+def _channels_first(attention: Any, x: Tensor, window: tuple[int, int], grid: bool) -> Tensor:
+    out = _attend(attention, attention.qkv(x).permute(0, 2, 3, 1), window, grid).permute(0, 3, 1, 2)
+    return attention.proj_drop(attention.proj(out))
+
+
+def _parts(*names: str, kind: str) -> dict[str, str | type]:
+    return {name: kind for name in names} | {f"{name}.attn_drop": nn.Dropout for name in names}
+
+
+def _maxvit(block: nn.Module) -> Any:
+    first = type(block).__name__ == "PartitionAttention2d"
+    call = _channels_first if first else _channels_last
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        window = self.partition_size
+        if not _divides(window, x.shape[2:] if first else x.shape[1:3]):
+            return type(self).forward(self, x)
+        x = x + self.drop_path1(self.ls1(call(self.attn, self.norm1(x), window, not self.partition_block)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    refused = version() or part_refusal(block, _parts("attn", kind="Attention2d" if first else "AttentionCl"))
+    return refused or _offsets_refusal(block.attn) or forward
+
+
+def _parallel_maxvit(block: nn.Module) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        window = self.partition_size
+        if not _divides(window, x.shape[1:3]):
+            return type(self).forward(self, x)
+        normed = self.norm1(x)
+        near, far = (_channels_last(a, normed, window, a is self.attn_grid) for a in (self.attn_block, self.attn_grid))
+        x = x + self.drop_path1(self.ls1(torch.cat((near, far), -1)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    refused = version() or part_refusal(block, _parts("attn_block", "attn_grid", kind="AttentionCl"))
+    return refused or _offsets_refusal(block.attn_block) or _offsets_refusal(block.attn_grid) or forward
+
+
+# GC ViT: in every second block the queries are those of the image, the same in each window -------------------------------
+
+
+def _gcvit(block: Any) -> Any:
+    import timm
+
+    def attend(self: Any, x: Tensor, q_global: Tensor | None) -> Tensor:
+        attention = self.attn
+        heads, options = attention.num_heads, _options(attention, self.window_size)
+        if attention.use_global and q_global is not None:
+            k, v = attention.qkv(x).unflatten(-1, (2, heads, -1)).unbind(-3)
+            out = with_shared_queries(split_heads(q_global, heads), k, v, **options)
+        else:
+            qkv = attention.qkv(x).unflatten(-1, (3, heads, -1))
+            out = partitioned(qkv, self.window_size, False, **options)
+        return attention.proj_drop(attention.proj(out.flatten(-2)))
+
+    def forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
+        if not _divides(self.window_size, x.shape[1:3]):
+            return type(self).forward(self, x, q_global)
+        x = x + self.drop_path1(self.ls1(attend(self, self.norm1(x), q_global)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    refused = version() or part_refusal(block, _parts("attn", kind="WindowAttentionGlobal"))
+    if refused is None and block.attn.use_global:  # before, each window had the queries of another image
+        refused = version_refusal("timm", timm.__version__, (1, 0, 31), series=2)
+    return refused or _offsets_refusal(block.attn) or forward
+
+
+_MODELS = "timm.models"
+TABLE = {
+    f"{_MODELS}.maxxvit.PartitionAttentionCl": (_maxvit, "window_attention"),
+    f"{_MODELS}.maxxvit.PartitionAttention2d": (_maxvit, "window_attention"),
+    f"{_MODELS}.maxxvit.ParallelPartitionAttention": (_parallel_maxvit, "window_attention"),
+    f"{_MODELS}.gcvit.GlobalContextVitBlock": (_gcvit, "window_attention"),
+}
