@@ -97,6 +97,15 @@ def _cached_index(sides: tuple[int, ...], sign: str, device: torch.device, prefi
 
 @exportable
 @dataclass(frozen=True, eq=False)
+class PerHeadGroup:
+    """A bias for each of the equal groups that the heads of ``window_attention`` are split into, in order (CSWin, Dong et al.
+    2022): tensors, biases of this module, or None."""
+
+    biases: tuple[object, ...]
+
+
+@exportable
+@dataclass(frozen=True, eq=False)
 class DecomposedRelativePosition:
     """Rows and columns apart (MViTv2, Li et al. 2022; SAM): ``q_i . rel_h[dy] + q_i . rel_w[dx]``, q without scale.
 

@@ -15,16 +15,19 @@ class DepthwiseValue:
     values on their map, zeros around it.
 
     ``weight [Hk Dv, 1, kh, kw]``, or ``[Dv, 1, kh, kw]`` for all heads, with odd sides; ``bias`` its first axis. ``grid`` are
-    the sides of the map; the first ``prefix_tokens`` lie on none and get nothing.
+    the sides of the map, which ``window_attention`` knows; the first ``prefix_tokens`` lie on none and get nothing.
+    ``scope="window"``, in ``window_attention`` alone: zeros around every window, whose pads have their values (``pad_kv``).
     """
 
     weight: Tensor
-    bias: Tensor | None
-    grid: tuple[int, int]
+    bias: Tensor | None = None
+    grid: tuple[int, int] | None = None
     prefix_tokens: int = 0
+    scope: str = "map"
 
     def of(self, v: Tensor) -> Tensor:
         """What is added to the output: that of ``v [B, N, Hk, Dv]``."""
+        assert self.grid is not None
         heads, width = v.shape[2:]
         weight, bias = (t if t is None else t.to(v.dtype) for t in (self.weight, self.bias))
         if len(self.weight) == width:

@@ -102,6 +102,10 @@ def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
     if v is None or v.shape[1] != q.shape[1]:
         raise ValueError(f"{op}: lepe must go with values of the queries' own tokens ({q.shape[1]})")
     fields("lepe", lepe, q.device, op)
+    if lepe.scope not in ("map", "window"):
+        raise ValueError(f"{op}: lepe.scope must be 'map' or 'window', got {lepe.scope!r}")
+    if lepe.scope == "window" and op != "window_attention":
+        raise ValueError(f"{op}: lepe.scope must be 'map' outside window_attention, got 'window'")
     grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix", op=op)
     heads, width = v.shape[2:]
     shape = tuple(lepe.weight.shape)

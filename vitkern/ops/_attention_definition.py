@@ -50,7 +50,7 @@ def _empty(q: Tensor, v: Tensor, query_weight: Tensor | None) -> tuple[Tensor, T
     return (
         v.new_empty((*q.shape[:3], v.shape[3])),
         q.new_empty(q.shape[:3], dtype=acc),
-        q.new_empty((len(q), keys, q.shape[2]), dtype=acc),
+        q.new_empty((q.shape[0], keys, q.shape[2]), dtype=acc),
     )
 
 

@@ -136,8 +136,8 @@ def offsets(op: str, name: str, cu: Tensor, total: int, longest: int, limit: str
         raise ValueError(f"{op}: {limit} must be at least the longest sequence ({int(steps.max())}), got {longest}")
 
 
-def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
-    """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L."""
+def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool, same_map: bool = True) -> None:
+    """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L; without `same_map` q has axes of its own."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         tensor(op, name, t)
         floating(op, name, t)
@@ -148,9 +148,13 @@ def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
     for name, t in (("k", k), ("v", v)):
         if t.dim() != q.dim():
             raise ValueError(f"{op}: {name} must have the rank of q ({q.dim()}), got {t.dim()}")
-        if t.shape[:-2] != q.shape[:-2]:
+        if same_map and t.shape[:-2] != q.shape[:-2]:
             raise ValueError(
                 f"{op}: {name} must have the batch and map of q, {list(q.shape[:-2])}, got {list(t.shape[:-2])}"
+            )
+        if t.shape[0] != q.shape[0] or t.shape[1:-2] != (q if same_map else k).shape[1:-2]:
+            raise ValueError(
+                f"{op}: {name} must have the batch of q ({q.shape[0]}) and one map with k, got {list(t.shape[:-2])}"
             )
         on_device(op, name, t, "q", q.device)
         if same_dtype and t.dtype != q.dtype:
@@ -165,26 +169,21 @@ def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
     for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
         if not 1 <= width <= 256:
             raise ValueError(f"{op}: the head size of {name} must be 1 to 256, got {width}")
-    for axis, length in enumerate(q.shape[1:-2]):
-        if length < 1:
-            raise ValueError(f"{op}: axis {axis} of the map must have at least one token, got {length}")
+    for t in (q, k):
+        for axis, length in enumerate(t.shape[1:-2]):
+            if length < 1:
+                raise ValueError(f"{op}: axis {axis} of the map must have at least one token, got {length}")
 
 
 def per_axis(op: str, name: str, value: Any, axes: int) -> tuple[int, ...]:
     """An int for all axes, or a sequence of one int per axis."""
     if isinstance(value, (list, tuple)):
         entries = tuple(value)
-        if any(isinstance(e, (list, tuple)) for e in entries):
-            raise NotImplementedError(f"{op}: {name} per head group is not implemented yet, got {value!r}")
         if len(entries) != axes:
             raise ValueError(f"{op}: {name} must be an int or have one entry per map axis ({axes}), got {value!r}")
     else:
         entries = (value,) * axes
     for entry in entries:
-        if entry is None or isinstance(entry, Tensor):
-            raise NotImplementedError(
-                f"{op}: {name} holding {type(entry).__name__} is not implemented yet, got {value!r}"
-            )
         if isinstance(entry, bool) or not isinstance(entry, (int, torch.SymInt)):
             raise TypeError(f"{op}: {name} must hold ints, got {value!r}")
     return entries

@@ -34,17 +34,6 @@ def signature(value: Any) -> Any:
     return type(value), value
 
 
-def refuse_unbuilt(options: dict[str, Any], return_stats: Any) -> None:
-    """Raises for the options of the signature that are not built yet."""
-    built = {"mask": None, "normalizer": "softmax", "partition": "block", "context_size": None, "extra_kv": None}
-    built |= {"shared_q": False, "lepe": None, "order": None}
-    given = [name for name, value in options.items() if value is not built[name] and value != built[name]]
-    if return_stats and tuple(return_stats) != ("lse",):
-        given.append(f"return_stats={return_stats!r}")
-    if given:
-        raise NotImplementedError(f"{NAME}: not built yet: {', '.join(given)}")
-
-
 def check(
     q: Any,
     k: Any,
@@ -61,9 +50,26 @@ def check(
     """window, shift, roll_first, scale and mask value; raises a sentence where an argument does not fit."""
     autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
     _checks.maps(NAME, q, k, v, same_dtype=not autocast)
-    axes = q.dim() - 3
-    window = _checks.per_axis(NAME, "window_size", window_size, axes)
-    shift = _checks.per_axis(NAME, "shift_size", shift_size, axes)
+    window, shift = check_sides(window_size, shift_size, q.shape[1:-2])
+    check_pad_order(pad_order)
+    _check_bias(bias, q, window)
+    _check_cosine(cosine, scale, q)
+    check_pads(pad_kv, k, v)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
+    check_mask_value(mask_value)
+    mask_value = -math.inf if mask_value is None else float(mask_value)
+    return list(window), list(shift), pad_order == "roll_pad", float(scale), mask_value
+
+
+def check_sides(window_size: Any, shift_size: Any, lengths: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Window and shift of every axis; None is the whole axis."""
+    if isinstance(window_size, (list, tuple)) and None in window_size and len(window_size) == len(lengths):
+        window_size = [length if w is None else w for w, length in zip(window_size, lengths, strict=True)]
+    window = _checks.per_axis(NAME, "window_size", window_size, len(lengths))
+    shift = _checks.per_axis(NAME, "shift_size", shift_size, len(lengths))
     for w, s in zip(window, shift, strict=True):
         if w < 1:
             raise ValueError(f"{NAME}: window_size must be at least 1 on every axis, got {window_size!r}")
@@ -71,20 +77,17 @@ def check(
             raise ValueError(
                 f"{NAME}: shift_size must be at least 0 and less than window_size {list(window)}, got {shift_size!r}"
             )
+    return window, shift
+
+
+def check_pad_order(pad_order: Any) -> None:
     if pad_order not in PAD_ORDERS:
         raise ValueError(f"{NAME}: pad_order must be 'pad_roll' or 'roll_pad', got {pad_order!r}")
-    _check_bias(bias, q, window)
-    _check_cosine(cosine, scale, q)
-    _check_pads(pad_kv, k, v)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"{NAME}: scale must be a number or None, got {type(scale).__name__}")
-    if mask_value is None:
-        mask_value = -math.inf
-    elif not isinstance(mask_value, (int, float)) or not mask_value <= 0:
+
+
+def check_mask_value(mask_value: Any) -> None:
+    if mask_value is not None and (not isinstance(mask_value, (int, float)) or not mask_value <= 0):
         raise ValueError(f"{NAME}: mask_value must be None or a number that is not positive, got {mask_value!r}")
-    return list(window), list(shift), pad_order == "roll_pad", float(scale), float(mask_value)
 
 
 def _check_bias(bias: Any, q: Tensor, window: tuple[int, ...]) -> None:
@@ -142,7 +145,7 @@ def _check_cosine(cosine: Any, scale: Any, q: Tensor) -> None:
         )
 
 
-def _check_pads(pad_kv: Any, k: Tensor, v: Tensor) -> None:
+def check_pads(pad_kv: Any, k: Tensor, v: Tensor) -> None:
     if pad_kv is None or (isinstance(pad_kv, str) and pad_kv == "zero"):
         return
     if not isinstance(pad_kv, tuple) or len(pad_kv) != 2:

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.ops import _call, _checks, _window_gpu
+from vitkern.ops import _call, _checks, _window_general, _window_gpu, _window_groups
 from vitkern.ops._op import Op
-from vitkern.ops._window_checks import NAME, check, refuse_unbuilt, signature
+from vitkern.ops._window_checks import NAME, check, signature
 from vitkern.reference.window_attention import window_attention as definition
 from vitkern.stats import Stats
+from vitkern.value import DepthwiseValue
 
 OPTION_TENSORS = (
     "Tensor? bias",
@@ -32,41 +33,50 @@ def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window_size: int | tuple[int, ...],
-    shift_size: int | tuple[int, ...] = 0,
+    window_size: Any,
+    shift_size: Any = 0,
     *,
-    bias: Tensor | RelativePosition | None = None,
+    bias: Any = None,
     mask: Any = None,
     cosine: CosineScore | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     normalizer: str = "softmax",
     partition: str = "block",
-    context_size: Any = None,
+    context_size: int | tuple[int, ...] | None = None,
     pad_order: str = "pad_roll",
-    pad_kv: str | tuple[Tensor, Tensor] | None = None,
+    pad_kv: str | tuple[Tensor | None, Tensor | None] | None = None,
     mask_value: float | None = -100.0,
-    extra_kv: Any = None,
+    extra_kv: tuple[Tensor, Tensor] | None = None,
     shared_q: bool = False,
-    lepe: Any = None,
-    order: Any = None,
+    lepe: DepthwiseValue | None = None,
+    order: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     return_stats: tuple[str, ...] = (),
+    key_mask: Tensor | None = None,
+    key_window_size: int | tuple[int, ...] | None = None,
+    context_border: str = "pad",
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Stats]:
+) -> Any:
     r"""Softmax attention inside (shifted) windows of a map: the attention of Swin (Liu et al. 2021) and Swin V2 (2022).
 
     ``softmax(scale q k^T + bias + mask_value [regions differ]) v`` in every window, with the roll, the partition, their
-    inverses and the padding in the addressing. Nothing of q, k or v is copied.
+    inverses and the padding in the addressing. Nothing of q, k or v is copied. What the arguments from ``partition`` on ask for
+    (but dropout and lse), and biases other than tensors and tables of offsets, gathers the windows in front of
+    :func:`vitkern.attention` and puts its rows back.
 
     Args:
         q: ``[B, *spatial, H, D]``, 1 to 4 spatial axes, any strides. float32, float64, bfloat16 or float16.
         k: ``[B, *spatial, Hk, D]``; Hk divides H (grouped queries).
         v: ``[B, *spatial, Hk, Dv]``.
-        window_size: tokens per axis of a window: an int, or one per axis. It may exceed the map.
-        shift_size: cyclic shift per axis, ``0 <= shift < window``.
-        bias: added to the scores: a tensor that broadcasts to ``[H, N, N]`` (N tokens of a window, row-major), or
-            :class:`vitkern.bias.RelativePosition`. ``-inf`` hides.
+        window_size: tokens per axis of a window: an int, or one per axis, None for the whole axis. It may exceed the map.
+            A list of tuples has a window for each of the equal groups that the heads are split into (CSWin).
+        shift_size: cyclic shift per axis, ``0 <= shift < window``; a list of tuples as for windows (StyleSwin); integers
+            ``[B, axes]`` shift every sample by its own, where windows divide the map.
+        bias: added to the scores: a tensor that broadcasts to ``[H, N, M]`` (N queries and M keys of a window, row-major),
+            a modifier of :mod:`vitkern.bias`, whose sequences are the windows, or a list of these; ``-inf`` hides.
+            :class:`vitkern.bias.PerHeadGroup` holds one for each group of heads. With context_size a table of
+            :class:`vitkern.bias.RelativePosition` without an index has ``w + c - 1`` rows per axis.
         cosine: :class:`vitkern.CosineScore` for Swin V2's scores; ``scale`` must then be None.
         scale: factor of the scores, default ``D ** -0.5``.
         pad_order: ``"pad_roll"`` pads the map to whole windows and then shifts (torchvision, transformers);
@@ -77,66 +87,122 @@ def window_attention(
         dropout_p: probability of dropping a weight. The pattern is a function of ``dropout_seed``, image, head, query
             and key alone (Philox), so every back-end draws the same.
         dropout_seed: an int, or a one-element int64 tensor; ``None`` draws one from torch's generator.
-        return_stats: ``("lse",)`` also returns :class:`vitkern.Stats` with ``lse [B, *spatial, H]``.
+        partition: ``"block"``; ``"grid"``, strided windows (MaxViT, Tu et al. 2022): of each axis, window i of n has the tokens
+            i, i + n, i + 2 n, ...; ``"unit"``, the same on a list of tokens (Hiera, Ryali et al. 2023).
+        mask: bool that broadcasts to ``[H, N, M]``, True may attend, or modifiers of :mod:`vitkern.mask`.
+        normalizer: as in :func:`vitkern.attention`.
+        context_size: keys of a window per axis, from a halo around it (HAT, Chen et al. 2023): they begin
+            ``(context - window) // 2`` before it. ``context_border="pad"``: cells beyond the map are pads; ``"shift"``: the halo
+            is moved into the map.
+        key_window_size: keys of a window per axis, where k and v have a map of their own; default in proportion to the maps.
+        extra_kv: ``(k, v) [B|1, E, Hk, D|Dv]``: further keys of every window, behind its own, with bias 0 unless it has M + E
+            columns.
+        key_mask: bool ``[B, *spatial]`` of k, True may be attended.
+        shared_q: q is ``[B, *window, H, D]``, the queries of all windows of an image (GC ViT, Hatamizadeh et al. 2023).
+        lepe: :class:`vitkern.DepthwiseValue`, a depthwise convolution of v on the map or inside the windows, added to the output.
+        order: integers ``[L]`` or ``[B, L]``: the tokens of a map of one axis in the order that windows are cut from.
+        return_stats: names out of ``"lse"`` ``[B, *spatial, H]``; ``"key_mean"`` on the map of k, the mean weight each key gets
+            from the queries of its window; ``"probs"`` and ``"logits"`` ``[B windows, H, N, M]``, stored.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; raises with all reasons if it cannot run.
 
     Returns:
-        ``[B, *spatial, H, Dv]`` in the dtype of v, or ``(out, Stats)`` with ``return_stats``.
+        ``[B, *spatial, H, Dv]`` on q's map (k's with shared_q) in the dtype of v, or ``(out, Stats)`` with ``return_stats``.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
-        NotImplementedError: an option that is not built yet (see "Not yet" in the README).
     """
-    args = _lower(
-        q,
-        k,
-        v,
-        window_size,
-        shift_size,
-        bias=bias,
-        cosine=cosine,
-        scale=scale,
-        pad_order=pad_order,
-        pad_kv=pad_kv,
-        mask_value=mask_value,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        mask=mask,
-        normalizer=normalizer,
-        partition=partition,
-        context_size=context_size,
-        extra_kv=extra_kv,
-        shared_q=shared_q,
-        lepe=lepe,
-        order=order,
-        return_stats=return_stats,
-    )
-    out, lse = _call.run(PLAIN, args, backend)
-    return (out, Stats(lse=lse)) if return_stats else out
+    options = {
+        "bias": bias, "cosine": cosine, "scale": scale, "pad_order": pad_order, "pad_kv": pad_kv, "mask_value": mask_value,
+        "dropout_p": dropout_p, "dropout_seed": dropout_seed, "mask": mask, "normalizer": normalizer, "partition": partition,
+        "context_size": context_size, "extra_kv": extra_kv, "shared_q": shared_q, "lepe": lepe, "order": order,
+        "key_mask": key_mask, "key_window_size": key_window_size, "context_border": context_border,
+    }  # fmt: skip
+    return _run(None, q, k, v, window_size, shift_size, return_stats, backend, options)
 
 
 def window_attention_qkvpacked(
     qkv: Tensor,
-    window_size: int | tuple[int, ...],
-    shift_size: int | tuple[int, ...] = 0,
+    window_size: Any,
+    shift_size: Any = 0,
     *,
     return_stats: tuple[str, ...] = (),
     backend: str | None = None,
     **options: Any,
-) -> Tensor | tuple[Tensor, Stats]:
+) -> Any:
     """:func:`window_attention` of a packed projection ``qkv [B, *spatial, 3, H, D]`` (any strides).
 
     The options are those of :func:`window_attention`. The gradient is one packed tensor, so that neither direction
-    copies.
+    copies, but for the options that gather the windows.
     """
+    return _run(qkv, *_parts(qkv), window_size, shift_size, return_stats, backend, options)
+
+
+def _parts(qkv: Any) -> tuple[Tensor, ...]:
     _checks.tensor(NAME, "qkv", qkv)
     if not 5 <= qkv.dim() <= 8 or qkv.shape[-3] != 3:
         raise ValueError(
             f"{NAME}: qkv must have shape [B, *spatial, 3, heads, head_dim] with 1 to 4 spatial axes, got {list(qkv.shape)}"
         )
-    args = _lower(*qkv.unbind(-3), window_size, shift_size, **options)
-    out, lse = _call.run(PACKED, (qkv, *args[3:]), backend)
-    return (out, Stats(lse=lse)) if return_stats else out
+    return qkv.unbind(-3)
+
+
+# Options that the window kernels know in this form alone; any other is for gathered windows.
+FURTHER = {
+    "mask": None, "normalizer": "softmax", "partition": "block", "context_size": None, "extra_kv": None, "shared_q": False,
+    "order": None, "key_mask": None, "key_window_size": None, "context_border": "pad",
+}  # fmt: skip
+
+
+def _run(
+    qkv: Tensor | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    window: Any,
+    shift: Any,
+    stats: Any,
+    backend: Any,
+    options: dict[str, Any],
+) -> Any:
+    """The call by head groups, by gathered windows, or by the op; `qkv` where q, k and v are parts of one tensor."""
+    if _window_groups.are_given(window, shift, options.get("bias")):
+        more = {"return_stats": stats, "backend": backend, **options}
+        return _window_groups.grouped(window_attention, q, k, v, window, shift, **more)
+    lepe = options.pop("lepe", None)
+    options = _fewest(options)
+    if _is_general(q, k, shift, stats, options):
+        out, found = _window_general.windowed(q, k, v, window, shift, return_stats=stats, backend=backend, **options)
+    else:
+        args = _lower(q, k, v, window, shift, **options)
+        out, lse = _call.run(PLAIN, args, backend) if qkv is None else _call.run(PACKED, (qkv, *args[3:]), backend)
+        found = Stats(lse=lse)
+    if lepe is not None:
+        out = out + _window_groups.added(v.to(out.dtype), lepe, out.shape[-2], window, shift, **options)
+    return (out, found) if stats else out
+
+
+def _fewest(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without those of FURTHER that say nothing."""
+    return {name: value for name, value in options.items() if name not in FURTHER or not _is_default(name, value)}
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return value is FURTHER[name] or (isinstance(value, str) and value == FURTHER[name])
+
+
+def _is_general(q: Any, k: Any, shift: Any, stats: Any, options: dict[str, Any]) -> bool:
+    """Whether the call is beyond the window kernels: one softmax of every window over its own tokens."""
+    bias = options.get("bias")
+    if (
+        any(name in FURTHER for name in options)
+        or isinstance(shift, Tensor)
+        or isinstance(options.get("scale"), Tensor)
+    ):
+        return True
+    if not (bias is None or isinstance(bias, (Tensor, RelativePosition))) or (stats and tuple(stats) != ("lse",)):
+        return True
+    maps = isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() > 3
+    return maps and q.shape[1:-2] != k.shape[1:-2]
 
 
 # lowering ---------------------------------------------------------------------------------------------------------------
@@ -160,12 +226,8 @@ def _lower(
     mask_value: Any = -100.0,
     dropout_p: float = 0.0,
     dropout_seed: Any = None,
-    return_stats: Any = (),
-    **unbuilt: Any,
 ) -> tuple[Any, ...]:
     """The arguments of the op. Checks that depend on shapes alone are made once per combination of shapes."""
-    if unbuilt or return_stats:
-        refuse_unbuilt(unbuilt, return_stats)
     if isinstance(window_size, list):
         window_size = tuple(window_size)
     if isinstance(shift_size, list):
@@ -209,13 +271,36 @@ def _remember(key: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return fixed
 
 
-def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
-    return _call.explanation(NAME, PLAIN, _lower(*args, **options), backend)
+def _explain(*args: Any, **options: Any) -> Any:
+    return _explanation(None, *args, **options)
 
 
-def _explain_packed(qkv: Tensor, *args: Any, backend: str | None = None, **options: Any) -> _call.Found:
-    lowered = _lower(*qkv.unbind(-3), *args, **options)
-    return _call.explanation(NAME, PACKED, (qkv, *lowered[3:]), backend)
+def _explain_packed(qkv: Tensor, *args: Any, **options: Any) -> Any:
+    return _explanation(qkv, *_parts(qkv), *args, **options)
+
+
+def _explanation(
+    qkv: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    window: Any,
+    shift: Any = 0,
+    return_stats: Any = (),
+    backend: Any = None,
+    **options: Any,
+) -> Any:
+    """Of groups of heads, that of the first."""
+    more = {"return_stats": return_stats, "backend": backend}
+    if _window_groups.are_given(window, shift, options.get("bias")):
+        return _window_groups.first(_explain, q, k, v, window, shift, **more, **options)
+    options = _fewest({name: value for name, value in options.items() if name != "lepe"})
+    if _is_general(q, k, shift, return_stats, options):
+        return _window_general.explanation(q, k, v, window, shift, **more, **options)
+    args = _lower(q, k, v, window, shift, **options)
+    if qkv is None:
+        return _call.explanation(NAME, PLAIN, args, backend)
+    return _call.explanation(NAME, PACKED, (qkv, *args[3:]), backend)
 
 
 # the ops ----------------------------------------------------------------------------------------------------------------

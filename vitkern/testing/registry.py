@@ -130,11 +130,13 @@ def entries() -> dict[str, Entry]:
         soft_merge,
         unmerge_tokens,
         window_attention,
+        window_options,
     )
 
     merging = (bipartite_match, merge_plan, merge_tokens, unmerge_tokens, select_tokens, restore_tokens, drop_tokens)
     modules = (
         window_attention,
+        window_options,
         neighborhood_attention,
         attention,
         attention_varlen,
