@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 
@@ -33,3 +33,11 @@ def with_shared_queries(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tens
     keys, values = split(k, *window), split(v, *window)
     queries = q[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3], -1, -1, -1)
     return joined(window_attention(queries, keys, values, (1, window[0], 1, window[1]), **options))  # type: ignore[arg-type]
+
+
+def check_divides(module: nn.Module, window: tuple[int, int], x: Tensor) -> None:
+    """Refuses a map [B, H, W, C] that windows do not divide."""
+    if any(length % w for w, length in zip(window, x.shape[1:3], strict=True)):
+        raise ValueError(
+            f"{type(module).__name__}: windows {list(window)} must divide the map, got {list(x.shape[1:3])}"
+        )
