@@ -321,7 +321,7 @@ REFUSALS = [
     ("rank", TypeError, "q must be a tensor, got NoneType", lambda: (None, Q, Q, 3), {}),
     ("rank 3", ValueError, r"q must have shape .* got \[2, 6, 8\]", lambda: (torch.zeros(2, 6, 8),) * 3 + (3,), {}),
     ("rank of k", ValueError, r"k must have the rank of q \(5\), got 4", lambda: (Q, Q[:, 0], Q, 3), {}),
-    ("map of k", ValueError, r"k must have the batch and map of q, \[2, 6, 6\], got \[2, 5, 6\]", lambda: (Q, Q[:, :5], Q, 3), {}),
+    ("map of k", ValueError, r"v must have the batch of q \(2\) and one map with k, got \[2, 6, 6\]", lambda: (Q, Q[:, :5], Q, 3), {}),
     ("heads", ValueError, r"heads of k must divide the heads of q \(2\), got 3", lambda: (Q, torch.zeros(2, 6, 6, 3, 8), Q, 3), {}),
     ("heads of v", ValueError, r"v must have the heads of k \(2\), got 1", lambda: (Q, Q, Q[..., :1, :], 3), {}),
     ("head size", ValueError, r"k must have the head size of q \(8\), got 4", lambda: (Q, Q[..., :4], Q, 3), {}),
@@ -337,7 +337,7 @@ REFUSALS = [
     ("negative shift", ValueError, r"shift_size must be at least 0 .*got -1", lambda: (Q, Q, Q, 3, -1), {}),
     ("bias shape", ValueError, r"bias must broadcast to \[heads, N, N\] = \[2, 9, 9\], got \[2, 9, 8\]", None, {"bias": torch.zeros(2, 9, 8)}),
     ("bias dtype", TypeError, r"bias must be float32.*got torch.int32", None, {"bias": torch.zeros(2, 9, 9, dtype=torch.int32)}),
-    ("bias type", TypeError, r"bias must be a tensor, RelativePosition or None, got str", None, {"bias": "table"}),
+    ("bias type", TypeError, r"bias must be a tensor, a modifier of vitkern.bias or a list of these, got str", None, {"bias": "table"}),
     ("table rows", ValueError, r"bias.table must have 25 rows .* got 24", None, {"bias": RelativePosition(torch.zeros(24, 2))}),
     ("table heads", ValueError, r"bias.table must have shape \[rows, heads=2\], got \[25, 3\]", None, {"bias": RelativePosition(torch.zeros(25, 3))}),
     ("sign", ValueError, r"bias.sign must be one of .* got 'q-k'", None, {"bias": RelativePosition(torch.zeros(25, 2), sign="q-k")}),
@@ -355,7 +355,6 @@ REFUSALS = [
     ("mask value", ValueError, r"mask_value must be None or a number that is not positive, got 5.0", None, {"mask_value": 5.0}),
     ("dropout", ValueError, r"dropout_p must be in \[0, 1\), got 1.0", None, {"dropout_p": 1.0}),
     ("seed", ValueError, r"dropout_seed must be an int or one int64 element", None, {"dropout_p": 0.5, "dropout_seed": torch.zeros(2)}),
-    ("not built", NotImplementedError, r"not built yet: partition", None, {"partition": "grid"}),
     ("back-end", ValueError, r"backend must be one of reference, cpu, triton, cuda, got 'gpu'", None, {"backend": "gpu"}),
 ]  # fmt: skip
 

@@ -23,8 +23,8 @@ def fwd(x, fill, index, owners, counts, cells, most) -> Tensor:
     lengths, (heads, width) = x.shape[1:-2], x.shape[-2:]
     token = numbers(index.split([n * c for n, c in zip(counts, cells, strict=True)], 1), lengths, counts, cells)
     empty = None if fill is None else fill.to(x.dtype).reshape(1, 1, -1).expand(len(x), token.shape[1], -1)
-    rows = gathered(x.reshape(len(x), -1, heads * width), _each(token, len(x)), rows=empty)
-    return rows.view(-1, math.prod(cells), heads, width)
+    rows = gathered(x.reshape(len(x), math.prod(lengths), heads * width), _each(token, len(x)), rows=empty)
+    return rows.view(len(x) * math.prod(counts), math.prod(cells), heads, width)
 
 
 def sums(rows, index, owners, counts, cells, most, lengths, pads) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def sums(rows, index, owners, counts, cells, most, lengths, pads) -> tuple[Tenso
     heads, width = rows.shape[-2:]
     total = torch.zeros(heads, width, device=rows.device)
     batch, tokens = rows.shape[0] // math.prod(counts), math.prod(lengths)
-    flat = rows.reshape(batch, -1, heads * width)
+    flat = rows.reshape(batch, math.prod(counts) * math.prod(cells), heads * width)
     if not pads and math.prod(most) == 1:
         out = gathered(flat, _each(_slots(owners, lengths, counts, cells), batch))
         return out.view(batch, *lengths, heads, width), total

@@ -133,6 +133,7 @@ def prepare(
         window_rows(v, layout.k, v_pad, backend=quiet),
     )
     biases, masks = _listed(bias), _listed(mask)
+    checks.biases(biases)
     biases = [_for_rows(b, layout, context_size is not None, q.device) for b in biases]
     hidden = _hidden(layout, key_mask, pad_kv is None, len(k))
     acc = torch.promote_types(q.dtype, torch.float32)

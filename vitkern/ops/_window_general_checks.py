@@ -9,6 +9,7 @@ from torch import Tensor
 from vitkern import backends
 from vitkern.bias import RelativePosition
 from vitkern.ops import _checks
+from vitkern.ops._attention_modifier_checks import BIASES
 from vitkern.ops._window_checks import NAME, check_mask_value, check_pad_order, check_pads, check_sides
 from vitkern.ops._window_places import Axis
 
@@ -174,6 +175,14 @@ def shifts(value: Tensor, batch: int, found: tuple[Axis, ...], same: bool, devic
         sides = torch.tensor([a.cells for a in found])
         if not bool(((value.cpu() >= 0) & (value.cpu() < sides)).all()):
             raise ValueError(f"{NAME}: shift_size must lie in [0, window_size), got entries {value.tolist()}")
+
+
+def biases(given: list[Any]) -> None:
+    for entry in given:
+        if not isinstance(entry, (Tensor, *BIASES)):
+            raise TypeError(
+                f"{NAME}: bias must be a tensor, a modifier of vitkern.bias or a list of these, got {type(entry).__name__}"
+            )
 
 
 def plain_table(b: RelativePosition) -> None:
