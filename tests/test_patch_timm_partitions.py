@@ -1,4 +1,4 @@
-"""vitkern.patch on timm's MaxViT and GC ViT: same weights, same outputs, same gradients."""
+"""vitkern.patch on timm's MaxViT, GC ViT and Hiera: same weights, same outputs, same gradients."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import nn
 import vitkern
 
 timm = pytest.importorskip("timm")
-from timm.models import gcvit, maxxvit  # noqa: E402
+from timm.models import gcvit, hiera, maxxvit  # noqa: E402
 
 FUSED = pytest.mark.parametrize("fused", [False, True])
 
@@ -148,7 +148,60 @@ def test_gcvit_whose_windows_mixed_images_is_refused(monkeypatch):
     assert len(report.replaced) == 1 and "timm 1.0.30 is not a known version (1.0.31" in report.kept[0].reason
 
 
-# both ----------------------------------------------------------------------------------------------------------------------
+# Hiera ---------------------------------------------------------------------------------------------------------------------
+
+
+@FUSED
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("pooled", [1, 4])
+def test_hiera_in_units_and_globally(pooled, units, fused):
+    attention = hiera.MaskUnitAttention(8, 12, 3, pooled, 4, units)
+    model = nn.Sequential(nn.Flatten(2), Tokens(), fusing(random(attention), fused))
+    for train in (False, True):
+        patch_cases.check(model, (8, 6), (4, 4), channels=8, replaced=1, train=train)
+
+
+class Tokens(nn.Module):
+    """Channels [B, C, N] last."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("pooled", [1, 4])
+def test_hiera_under_autocast(pooled):
+    autocast(
+        nn.Sequential(nn.Flatten(2), Tokens(), random(hiera.MaskUnitAttention(8, 12, 3, pooled, 4, True))),
+        8,
+        6,
+        channels=8,
+    )
+
+
+def test_equal_queries_share_the_gradient_of_their_largest():
+    module = random(hiera.MaskUnitAttention(8, 8, 2, 4, 2, True)).double()
+    x = torch.randn(1, 1, 8, dtype=torch.float64).expand(2, 16, 8)
+    module.qkv.weight.detach()[16:].normal_()
+    x = torch.cat((x[:, :8], x[:, 8:] * 2), 1)  # ties among some tokens of each query, and keys that differ
+    got = []
+    for patched in (False, True):
+        report = vitkern.patch(module) if patched else None
+        given = x.clone().requires_grad_()
+        got.append(torch.autograd.grad((module(given) * torch.arange(32.0).view(4, 8)).sum(), given)[0])
+    assert report is not None and len(report.replaced) == 1
+    torch.testing.assert_close(*got)
+
+
+def test_a_hiera_matches():
+    model = hiera.Hiera(
+        img_size=(64, 64), embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), num_classes=0, global_pool="", drop_path_rate=0.0,
+        mask_unit_size=(4, 4), mask_unit_attn=(True, True, False, False), q_pool=2,
+    )  # fmt: skip
+    model.head.norm = nn.Identity()
+    patch_cases.check(random(model), (64, 64), replaced=4)
+
+
+# all ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_positions_and_attention_that_were_replaced_are_refused():

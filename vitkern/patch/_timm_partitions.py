@@ -1,4 +1,5 @@
-"""timm: MaxViT and GC ViT, whose windows divide the map, at the block that owns the partition."""
+"""timm: MaxViT and GC ViT, whose windows divide the map, at the block that owns the partition, and Hiera, at the attention module,
+which owns it there."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.nn._partitions import partitioned, with_shared_queries
+from vitkern.ops.attention import attention
+from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 from vitkern.patch._timm_windows import version
 from vitkern.patch._windows import dropout_rate, index_refusal, part_refusal, split_heads, version_refusal
 
@@ -132,10 +135,31 @@ def _gcvit(block: Any) -> Any:
     return refused or _offsets_refusal(block.attn) or forward
 
 
+# Hiera: units of tokens that lie evenly over the list of all, queries pooled first --------------------------------------
+
+
+def _hiera(module: nn.Module) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        qkv, unit = self.qkv(x).unflatten(-1, (3, self.heads, -1)), self.window_size
+        q, k, v = qkv.unbind(-3)
+        if self.q_stride > 1:
+            q = q.unflatten(1, (self.q_stride, -1)).amax(1)
+        if not self.use_mask_unit_attn:
+            out = attention(q, k, v, scale=self.scale)
+        elif self.q_stride > 1:
+            out = window_attention(q, k, v, unit, scale=self.scale, partition="unit")
+        else:  # as windows of one column on the map [tokens of a unit, units]: nothing is gathered
+            out = window_attention_qkvpacked(qkv.unflatten(1, (unit, -1)), (unit, 1), scale=self.scale).flatten(1, 2)
+        return self.proj(out.flatten(-2))
+
+    return version() or forward
+
+
 _MODELS = "timm.models"
 TABLE = {
     f"{_MODELS}.maxxvit.PartitionAttentionCl": (_maxvit, "window_attention"),
     f"{_MODELS}.maxxvit.PartitionAttention2d": (_maxvit, "window_attention"),
     f"{_MODELS}.maxxvit.ParallelPartitionAttention": (_parallel_maxvit, "window_attention"),
     f"{_MODELS}.gcvit.GlobalContextVitBlock": (_gcvit, "window_attention"),
+    f"{_MODELS}.hiera.MaskUnitAttention": (_hiera, "window_attention, attention"),
 }

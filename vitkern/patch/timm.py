@@ -9,6 +9,7 @@ biased, linear and channel attention, at the attention module.
 | maxxvit.PartitionAttentionCl, maxxvit.PartitionAttention2d | 1.0.29 to 1.0.x | window_attention | other positions |
 | maxxvit.ParallelPartitionAttention | 1.0.29 to 1.0.x | window_attention | the same |
 | gcvit.GlobalContextVitBlock | 1.0.31 to 1.0.x, local ones 1.0.29 | window_attention | the same |
+| hiera.MaskUnitAttention | 1.0.29 to 1.0.x | window_attention, attention | |
 | efficientvit_msra.CascadedGroupAttention | 1.0.29 to 1.0.x | window_attention, one call per head | the same |
 | beit.Attention | 1.0.29 to 1.0.x | attention, relative position with a prefix | an index buffer that is not BEiT's |
 | cait.TalkingHeadAttn, cait.ClassAttn | 1.0.29 to 1.0.x | attention, talking heads | |
