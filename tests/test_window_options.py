@@ -180,6 +180,19 @@ def test_shared_queries_do_not_mix_images(backend):
     tiled = q.repeat(1, 2, 2, 1, 1)  # the same queries in each of 2 x 2 windows
     want = vitkern.window_attention(tiled, k, v, (2, 3), backend="reference")
     agree(vitkern.window_attention(q, k, v, (2, 3), shared_q=True, backend=backend), want, (q, k, v))
+    table = draw(3 * 5, 2, seed=7).requires_grad_()
+    options = {"bias": bias.RelativePosition(table), "return_stats": ("lse",), "backend": backend}
+    for lengths in ((4, 6), (3, 5)):  # the latter with windows that are gathered
+        k, v = maps(*lengths)[1:]
+        tiled = q.repeat(1, 2, 2, 1, 1)[:, : lengths[0], : lengths[1]]
+        got = vitkern.window_attention(q, k, v, (2, 3), shared_q=True, **options)
+        want = vitkern.window_attention(tiled, k, v, (2, 3), **options)
+        agree(got[0], want[0], (q, k, v, table))
+        agree(got[1].lse, want[1].lse, (q, k, table))
+    strided = vitkern.window_attention(q, *maps(4, 6)[1:], (2, 3), shared_q=True, partition="grid", backend=backend)
+    tiled = q.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    want = vitkern.window_attention(tiled, *maps(4, 6)[1:], (2, 3), partition="grid", backend=backend)
+    torch.testing.assert_close(strided, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -371,10 +384,10 @@ def test_rows_and_their_sums_are_transposes():
 
 
 def test_explain_says_that_windows_are_gathered():
-    text = vitkern.explain(vitkern.window_attention, *maps(6, 6), 3, partition="grid")
+    text = vitkern.explain(vitkern.window_attention, *maps(6, 6), 3, normalizer="relu")
     assert "the windows are gathered in front of attention" in text
-    text = vitkern.explain(vitkern.window_attention, *maps(6, 6), [(3, 2), (2, 3)])
-    assert "gathered" not in text
+    for window, options in (([(3, 2), (2, 3)], {}), (3, {"partition": "grid"})):
+        assert "gathered" not in vitkern.explain(vitkern.window_attention, *maps(6, 6), window, **options)
 
 
 def test_packed_projections_take_the_options():

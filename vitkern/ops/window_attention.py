@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.ops import _call, _checks, _window_general, _window_gpu, _window_groups
+from vitkern.ops import _call, _checks, _window_general, _window_gpu, _window_groups, _window_views
 from vitkern.ops._op import Op
 from vitkern.ops._window_checks import NAME, check, signature
 from vitkern.reference.window_attention import window_attention as definition
@@ -170,15 +170,33 @@ def _run(
         return _window_groups.grouped(window_attention, q, k, v, window, shift, **more)
     lepe = options.pop("lepe", None)
     options = _fewest(options)
-    if _is_general(q, k, shift, stats, options):
+    maps, blocks, plain = _seen(qkv, q, k, v, window, shift, stats, options)
+    if blocks is None:
         out, found = _window_general.windowed(q, k, v, window, shift, return_stats=stats, backend=backend, **options)
     else:
-        args = _lower(q, k, v, window, shift, **options)
-        out, lse = _call.run(PLAIN, args, backend) if qkv is None else _call.run(PACKED, (qkv, *args[3:]), backend)
+        args = _lower(*maps[1:], blocks, shift, **plain)
+        out, lse = _call.run(PLAIN, args, backend) if qkv is None else _call.run(PACKED, (maps[0], *args[3:]), backend)
+        if plain is not options:
+            out, lse = (_window_views.joined(t, k.dim() - 3) for t in (out, lse))
         found = Stats(lse=lse)
     if lepe is not None:
         out = out + _window_groups.added(v.to(out.dtype), lepe, out.shape[-2], window, shift, **options)
     return (out, found) if stats else out
+
+
+def _seen(
+    qkv: Any, q: Any, k: Any, v: Any, window: Any, shift: Any, stats: Any, options: dict[str, Any]
+) -> tuple[tuple[Any, ...], Any, dict[str, Any]]:
+    """qkv, q, k, v, windows and options as the window kernels see them; None for windows that are beyond them."""
+    maps = (qkv, q, k, v)
+    if not _is_general(q, k, shift, stats, options):
+        return maps, window, options
+    plain = {name: value for name, value in options.items() if name not in _window_views.VIEWED}
+    if len(plain) < len(options) and not _is_general(k, k, shift, stats, plain):
+        found = _window_views.as_blocks(maps, window, shift, options)
+        if found is not None:
+            return *found, plain
+    return maps, None, options
 
 
 def _fewest(options: dict[str, Any]) -> dict[str, Any]:
@@ -295,12 +313,13 @@ def _explanation(
     if _window_groups.are_given(window, shift, options.get("bias")):
         return _window_groups.first(_explain, q, k, v, window, shift, **more, **options)
     options = _fewest({name: value for name, value in options.items() if name != "lepe"})
-    if _is_general(q, k, shift, return_stats, options):
+    maps, blocks, plain = _seen(qkv, q, k, v, window, shift, return_stats, options)
+    if blocks is None:
         return _window_general.explanation(q, k, v, window, shift, **more, **options)
-    args = _lower(q, k, v, window, shift, **options)
+    args = _lower(*maps[1:], blocks, shift, **plain)
     if qkv is None:
         return _call.explanation(NAME, PLAIN, args, backend)
-    return _call.explanation(NAME, PACKED, (qkv, *args[3:]), backend)
+    return _call.explanation(NAME, PACKED, (maps[0], *args[3:]), backend)
 
 
 # the ops ----------------------------------------------------------------------------------------------------------------

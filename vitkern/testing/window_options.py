@@ -212,6 +212,7 @@ def small() -> list[Call]:
         make(13, (2, 2, 3, 3), 2, (1, 0, 1, 0), batch=1, masks=("tensor",), partition="block", extra=1),
         make(15, (4, 5), (1, None), biases=("decay",)),
         make(16, (4, 4), 2, batch=0, keys_hidden=True),
+        make(18, (5, 7), (2, 3), partition="grid", biases=("table",), pads="given"),
         make(17, (6,), 3, dropout_p=0.4, dropout_seed=3, extra=1, dv=5, swapped=True),
     ]
 
