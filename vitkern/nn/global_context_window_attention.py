@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.nn import _checks
-from vitkern.nn._partitions import check_divides, partitioned, with_shared_queries
 from vitkern.nn.window_attention import _sides
+from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 
 
 class _Table(nn.Module):
@@ -62,8 +62,8 @@ class GlobalContextWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         _checks.shape(self, "x", x, "B", "H", "W", self.dim)
-        check_divides(self, self.window_size, x)
-        bias = RelativePosition(self.rel_pos.relative_position_bias_table, grid=self.window_size)
+        _checks.windows(self, self.window_size, x)
+        bias = RelativePosition(self.rel_pos.relative_position_bias_table)
         options = {"bias": bias, "dropout_p": self.attn_drop.p if self.training else 0.0}
         projected = self.qkv(x).unflatten(-1, (-1, self.num_heads, self.head_dim))
         if self.use_global:
@@ -71,9 +71,9 @@ class GlobalContextWindowAttention(nn.Module):
                 raise ValueError("GlobalContextWindowAttention: q_global must be given with use_global, got None")
             _checks.shape(self, "q_global", q_global, len(x), *self.window_size, self.dim)
             q = q_global.unflatten(-1, (self.num_heads, self.head_dim))
-            out = with_shared_queries(q, *projected.unbind(-3), **options)
+            out = window_attention(q, *projected.unbind(-3), self.window_size, shared_q=True, **options)
         else:
-            out = partitioned(projected, self.window_size, False, **options)
+            out = window_attention_qkvpacked(projected, self.window_size, **options)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:

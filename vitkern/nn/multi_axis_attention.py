@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.nn import _checks
-from vitkern.nn._partitions import check_divides, partitioned
 from vitkern.nn.window_attention import _sides
+from vitkern.ops.window_attention import window_attention_qkvpacked
 
 
 class _Offsets(nn.Module):
@@ -16,7 +16,7 @@ class _Offsets(nn.Module):
 
     def __init__(self, window: tuple[int, ...], heads: int, kind: str) -> None:
         super().__init__()
-        self.kind, self.window = kind, window
+        self.kind = kind
         sides = [2 * w - 1 for w in window]
         table = torch.zeros(heads, *sides) if kind == "bias_tf" else torch.zeros(math.prod(sides), heads)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
@@ -24,18 +24,25 @@ class _Offsets(nn.Module):
     def bias(self) -> RelativePosition:
         table = self.relative_position_bias_table
         if self.kind == "bias_tf":
-            return RelativePosition(table.flatten(1).t(), grid=self.window, sign="key-query")
-        return RelativePosition(table, grid=self.window)
+            return RelativePosition(table.flatten(1).t(), sign="key-query")
+        return RelativePosition(table)
 
 
 class _Attention(nn.Module):
     """Projection, attention in windows of neighbours or of tokens far apart, projection."""
 
     def __init__(
-        self, dim: int, window: tuple[int, ...], grid: bool, dim_head: int, rel_pos: str, head_first: bool, drop: float
+        self,
+        dim: int,
+        window: tuple[int, ...],
+        partition: str,
+        dim_head: int,
+        rel_pos: str,
+        head_first: bool,
+        drop: float,
     ) -> None:
         super().__init__()
-        self.window, self.grid, self.dim_head, self.head_first = window, grid, dim_head, head_first
+        self.window, self.partition, self.dim_head, self.head_first = window, partition, dim_head, head_first
         self.qkv = nn.Linear(dim, 3 * dim)
         self.rel_pos = _Offsets(window, dim // dim_head, rel_pos)
         self.attn_drop = nn.Dropout(drop)
@@ -46,10 +53,14 @@ class _Attention(nn.Module):
             qkv = self.qkv(x).unflatten(-1, (-1, 3, self.dim_head)).transpose(-3, -2)
         else:
             qkv = self.qkv(x).unflatten(-1, (3, -1, self.dim_head))
-        dropout = self.attn_drop.p if self.training else 0.0
-        return self.proj(
-            partitioned(qkv, self.window, self.grid, bias=self.rel_pos.bias(), dropout_p=dropout).flatten(-2)
-        )  # type: ignore[arg-type]
+        out = window_attention_qkvpacked(
+            qkv,
+            self.window,
+            bias=self.rel_pos.bias(),
+            partition=self.partition,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )
+        return self.proj(out.flatten(-2))
 
 
 class _Mlp(nn.Module):
@@ -118,14 +129,14 @@ class MultiAxisAttention(nn.Module):
         _checks.one_of(self, "rel_pos", rel_pos, ("bias_tf", "bias"))
         self.dim, self.window_size = dim, _sides(window_size)
         self.grid_size = self.window_size if grid_size is None else _sides(grid_size)
-        for name, window, grid in (("attn_block", self.window_size, False), ("attn_grid", self.grid_size, True)):
-            attention = _Attention(dim, window, grid, dim_head, rel_pos, head_first, attn_drop)
-            self.add_module(name, _Partition(attention, dim, mlp_ratio, norm_eps))
+        for partition, window in (("block", self.window_size), ("grid", self.grid_size)):
+            attention = _Attention(dim, window, partition, dim_head, rel_pos, head_first, attn_drop)
+            self.add_module(f"attn_{partition}", _Partition(attention, dim, mlp_ratio, norm_eps))
 
     def forward(self, x: Tensor) -> Tensor:
         _checks.shape(self, "x", x, "B", "H", "W", self.dim)
         for window in (self.window_size, self.grid_size):
-            check_divides(self, window, x)  # type: ignore[arg-type]
+            _checks.windows(self, window, x)
         return self.attn_grid(self.attn_block(x))
 
     def extra_repr(self) -> str:

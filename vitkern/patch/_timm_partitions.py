@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
-from vitkern.nn._partitions import partitioned, with_shared_queries
 from vitkern.ops.attention import attention
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
 from vitkern.patch._timm_windows import version
@@ -21,20 +20,19 @@ def _divides(window: Sequence[int], size: Sequence[int]) -> bool:
     return all(length % w == 0 for w, length in zip(window, size, strict=True))
 
 
-def _options(attention: Any, window: Sequence[int]) -> dict[str, Any]:
+def _options(attention: Any) -> dict[str, Any]:
     """Bias, scale and dropout of an attention module: Swin's table, that of TensorFlow [H, 2 h - 1, 2 w - 1], or an MLP's."""
-    rel_pos, grid = attention.rel_pos, tuple(window)
-    bias = None
+    rel_pos, bias = attention.rel_pos, None
     if rel_pos is not None:
         kind = type(rel_pos).__name__
         if kind == "RelPosBiasTf":
             table = rel_pos.relative_position_bias_table.flatten(1).t()
-            bias = RelativePosition(table, grid=grid, sign="key-query")
+            bias = RelativePosition(table, sign="key-query")
         elif kind == "RelPosMlp":
             table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).flatten(0, 1))
-            bias = RelativePosition(table if rel_pos.bias_gain is None else rel_pos.bias_gain * table, grid=grid)
+            bias = RelativePosition(table if rel_pos.bias_gain is None else rel_pos.bias_gain * table)
         else:
-            bias = RelativePosition(rel_pos.relative_position_bias_table, grid=grid)
+            bias = RelativePosition(rel_pos.relative_position_bias_table)
     return {"bias": bias, "scale": attention.scale, "dropout_p": dropout_rate(attention.attn_drop)}
 
 
@@ -55,21 +53,21 @@ def _offsets_refusal(attention: Any) -> str | None:
 # MaxViT and its kin: windows of neighbours, or of tokens that lie evenly over the map -------------------------------------
 
 
-def _attend(attention: Any, projected: Tensor, window: tuple[int, int], grid: bool) -> Tensor:
+def _attend(attention: Any, projected: Tensor, window: tuple[int, int], partition: str) -> Tensor:
     """Attention of a projected map [B, H, W, 3 C]: [B, H, W, C]."""
     if attention.head_first:
         qkv = projected.unflatten(-1, (attention.num_heads, 3, -1)).transpose(-3, -2)
     else:
         qkv = projected.unflatten(-1, (3, attention.num_heads, -1))
-    return partitioned(qkv, window, grid, **_options(attention, window)).flatten(-2)
+    return window_attention_qkvpacked(qkv, window, partition=partition, **_options(attention)).flatten(-2)
 
 
-def _channels_last(attention: Any, x: Tensor, window: tuple[int, int], grid: bool) -> Tensor:
-    return attention.proj_drop(attention.proj(_attend(attention, attention.qkv(x), window, grid)))
+def _channels_last(attention: Any, x: Tensor, window: tuple[int, int], partition: str) -> Tensor:
+    return attention.proj_drop(attention.proj(_attend(attention, attention.qkv(x), window, partition)))
 
 
-def _channels_first(attention: Any, x: Tensor, window: tuple[int, int], grid: bool) -> Tensor:
-    out = _attend(attention, attention.qkv(x).permute(0, 2, 3, 1), window, grid).permute(0, 3, 1, 2)
+def _channels_first(attention: Any, x: Tensor, window: tuple[int, int], partition: str) -> Tensor:
+    out = _attend(attention, attention.qkv(x).permute(0, 2, 3, 1), window, partition).permute(0, 3, 1, 2)
     return attention.proj_drop(attention.proj(out))
 
 
@@ -85,7 +83,8 @@ def _maxvit(block: nn.Module) -> Any:
         window = self.partition_size
         if not _divides(window, x.shape[2:] if first else x.shape[1:3]):
             return type(self).forward(self, x)
-        x = x + self.drop_path1(self.ls1(call(self.attn, self.norm1(x), window, not self.partition_block)))
+        partition = "block" if self.partition_block else "grid"
+        x = x + self.drop_path1(self.ls1(call(self.attn, self.norm1(x), window, partition)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     refused = version() or part_refusal(block, _parts("attn", kind="Attention2d" if first else "AttentionCl"))
@@ -98,7 +97,8 @@ def _parallel_maxvit(block: nn.Module) -> Any:
         if not _divides(window, x.shape[1:3]):
             return type(self).forward(self, x)
         normed = self.norm1(x)
-        near, far = (_channels_last(a, normed, window, a is self.attn_grid) for a in (self.attn_block, self.attn_grid))
+        near = _channels_last(self.attn_block, normed, window, "block")
+        far = _channels_last(self.attn_grid, normed, window, "grid")
         x = x + self.drop_path1(self.ls1(torch.cat((near, far), -1)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -114,13 +114,14 @@ def _gcvit(block: Any) -> Any:
 
     def attend(self: Any, x: Tensor, q_global: Tensor | None) -> Tensor:
         attention = self.attn
-        heads, options = attention.num_heads, _options(attention, self.window_size)
+        heads, options = attention.num_heads, _options(attention)
         if attention.use_global and q_global is not None:
             k, v = attention.qkv(x).unflatten(-1, (2, heads, -1)).unbind(-3)
-            out = with_shared_queries(split_heads(q_global, heads), k, v, **options)
+            q = split_heads(q_global, heads)
+            out = window_attention(q, k, v, self.window_size, shared_q=True, **options)
         else:
             qkv = attention.qkv(x).unflatten(-1, (3, heads, -1))
-            out = partitioned(qkv, self.window_size, False, **options)
+            out = window_attention_qkvpacked(qkv, self.window_size, **options)
         return attention.proj_drop(attention.proj(out.flatten(-2)))
 
     def forward(self: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
@@ -148,8 +149,8 @@ def _hiera(module: nn.Module) -> Any:
             out = attention(q, k, v, scale=self.scale)
         elif self.q_stride > 1:
             out = window_attention(q, k, v, unit, scale=self.scale, partition="unit")
-        else:  # as windows of one column on the map [tokens of a unit, units]: nothing is gathered
-            out = window_attention_qkvpacked(qkv.unflatten(1, (unit, -1)), (unit, 1), scale=self.scale).flatten(1, 2)
+        else:
+            out = window_attention_qkvpacked(qkv, unit, scale=self.scale, partition="unit")
         return self.proj(out.flatten(-2))
 
     return version() or forward

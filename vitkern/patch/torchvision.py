@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.nn._partitions import partitioned
+from vitkern.ops.window_attention import window_attention_qkvpacked
 from vitkern.patch._windows import (
     clamp_window,
     continuous_table,
@@ -100,11 +100,13 @@ def _swin3d(module: nn.Module) -> Any:
 def _maxvit(module: Any) -> Any:
     """MaxViT scales by the width of all heads."""
 
-    def attend(attention: Any, x: Tensor, grid: bool) -> Tensor:
+    def attend(attention: Any, x: Tensor, partition: str) -> Tensor:
         qkv = attention.to_qkv(x).unflatten(-1, (3, attention.n_heads, -1))
         window = (attention.size,) * 2
-        bias = RelativePosition(attention.relative_position_bias_table, grid=window)
-        return attention.merge(partitioned(qkv, window, grid, bias=bias, scale=attention.scale_factor).flatten(-2))
+        bias = RelativePosition(attention.relative_position_bias_table)
+        scale = attention.scale_factor
+        out = window_attention_qkvpacked(qkv, window, bias=bias, scale=scale, partition=partition)
+        return attention.merge(out.flatten(-2))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         norm, attention, drop = self.attn_layer
@@ -113,7 +115,7 @@ def _maxvit(module: Any) -> Any:
         if tuple(x.shape[2:]) != tuple(self.grid_size) or window != [attention.size] * 2:
             return type(self).forward(self, x)
         x = x.permute(0, 2, 3, 1)
-        x = x + self.stochastic_dropout(drop(attend(attention, norm(x), grid)))
+        x = x + self.stochastic_dropout(drop(attend(attention, norm(x), "grid" if grid else "block")))
         x = x + self.stochastic_dropout(self.mlp_layer(x))
         return x.permute(0, 3, 1, 2)
 
