@@ -7,22 +7,12 @@ import math
 import pytest
 import torch
 from agreement import agree
+from window_maps import BACKENDS, D, draw, maps
 
 import vitkern
-from vitkern import DepthwiseValue, bias, mask, testing
+from vitkern import bias, mask
 from vitkern.ops._window_places import Axis, places
 from vitkern.ops.window_rows import window_rows, window_sum
-
-BACKENDS = ["reference", *testing.backends()]
-D = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D)
-
-
-def maps(*sides, batch=2, heads=2, d=4, seed=0):
-    return [draw(batch, *sides, heads, d, seed=seed + i).requires_grad_() for i in range(3)]
 
 
 def looped(q, k, v, queries, keys, pad=None, score=lambda s, image, w, i, j: s, rule=lambda s: s.softmax(-1)):
@@ -92,11 +82,11 @@ def test_grid_windows_are_strided(lengths, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("context, clamp", [(4, False), (5, False), (1, False), (3, True), (5, True)])
-def test_halos_begin_before_their_window(context, clamp, backend):
-    lengths = (5, 6)
+@pytest.mark.parametrize("lengths", [(5, 6), (6, 6)])
+def test_halos_begin_before_their_window(lengths, context, clamp, backend):
     q, k, v = maps(*lengths)
-    queries = without_pads(windows(lengths, axis_block(5, 2), axis_block(6, 2)))
-    keys = windows(lengths, axis_halo(5, 2, context, clamp), axis_halo(6, 2, context, clamp))
+    queries = without_pads(windows(lengths, *(axis_block(n, 2) for n in lengths)))
+    keys = windows(lengths, *(axis_halo(n, 2, context, clamp) for n in lengths))
     border = "shift" if clamp else "pad"
     options = {"context_size": context, "context_border": border, "backend": backend}
     agree(vitkern.window_attention(q, k, v, 2, **options), looped(q, k, v, queries, keys), (q, k, v))
@@ -210,6 +200,14 @@ def test_hidden_keys_and_masks_of_positions(backend):
         q, k, v, (2, 3), key_mask=seen, mask=[mask.Causal(1), mask.NoSelf()], backend=backend
     )
     agree(got, want, (q, k, v))
+    pads = (draw(2, 4, seed=8), draw(2, 4, seed=9))
+
+    def with_pads(s, image, w, i, j):
+        return s if found[w][j] is None or seen[(image, *found[w][j])] else None
+
+    want = looped(q, k, v, without_pads(found), found, pad=pads, score=with_pads)
+    got = vitkern.window_attention(q, k, v, (2, 3), key_mask=seen, pad_kv=pads, backend=backend)
+    agree(got, want, (q, k, v))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -240,7 +238,7 @@ def test_an_order_is_applied_on_load_and_store(backend):
 @pytest.mark.parametrize("value", [0.0, -100.0, -1.5, None])
 def test_every_sample_has_its_shift(value, backend):
     q, k, v = maps(4, 6)
-    shifts = [(0, 2), (1, 0)]
+    shifts = [(1, 2), (1, 0)]
     want = [
         vitkern.window_attention(*(t[b : b + 1] for t in (q, k, v)), (2, 3), shifts[b], mask_value=value)
         for b in range(2)
@@ -261,57 +259,6 @@ def test_shifted_windows_are_those_of_the_window_kernels(order, value, backend):
     everything = torch.ones(2, 5, 7, dtype=torch.bool)
     got = vitkern.window_attention(q, k, v, (2, 3), (1, 2), key_mask=everything, backend=backend, **options)
     agree(got, vitkern.window_attention(q, k, v, (2, 3), (1, 2), **options), (q, k, v, *pads, table))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_groups_of_heads_have_windows_shifts_and_biases_of_their_own(backend):
-    q, k, v = maps(4, 6, heads=4)
-    tables = [draw(7 * 3, 2, seed=4).requires_grad_(), draw(3 * 11, 2, seed=5).requires_grad_()]
-    sizes, shifts = [(None, 2), (2, None)], [(0, 1), (1, 0)]
-    want = [
-        vitkern.window_attention(
-            *(t[..., 2 * g : 2 * g + 2, :] for t in (q, k, v)),
-            sizes[g],
-            shifts[g],
-            bias=bias.RelativePosition(tables[g]),
-        )
-        for g in range(2)
-    ]
-    of_groups = bias.PerHeadGroup(tuple(bias.RelativePosition(t) for t in tables))
-    got = vitkern.window_attention(q, k, v, sizes, shifts, bias=of_groups, backend=backend)
-    agree(got, torch.cat(want, -2), (q, k, v, *tables))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_convolution_of_the_values_stops_at_its_window_or_at_the_map(backend):
-    """CSWin: stripes of the whole height and two columns; zeros around each stripe."""
-    q, k, v = maps(4, 6)
-    weight, added = draw(8, 1, 3, 3, seed=4).requires_grad_(), draw(8, seed=5).requires_grad_()
-    plain = vitkern.window_attention(q, k, v, (None, 2), backend=backend)
-    channels = v.flatten(3).movedim(-1, 1)  # [B, C, H, W]
-    stripes = [torch.nn.functional.conv2d(c, weight, added, padding=1, groups=8) for c in channels.split(2, 3)]
-    whole = torch.nn.functional.conv2d(channels, weight, added, padding=1, groups=8)
-    for scope, found in (("window", torch.cat(stripes, 3)), ("map", whole)):
-        want = plain + found.movedim(1, -1).unflatten(-1, (2, 4))
-        got = vitkern.window_attention(
-            q, k, v, (None, 2), lepe=DepthwiseValue(weight, added, scope=scope), backend=backend
-        )
-        agree(got, want, (q, k, v, weight, added))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pads_take_part_in_a_convolution_inside_windows(backend):
-    q, k, v = maps(3, 4)
-    pads = tuple(draw(2, 4, seed=s).requires_grad_() for s in (8, 9))
-    weight = draw(8, 1, 3, 3, seed=4).requires_grad_()
-    options = {"pad_kv": pads, "backend": backend}
-    got = vitkern.window_attention(q, k, v, 2, lepe=DepthwiseValue(weight, scope="window"), **options)
-    below = pads[1].expand(2, 1, 4, 2, 4)
-    full = torch.cat((v, below), 1).flatten(3).movedim(-1, 1)  # [B, C, 4, 4]
-    tiles = full.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)  # [B 4, C, 2, 2]
-    found = torch.nn.functional.conv2d(tiles, weight, padding=1, groups=8).view(2, 2, 2, 8, 2, 2)
-    found = found.permute(0, 1, 4, 2, 5, 3).reshape(2, 4, 4, 2, 4)[:, :3]
-    agree(got, vitkern.window_attention(q, k, v, 2, **options) + found, (q, k, v, *pads, weight))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -350,6 +297,12 @@ def test_statistics_lie_on_the_map(backend):
         mean = probs.view(2, len(found), 2, 6, 6)[:, w][:, :, real].mean(2)  # [B, H, 6]
         for j in real:
             torch.testing.assert_close(stats.key_mean[(slice(None), *tokens[j])], mean[..., j])
+    further = (draw(1, 2, 2, 4, seed=7), draw(1, 2, 2, 4, seed=8))
+    options = {"extra_kv": further, "backend": backend}
+    stats = vitkern.window_attention(q, k, v, (5, 6), return_stats=("key_mean",), **options)[1]
+    rows = [t.flatten(1, 2) for t in (q, k, v)]
+    want = vitkern.attention(*rows, extra_kv=further, return_stats=("key_mean",))[1].key_mean[:, :30]
+    torch.testing.assert_close(stats.key_mean.flatten(1, 2), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -381,6 +334,10 @@ def test_rows_and_their_sums_are_transposes():
         y = draw(*rows.shape, seed=2)
         out, total = window_sum(y, at, (7, 5), pads=True, backend=backend)
         torch.testing.assert_close((rows * y).sum(), (x * out).sum() + (fill * total).sum())
+        leaf = y.clone().requires_grad_()
+        out, total = window_sum(leaf, at, (7, 5), pads=True, backend=backend)
+        (found,) = torch.autograd.grad((x * out).sum() + (fill * total).sum(), leaf)
+        torch.testing.assert_close(found, rows)
 
 
 def test_explain_says_that_windows_are_gathered():

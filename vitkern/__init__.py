@@ -24,6 +24,7 @@ from vitkern.ops.selective_scan_2d import selective_scan_2d
 from vitkern.ops.soft_merge import soft_merge
 from vitkern.ops.unmerge_tokens import unmerge_tokens
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
+from vitkern.ops.window_order import window_order
 from vitkern.patch import PatchReport, patch, patched
 from vitkern.rope import Rope
 from vitkern.stats import Stats
@@ -74,6 +75,7 @@ __all__ = [
     "use_backend",
     "window_attention",
     "window_attention_qkvpacked",
+    "window_order",
 ]
 
 load("_cpu")

@@ -111,12 +111,17 @@ def window_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
-    options = {
+    options: dict[str, Any] = {
         "bias": bias, "cosine": cosine, "scale": scale, "pad_order": pad_order, "pad_kv": pad_kv, "mask_value": mask_value,
-        "dropout_p": dropout_p, "dropout_seed": dropout_seed, "mask": mask, "normalizer": normalizer, "partition": partition,
-        "context_size": context_size, "extra_kv": extra_kv, "shared_q": shared_q, "lepe": lepe, "order": order,
-        "key_mask": key_mask, "key_window_size": key_window_size, "context_border": context_border,
+        "dropout_p": dropout_p, "dropout_seed": dropout_seed,
     }  # fmt: skip
+    few = mask is extra_kv is order is key_mask is lepe is context_size is key_window_size is None and shared_q is False
+    if not few or partition != "block" or normalizer != "softmax" or context_border != "pad":
+        options |= {
+            "mask": mask, "normalizer": normalizer, "partition": partition, "context_size": context_size,
+            "extra_kv": extra_kv, "shared_q": shared_q, "lepe": lepe, "order": order, "key_mask": key_mask,
+            "key_window_size": key_window_size, "context_border": context_border,
+        }  # fmt: skip
     return _run(None, q, k, v, window_size, shift_size, return_stats, backend, options)
 
 
