@@ -80,6 +80,8 @@ def test_the_published_classes_are_served():
         with torch.device("meta"):
             model = build()
         assert len(vitkern.patch(model).replaced) == 12
+    with torch.device("meta"):
+        assert len(vitkern.patch(torchvision.models.maxvit_t()).replaced) == 22
 
 
 def test_another_index_is_kept_with_a_reason():
