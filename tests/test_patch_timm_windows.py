@@ -9,7 +9,7 @@ from torch import nn
 import vitkern
 
 timm = pytest.importorskip("timm")
-from timm.models import efficientvit_msra, tiny_vit  # noqa: E402
+from timm.models import davit, efficientvit_msra, tiny_vit, twins  # noqa: E402
 
 
 def random(model):
@@ -135,3 +135,75 @@ def test_efficientvit_follows_set_input_size():
     got = patch_cases.run(model, x, torch.float32, True)
     report.undo()
     patch_cases.Yardstick(model, x).hold("set_input_size", got)
+
+
+# DaViT and Twins -----------------------------------------------------------------------------------------------------------
+
+
+class Sized(nn.Module):
+    """An attention that takes tokens and the size of their map, on images."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x):
+        return self.attn(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]))
+
+
+def unpositioned(kind):
+    if kind == "davit":
+        return random(davit.SpatialBlock(12, 3, (4, 3), mlp_ratio=2.0))
+    makes = {"local": (twins.LocallyGroupedAttn, {"ws": 4}), "global": (twins.GlobalSubSampleAttn, {"sr_ratio": 2})}
+    make, options = makes.get(kind, (twins.GlobalSubSampleAttn, {}))
+    return Sized(random(make(12, 3, **options)))
+
+
+KINDS = pytest.mark.parametrize("kind", ["davit", "local", "global", "unreduced"])
+
+
+@KINDS
+@pytest.mark.parametrize("train", [False, True])
+def test_davit_and_twins_on_whole_and_padded_maps(kind, train):
+    for fused in (False, True):
+        model = unpositioned(kind)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        patch_cases.check(model, (8, 12), (9, 7), channels=12, replaced=1, train=train)
+
+
+def test_davit_without_bias_and_mlp():
+    block = random(davit.SpatialBlock(12, 3, 4, qkv_bias=False))
+    block.mlp = None
+    patch_cases.check(block, (9, 7), channels=12, replaced=1)
+
+
+@KINDS
+def test_davit_and_twins_under_autocast(kind):
+    autocast(unpositioned(kind), 9, 7, channels=12)
+
+
+def test_a_twins_matches():
+    model = twins.Twins(
+        img_size=64, embed_dims=(8, 12), num_heads=(1, 2), mlp_ratios=(2, 2), depths=(2, 2), sr_ratios=(4, 2), wss=(5, 3),
+        num_classes=0, global_pool="",
+    )  # fmt: skip
+    model.norm = nn.Identity()
+    patch_cases.check(random(model), (64, 64), replaced=4)
+
+
+def test_a_projection_that_was_replaced_is_refused():
+    local, block = unpositioned("local").attn, unpositioned("davit")
+    local.qkv, block.attn.qkv = nn.Sequential(local.qkv), nn.Sequential(block.attn.qkv)
+    reasons = [k.reason for k in vitkern.patch(nn.ModuleList([local, block])).kept]
+    assert [r.split(",")[0].split(".")[-1] for r in reasons] == ["Sequential"] * 2
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_dropout_of_twins_draws_in_training_only(kind):
+    model, x = unpositioned(kind).train(), torch.randn(2, 12, 9, 7)
+    model.attn.attn_drop.p = 0.4
+    with vitkern.patched(model):
+        assert not torch.equal(model(x), model(x))
+        assert torch.equal(model.eval()(x), model(x))

@@ -1,4 +1,4 @@
-"""timm: Swin, SwinV2, TinyViT, MaxViT and GC ViT, at the block that owns roll and partition; EfficientViT of MSRA, masked,
+"""timm: Swin, SwinV2, TinyViT, MaxViT, GC ViT, DaViT, SAM, at the block that owns roll and partition; EfficientViT of MSRA, masked,
 biased, linear and channel attention, at the attention module.
 
 | class | versions | op | not served |
@@ -10,7 +10,9 @@ biased, linear and channel attention, at the attention module.
 | maxxvit.ParallelPartitionAttention | 1.0.29 to 1.0.x | window_attention | the same |
 | gcvit.GlobalContextVitBlock | 1.0.31 to 1.0.x, local ones 1.0.29 | window_attention | the same |
 | hiera.MaskUnitAttention | 1.0.29 to 1.0.x | window_attention, attention | |
-| efficientvit_msra.CascadedGroupAttention | 1.0.29 to 1.0.x | window_attention, one call per head | the same |
+| efficientvit_msra.CascadedGroupAttention | 1.0.29 to 1.0.x | window_attention, one call per head | as with TinyViT |
+| davit.SpatialBlock, twins.LocallyGroupedAttn | 1.0.29 to 1.0.x | window_attention | a projection or attention that was replaced |
+| twins.GlobalSubSampleAttn | 1.0.29 to 1.0.x | attention | |
 | beit.Attention | 1.0.29 to 1.0.x | attention, relative position with a prefix | an index buffer that is not BEiT's |
 | cait.TalkingHeadAttn, cait.ClassAttn | 1.0.29 to 1.0.x | attention, talking heads | |
 | levit.Attention, levit.AttentionDownsample | 1.0.29 to 1.0.x | attention, absolute offsets | an index buffer that is not LeViT's |
