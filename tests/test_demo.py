@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 import vitkern  # noqa: E402
 from vitkern.demo import measure, merging, run  # noqa: E402
 from vitkern.demo.efficientvit import efficientvit, fused  # noqa: E402
+from vitkern.demo.models import OnDefinition, deformable_detr, dinat, on_kernel  # noqa: E402
 from vitkern.demo.report import write_report  # noqa: E402
 
 
@@ -47,3 +48,22 @@ def test_efficientvit_is_the_same_with_the_op():
         with fused(model) as report:
             assert "7 modules run on linear_attention" in str(report)
         assert torch.equal(before, measure.logits(model, x))
+
+
+def test_dinat_runs_on_its_definition_and_on_the_kernel():
+    torch.manual_seed(0)
+    model, x = dinat().eval(), torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        exact = measure.logits(model.double(), x.double()).float()
+        line = measure.compare("DiNAT", model.float(), x, exact, torch.float32, None, 0.0, len, on_kernel)
+    assert isinstance(model, OnDefinition) and model.backend == "reference"
+    assert line.replaced == 8 and 0 < line.difference < 1e-4 * line.scale
+
+
+def test_deformable_detr_is_the_same_patched():
+    torch.manual_seed(0)
+    model, x = deformable_detr().eval(), torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        exact = measure.logits(model.double(), x.double()).float()
+    line = measure.compare("DETR", model.float(), x, exact, torch.float32, None, 0.0, len, vitkern.patched)
+    assert line.replaced == 6 and 0 < line.difference < 1e-3 * line.scale

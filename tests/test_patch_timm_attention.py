@@ -111,6 +111,48 @@ def test_sam_matches_in_padded_windows_and_globally(options, fused):
     patch_cases.check(random(model, fused), (48, 48), replaced=2)
 
 
+def sam_block(**options):
+    return random(vision_transformer_sam.Block(12, 2, mlp_ratio=1.0, input_size=(9, 6), **options))
+
+
+@SPLIT
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rel_pos": True}, {"use_rel_pos": True, "qk_norm": True, "qkv_bias": False}]
+)
+def test_a_block_of_sam_in_whole_and_padded_windows_and_globally(options, fused):
+    for window in (0, 3, 4):
+        model = nn.Sequential(Last(), sam_block(window_size=window, init_values=0.5, **options))
+        sizes = ((9, 6),) if window == 0 else ((9, 6), (8, 4), (2, 3))
+        patch_cases.check(model, *sizes, channels=12, replaced=1, train=window == 4)
+
+
+def test_a_block_of_sam_drops_its_windows_one_by_one():
+    model = nn.Sequential(Last(), sam_block(window_size=3, use_rel_pos=True, drop_path=0.5)).train()
+    x = torch.randn(1, 12, 9, 6)
+    with torch.no_grad():
+        torch.manual_seed(7)
+        want = model(x)
+        with vitkern.patched(model) as report:
+            torch.manual_seed(7)
+            torch.testing.assert_close(model(x), want)
+    assert report.replaced[0].kind.endswith("Block")
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_block_of_sam_under_autocast(window):
+    model = nn.Sequential(Last(), sam_block(window_size=window, use_rel_pos=True)).eval()
+    x = torch.randn(2, 12, 9, 6, generator=torch.Generator().manual_seed(3))
+    yardstick = patch_cases.Yardstick(model, x, autocast=True)
+    with vitkern.patched(model):
+        yardstick.hold("autocast", patch_cases.run(model, x, torch.float32, True, autocast=True))
+
+
+def test_a_block_of_sam_whose_attention_was_replaced_is_kept():
+    block = sam_block(window_size=3)
+    block.attn = nn.Identity()
+    assert "attn is a torch.nn.modules.linear.Identity, not a" in vitkern.patch(block).kept[0].reason
+
+
 def test_sam_resizes_its_tables_to_a_map_of_another_shape():
     attention = vision_transformer_sam.Attention(16, 2, use_rel_pos=True, input_size=(4, 6))
     model = nn.Sequential(Last(), random(attention))

@@ -1,4 +1,4 @@
-"""vitkern.patch on torchvision's Swin models: same weights, same outputs, same gradients."""
+"""vitkern.patch on torchvision's Swin and MaxViT models: same weights, same outputs, same gradients."""
 
 import libraries  # noqa: F401
 import patch_cases
@@ -8,7 +8,7 @@ import torch
 import vitkern
 
 torchvision = pytest.importorskip("torchvision")
-from torchvision.models import swin_transformer  # noqa: E402
+from torchvision.models import maxvit, swin_transformer  # noqa: E402
 from torchvision.models.video import swin_transformer as video  # noqa: E402
 
 SMALL = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "stochastic_depth_prob": 0.0, "num_classes": 3}
@@ -80,6 +80,8 @@ def test_the_published_classes_are_served():
         with torch.device("meta"):
             model = build()
         assert len(vitkern.patch(model).replaced) == 12
+    with torch.device("meta"):
+        assert len(vitkern.patch(torchvision.models.maxvit_t()).replaced) == 22
 
 
 def test_another_index_is_kept_with_a_reason():
@@ -105,3 +107,58 @@ def test_dropout_in_training_draws_and_trains():
         assert not torch.equal(first, model(x))
         assert torch.equal(model.eval()(x), model(x))
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# MaxViT --------------------------------------------------------------------------------------------------------------------
+
+
+def partition(kind, side=9, size=3, dropout=0.0):
+    layer = maxvit.PartitionAttentionLayer(
+        12, 4, size, kind, (side, side), 2, torch.nn.GELU, torch.nn.LayerNorm, dropout, 0.0, 0.0
+    )
+    return patch_cases.randomize(layer)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("side", [3, 9])
+@pytest.mark.parametrize("kind", ["window", "grid"])
+def test_maxvit_in_windows_and_on_grids(kind, side, train):
+    model = partition(kind, side)
+    assert model.attn_layer[1].scale_factor == 12**-0.5  # not that of a head
+    patch_cases.check(model, (side, side), channels=12, replaced=1, train=train)
+
+
+@pytest.mark.parametrize("kind", ["window", "grid"])
+def test_maxvit_under_autocast(kind):
+    model = partition(kind).eval()
+    x = torch.randn(2, 12, 9, 9, generator=torch.Generator().manual_seed(3))
+    yardstick = patch_cases.Yardstick(model, x, autocast=True)
+    with vitkern.patched(model):
+        yardstick.hold("autocast", patch_cases.run(model, x, torch.float32, True, autocast=True))
+
+
+def test_a_maxvit_matches():
+    model = maxvit.MaxVit((64, 64), 8, 4, [8, 16], [1, 1], 4, 0.0)
+    model.classifier = torch.nn.Identity()
+    patch_cases.check(patch_cases.randomize(model), (64, 64), replaced=4)
+
+
+def test_maxvit_on_a_wider_window_map_runs_and_on_another_map_its_own_forward_does():
+    wide = partition("window")
+    wide.grid_size = (9, 6)
+    patch_cases.check(wide, (9, 6), channels=12, replaced=1)
+    other, x = partition("window").eval(), torch.randn(1, 12, 6, 6)
+    with torch.no_grad(), vitkern.patched(other), pytest.raises(RuntimeError, match="shape"):
+        other(x)
+
+
+def test_a_replaced_attention_or_index_of_maxvit_is_refused():
+    layer, other = partition("grid"), partition("grid")
+    layer.attn_layer[1] = torch.nn.Identity()
+    other.attn_layer[1].relative_position_index.zero_()
+    reasons = [k.reason for k in vitkern.patch(torch.nn.Sequential(layer, other)).kept]
+    own = "torchvision.models.maxvit.RelativePositionalMultiHeadAttention"
+    assert reasons == [
+        f"attn_layer.1 is a torch.nn.modules.linear.Identity, not a {own}",
+        "relative_position_index is not that of Swin",
+    ]

@@ -82,7 +82,8 @@ def write_report(
         + "Each line runs the same pictures through the model's own code, through torch.compile, and with its attention "
         "replaced by vitkern.patch. Times are medians of interleaved runs. Peak memory is what one forward adds "
         "to the process. The difference is the largest between vitkern and eager; the errors are the largest "
-        "of each against the model in float64."
+        "of each against the model in float64. Eager DiNAT needs NATTEN; the definition of its attention, in plain PyTorch, "
+        "stands in its column."
     )
     page = (
         jinja2.Environment(autoescape=True)

@@ -1,4 +1,4 @@
-"""The demo's arguments, models and pictures."""
+"""The demo's arguments, lines and pictures."""
 
 import argparse
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import vitkern
 from vitkern.demo import merging
 from vitkern.demo.efficientvit import efficientvit, fused
 from vitkern.demo.measure import Result, compare, logits
+from vitkern.demo.models import deformable_detr, dinat, mask2former, on_kernel, sam
 from vitkern.demo.report import write_report
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -68,6 +69,8 @@ def models(name: str | None) -> dict[str, Subject]:
             "SAM encoder, 384 wide": Subject(sam, ((512, 512),)),
             "Mask2Former, Swin-T": Subject(mask2former, ((256, 320),)),
             "EfficientViT-B1": Subject(efficientvit, ((512, 512), (1024, 1024)), fused),
+            "DiNAT (eager: definition)": Subject(dinat, ((224, 224),), on_kernel),
+            "Deformable DETR, small": Subject(deformable_detr, ((384, 512),)),
         }
     if Path(name).is_dir():
         load = transformers.AutoModelForImageClassification.from_pretrained
@@ -79,31 +82,6 @@ def models(name: str | None) -> dict[str, Subject]:
             f"vitkern demo: --model must be a local model directory or an architecture of transformers, got {name!r}"
         ) from error
     return {name: Subject(lambda: transformers.AutoModelForImageClassification.from_config(config))}
-
-
-def sam() -> nn.Module:
-    """SAM's encoder of half its width: windows of 14, four blocks of all patches, decomposed positions of random weights."""
-    import transformers
-
-    config = transformers.SamVisionConfig(
-        hidden_size=384, num_attention_heads=6, mlp_dim=1536, image_size=512, initializer_range=0.02
-    )
-    model = transformers.SamVisionModel(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "rel_pos" in name:
-                p.normal_(std=0.1)
-    return model
-
-
-def mask2former() -> nn.Module:
-    """Mask2Former with the backbone Swin-T."""
-    import transformers
-
-    stages = [f"stage{i}" for i in range(1, 5)]
-    backbone = transformers.SwinConfig(depths=[2, 2, 6, 2], out_features=stages)
-    config = transformers.Mask2FormerConfig(backbone_config=backbone)
-    return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
 def table(results: list[Result]) -> Table:

@@ -26,3 +26,11 @@ def shape(module: nn.Module, name: str, x: Tensor, *want: int | str) -> None:
         raise ValueError(
             f"{type(module).__name__}: {name} must have shape [{', '.join(map(str, want))}], got {list(sides)}"
         )
+
+
+def windows(module: nn.Module, window: tuple[int, ...], x: Tensor) -> None:
+    """Refuses a map [B, H, W, C] that windows do not divide."""
+    if any(length % w for w, length in zip(window, x.shape[1:3], strict=True)):
+        raise ValueError(
+            f"{type(module).__name__}: windows {list(window)} must divide the map, got {list(x.shape[1:3])}"
+        )

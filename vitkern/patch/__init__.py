@@ -62,19 +62,19 @@ class PatchReport:
 def patch(model: nn.Module) -> PatchReport:
     """Lets every attention module of ``model`` that vitkern serves run on its op, in place.
 
-    Served on ``window_attention``: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin of transformers; swin and swinv2 of
-    timm; swin, swin_v2 and swin3d of torchvision; SwinUNETR of MONAI. On ``attention``: SAM, SAM-HQ, SAM 2, GOT-OCR2, ViTDet,
-    BEiT, Data2Vec-vision, LeViT, Mask2Former, MaskFormer, EoMT, DETR, ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and the vision
-    towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL of transformers; beit, cait, levit and vision_transformer_sam of timm. On
-    ``linear_attention``: efficientvit_mit of timm; the transformer and the autoencoder of SANA of diffusers. On
-    ``channel_attention``: xcit, edgenext and davit of timm. On ``soft_merge``: mobilevitv2 of timm. On
-    ``deformable_attention``: Deformable DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo, LW-DETR, RF-DETR, RT-DETR,
-    RT-DETRv2, D-FINE, DEIMv2, PP-DocLayout v2 to v4 and the pixel decoders of Mask2Former and OneFormer of transformers. On
-    ``neighborhood_attention``: DiNAT of transformers (:mod:`vitkern.patch.natten` where NATTEN is not installed).
-    Outputs and gradients are those of the model up to rounding; where attention weights are asked for, the module's own
-    forward runs. Returns a :class:`PatchReport`; ``report.undo()`` restores the model. A model that is patched twice is left
-    as it is the second time; a module that another tool has given a forward, or hooks that the op would pass by, is kept.
-    ``torch.save(model)`` saves the model unpatched.
+    Served on ``window_attention``: Swin, SwinV2, Swin2SR, MaskFormer-Swin and Donut-Swin of transformers; swin, swinv2,
+    tiny_vit, efficientvit_msra, maxxvit, gcvit and hiera of timm; swin, swin_v2, swin3d and maxvit of torchvision; SwinUNETR
+    of MONAI. On ``attention``: SAM, SAM-HQ, SAM 2, GOT-OCR2, ViTDet, BEiT, Data2Vec-vision, LeViT, Mask2Former, MaskFormer,
+    EoMT, DETR, ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and the vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL of
+    transformers; beit, cait, levit and vision_transformer_sam of timm. On ``linear_attention``: efficientvit_mit of timm; the
+    transformer and the autoencoder of SANA of diffusers. On ``channel_attention``: xcit, edgenext and davit of timm. On
+    ``soft_merge``: mobilevitv2 of timm. On ``deformable_attention``: Deformable DETR, Grounding DINO, MM Grounding DINO,
+    OmDet-Turbo, LW-DETR, RF-DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, PP-DocLayout v2 to v4 and the pixel decoders of
+    Mask2Former and OneFormer of transformers. On ``neighborhood_attention``: DiNAT of transformers
+    (:mod:`vitkern.patch.natten` where NATTEN is not installed). Outputs and gradients are those of the model up to rounding;
+    where attention weights are asked for, the module's own forward runs. Returns a :class:`PatchReport`; ``report.undo()``
+    restores the model. A model that is patched twice is left as it is the second time; a module that another tool has given a
+    forward, or hooks that the op would pass by, is kept. ``torch.save(model)`` saves the model unpatched.
     """
     report = PatchReport()
     covered: list[str] = []

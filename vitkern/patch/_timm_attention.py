@@ -1,4 +1,5 @@
-"""timm: attention with biases, mixed heads and decomposed positions, at the attention module."""
+"""timm: attention with biases, mixed heads and decomposed positions, at the attention module; SAM's windows at the
+block that cuts them."""
 
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from vitkern.bias import DecomposedRelativePosition, RelativePosition, offset_index
 from vitkern.modulation import TalkingHeads
 from vitkern.ops.attention import attention
+from vitkern.ops.window_attention import window_attention
 from vitkern.patch._attention import index_refusal, merged, relative_on_grid, split_heads
-from vitkern.patch._windows import dropout_rate, version_refusal
+from vitkern.patch._windows import dropout_rate, part_refusal, version_refusal
 from vitkern.rope import Rope
 
 
@@ -110,28 +112,63 @@ def _levit_downsample(module: nn.Module) -> Any:
 # the encoder of SAM: decomposed positions of the normalised queries, or rotary embedding -----------------------------------
 
 
+def _sam_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [..., heads, head_dim] of tokens [..., C]."""
+    q, k, v = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
+    return module.q_norm(q), module.k_norm(k), v
+
+
 def _sam(module: nn.Module) -> Any:
     def forward(self: Any, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:3])
-        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = _sam_heads(self, x.flatten(1, 2))
         bias = rope = None
         if self.use_rel_pos:
             bias = DecomposedRelativePosition.resized(self.rel_pos_h, self.rel_pos_w, grid, grid)
         elif self.rope is not None:
             sin, cos = (t[None, :, None, ::2] for t in self.rope.get_embed().chunk(2, -1))  # [1, N, 1, D/2]
             rope = Rope(cos, sin)
-        out = attention(
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            bias=bias,
-            rope=rope,
-            scale=self.scale,
-            dropout_p=dropout_rate(self.attn_drop),
-        )
+        drop = dropout_rate(self.attn_drop)
+        out = attention(q, k, v, bias=bias, rope=rope, scale=self.scale, dropout_p=drop)
         return _projected(self, out).unflatten(1, grid)
 
     return _refusal() or forward
+
+
+def _sam_windows(module: Any, x: Tensor, side: int) -> Tensor:
+    """Attention of a normalised map in windows, whose pads are the projected zero."""
+    window, bias = (side, side), None
+    padded = any(length % side for length in x.shape[1:3])
+    pads = _sam_heads(module, x.new_zeros(x.shape[-1]))[1:] if padded else None
+    if module.use_rel_pos:
+        bias = DecomposedRelativePosition.resized(module.rel_pos_h, module.rel_pos_w, window, window)
+    drop = dropout_rate(module.attn_drop)
+    out = window_attention(*_sam_heads(module, x), window, bias=bias, scale=module.scale, pad_kv=pads, dropout_p=drop)
+    return _projected(module, out)
+
+
+def _sam_block(block: Any) -> Any:
+    """Windows whose positions are rotated, also those of pads, and windows that are dropped one by one, are cut in front."""
+    from timm.models.vision_transformer_sam import window_partition, window_unpartition
+
+    attend = _sam(block.attn)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        normed, side = self.norm1(x), self.window_size
+        dropped = self.training and getattr(self.drop_path1, "drop_prob", 0.0)
+        if side and (dropped or self.attn.rope is not None):
+            windows, padded = window_partition(normed, side)
+            out = self.drop_path1(self.ls1(attend(self.attn, windows)))
+            out = window_unpartition(out, side, x.shape[1:3], padded)
+        else:
+            out = _sam_windows(self.attn, normed, side) if side else attend(self.attn, normed)
+            out = self.drop_path1(self.ls1(out))
+        x = x + out
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x.flatten(1, 2))))).view(x.shape)
+
+    return part_refusal(block, {"attn": "Attention", "attn.attn_drop": nn.Dropout}) or (
+        attend if isinstance(attend, str) else forward
+    )
 
 
 _MODELS = "timm.models"
@@ -142,4 +179,5 @@ TABLE = {
     f"{_MODELS}.levit.Attention": (_levit, "attention"),
     f"{_MODELS}.levit.AttentionDownsample": (_levit_downsample, "attention"),
     f"{_MODELS}.vision_transformer_sam.Attention": (_sam, "attention"),
+    f"{_MODELS}.vision_transformer_sam.Block": (_sam_block, "window_attention, attention"),
 }

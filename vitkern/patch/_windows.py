@@ -1,7 +1,7 @@
 """What the libraries' Swin blocks share: reasons to refuse one, heads and pads of a projection, one attention call."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition, offset_index
 from vitkern.ops.window_attention import window_attention, window_attention_qkvpacked
+
+_SWIN_PARTS = {"attn": "WindowAttention", "attn.qkv": nn.Linear, "attn.attn_drop": nn.Dropout}
 
 # reasons --------------------------------------------------------------------------------------------------------------
 
@@ -23,14 +25,13 @@ def version_refusal(library: str, version: str, first: tuple[int, ...], series: 
     return f"{library} {version} is not a known version ({known})"
 
 
-def part_refusal(block: nn.Module) -> str | None:
-    """Refuses a block of timm or MONAI whose attention, or what the op takes over of it, was replaced."""
-    own = f"{type(block).__module__}.WindowAttention"
-    parts = {"attn": own, "attn.qkv": _name(nn.Linear), "attn.attn_drop": _name(nn.Dropout)}
+def part_refusal(block: nn.Module, parts: Mapping[str, str | type] = _SWIN_PARTS) -> str | None:
+    """Refuses a block a part of which, that the op takes over, was replaced: a class, or the one of that name in its own file."""
     for path, kind in parts.items():
+        wanted = f"{type(block).__module__}.{kind}" if isinstance(kind, str) else _name(kind)
         found = _name(type(block.get_submodule(path)))
-        if found != kind:
-            return f"{path} is a {found}, not a {kind}"
+        if found != wanted:
+            return f"{path} is a {found}, not a {wanted}"
     return None
 
 

@@ -1,15 +1,22 @@
-"""timm: Swin and SwinV2, at the block that owns roll and partition; masked, biased, linear and channel
-attention, at the attention module.
+"""timm: Swin, SwinV2, TinyViT, MaxViT and GC ViT, at the block that owns roll and partition; EfficientViT of MSRA, masked,
+biased, linear and channel attention, at the attention module.
 
 | class | versions | op | not served |
 |---|---|---|---|
 | swin_transformer.SwinTransformerBlock | 1.0.29 to 1.0.x | window_attention | blocks whose attention was replaced |
 | swin_transformer_v2.SwinTransformerV2Block | 1.0.29 to 1.0.x | window_attention, cosine | the same |
+| tiny_vit.TinyVitBlock | 1.0.29 to 1.0.x | window_attention, absolute offsets | an index buffer that is not LeViT's |
+| maxxvit.PartitionAttentionCl, maxxvit.PartitionAttention2d | 1.0.29 to 1.0.x | window_attention | other positions |
+| maxxvit.ParallelPartitionAttention | 1.0.29 to 1.0.x | window_attention | the same |
+| gcvit.GlobalContextVitBlock | 1.0.31 to 1.0.x, local ones 1.0.29 | window_attention | the same |
+| hiera.MaskUnitAttention | 1.0.29 to 1.0.x | window_attention, attention | |
+| efficientvit_msra.CascadedGroupAttention | 1.0.29 to 1.0.x | window_attention, one call per head | the same |
 | beit.Attention | 1.0.29 to 1.0.x | attention, relative position with a prefix | an index buffer that is not BEiT's |
 | cait.TalkingHeadAttn, cait.ClassAttn | 1.0.29 to 1.0.x | attention, talking heads | |
 | levit.Attention, levit.AttentionDownsample | 1.0.29 to 1.0.x | attention, absolute offsets | an index buffer that is not LeViT's |
 | efficientvit_mit.LiteMLA | 1.0.29 to 1.0.x | linear_attention | features other than ReLU |
 | mobilevit.LinearSelfAttention | 1.0.29 to 1.0.x | soft_merge | dropout of the weights in training; keys of another map |
+| vision_transformer_sam.Block | 1.0.29 to 1.0.x | window_attention, attention | a replaced attention |
 | vision_transformer_sam.Attention | 1.0.29 to 1.0.x | attention, decomposed positions or rope | |
 | xcit.XCA, edgenext.CrossCovarianceAttn | 1.0.29 to 1.0.x | channel_attention | dropout of the weights in training |
 | davit.ChannelAttention, davit.ChannelAttentionV2 | 1.0.29 to 1.0.x | channel_attention | |
@@ -26,7 +33,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch import _timm_attention, _timm_channels, _timm_linear
+from vitkern.patch import _timm_attention, _timm_channels, _timm_linear, _timm_partitions, _timm_windows
 from vitkern.patch._windows import (
     continuous_table,
     dropout_rate,
@@ -122,4 +129,6 @@ TABLE = {
     **_timm_attention.TABLE,
     **_timm_linear.TABLE,
     **_timm_channels.TABLE,
+    **_timm_windows.TABLE,
+    **_timm_partitions.TABLE,
 }
