@@ -13,6 +13,7 @@ biased attention, at the attention module.
 | Mask2FormerMaskedAttentionDecoder | 5.x | attention, mask from logits, which are compared before their sigmoid | |
 | those of `_transformers_deformable.TABLE`: Deformable DETR, RT-DETR, D-FINE, Mask2Former … | 5.x | deformable_attention | |
 | NeighborhoodAttention (DiNAT) | 4.40 to 5.x, with NATTEN or `vitkern.patch.natten.stand_in` | neighborhood_attention | |
+| hiera.modeling_hiera.HieraMaskUnitAttention | 5.x | window_attention, attention | attentions that are returned |
 | those of `_interface.TABLE`: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, BEiT, EoMT, DETR, MaskFormer, SAM 2 … | 5.x | attention | |
 
 The Swin models set window and shift anew when a map is not larger than the window and keep them for every later input; here
@@ -27,7 +28,13 @@ from torch import Tensor, nn
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.patch import _interface, _transformers_attention, _transformers_deformable, _transformers_neighborhood
+from vitkern.patch import (
+    _interface,
+    _transformers_attention,
+    _transformers_deformable,
+    _transformers_hiera,
+    _transformers_neighborhood,
+)
 from vitkern.patch._windows import continuous_table, separate
 
 
@@ -178,5 +185,6 @@ TABLE = {
     **_interface.TABLE,
     **_transformers_attention.TABLE,
     **_transformers_deformable.TABLE,
+    **_transformers_hiera.TABLE,
     **_transformers_neighborhood.TABLE,
 }
