@@ -343,7 +343,9 @@ def test_rows_and_their_sums_are_transposes():
 def test_explain_says_that_windows_are_gathered():
     text = vitkern.explain(vitkern.window_attention, *maps(6, 6), 3, normalizer="relu")
     assert "the windows are gathered in front of attention" in text
-    for window, options in (([(3, 2), (2, 3)], {}), (3, {"partition": "grid"})):
+    text = vitkern.explain(vitkern.window_attention, *maps(6, 6), window_size=3, shift_size=1, normalizer="relu")
+    assert "gathered" in text
+    for window, options in (([(3, 2), (2, 3)], {}), (3, {"partition": "grid"}), (3, {"shift_size": 1})):
         assert "gathered" not in vitkern.explain(vitkern.window_attention, *maps(6, 6), window, **options)
 
 

@@ -307,21 +307,21 @@ def _explanation(
     q: Any,
     k: Any,
     v: Any,
-    window: Any,
-    shift: Any = 0,
+    window_size: Any,
+    shift_size: Any = 0,
     return_stats: Any = (),
     backend: Any = None,
     **options: Any,
 ) -> Any:
     """Of groups of heads, that of the first."""
     more = {"return_stats": return_stats, "backend": backend}
-    if _window_groups.are_given(window, shift, options.get("bias")):
-        return _window_groups.first(_explain, q, k, v, window, shift, **more, **options)
+    if _window_groups.are_given(window_size, shift_size, options.get("bias")):
+        return _window_groups.first(_explain, q, k, v, window_size, shift_size, **more, **options)
     options = _fewest({name: value for name, value in options.items() if name != "lepe"})
-    maps, blocks, plain = _seen(qkv, q, k, v, window, shift, return_stats, options)
+    maps, blocks, plain = _seen(qkv, q, k, v, window_size, shift_size, return_stats, options)
     if blocks is None:
-        return _window_general.explanation(q, k, v, window, shift, **more, **options)
-    args = _lower(*maps[1:], blocks, shift, **plain)
+        return _window_general.explanation(q, k, v, window_size, shift_size, **more, **options)
+    args = _lower(*maps[1:], blocks, shift_size, **plain)
     if qkv is None:
         return _call.explanation(NAME, PLAIN, args, backend)
     return _call.explanation(NAME, PACKED, (maps[0], *args[3:]), backend)
