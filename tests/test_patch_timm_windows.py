@@ -207,3 +207,19 @@ def test_dropout_of_twins_draws_in_training_only(kind):
     with vitkern.patched(model):
         assert not torch.equal(model(x), model(x))
         assert torch.equal(model.eval()(x), model(x))
+
+
+# all -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "channels"),
+    [(lambda: tiny(4), 12), (cascaded, 24), (lambda: unpositioned("davit"), 12), (lambda: unpositioned("local"), 12)],
+)
+def test_a_patched_module_compiles_whole(make, channels):
+    model, x = make().eval(), torch.randn(2, channels, 9, 6)
+    with torch.no_grad(), vitkern.patched(model) as report:
+        want = model(x)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), want)
+    assert len(report.replaced) == 1
