@@ -9,7 +9,7 @@ from torch import nn
 import vitkern
 
 timm = pytest.importorskip("timm")
-from timm.models import swin_transformer, swin_transformer_v2  # noqa: E402
+from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr  # noqa: E402
 
 SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "drop_path_rate": 0.0, "global_pool": ""}
 
@@ -27,16 +27,20 @@ def swin(kind=swin_transformer.SwinTransformer, **options):
     return model
 
 
+def swinv2_cr(**options):
+    return swin(swin_transformer_v2_cr.SwinTransformerV2Cr, **options)
+
+
 def swinv2(**options):
     return swin(swin_transformer_v2.SwinTransformerV2, **options)
 
 
-@pytest.mark.parametrize("make", [swin, swinv2])
+@pytest.mark.parametrize("make", [swin, swinv2, swinv2_cr])
 def test_a_map_that_windows_divide(make):
     patch_cases.check(make(window_size=7), (56, 56), replaced=4)
 
 
-@pytest.mark.parametrize("make", [swin, swinv2])
+@pytest.mark.parametrize("make", [swin, swinv2, swinv2_cr])
 def test_a_padded_map_of_any_size_with_masks_made_anew(make):
     model = make(window_size=7, strict_img_size=False)
     patch_cases.check(model, (36, 60), (16, 28), replaced=4)  # 9 x 15; 4 x 7, smaller than the window
@@ -52,6 +56,20 @@ def test_a_static_mask_of_a_padded_map_and_a_window_cut_on_one_axis(make):
 @pytest.mark.parametrize("make", [swin, swinv2])
 def test_rectangular_windows_and_no_bias_of_the_projection(make):
     patch_cases.check(make(window_size=(3, 5), qkv_bias=False, img_size=(44, 48)), (44, 48), replaced=4)
+
+
+def test_swinv2_cr_with_a_static_mask_and_a_further_norm():
+    """Its positions drop in training; a shifted block runs its own forward on a map that its mask is not made for."""
+    model = swinv2_cr(window_size=4, img_size=(40, 24), extra_norm_period=2)
+    assert model.stages[1].blocks[1].shift_size == (2, 0)
+    patch_cases.check(model, (40, 24), replaced=4)
+    block = model.stages[0].blocks[1].eval()
+    x = torch.randn(2, 9, 7, 16)
+    with torch.no_grad():
+        want = block(x)
+        with vitkern.patched(block), patch_cases.Called("window_attention_qkvpacked") as seen:
+            assert torch.equal(block(x), want)
+    assert seen.count == 0
 
 
 def test_swinv2_with_a_pretrained_window():

@@ -5,6 +5,7 @@ biased, linear and channel attention, at the attention module.
 |---|---|---|---|
 | swin_transformer.SwinTransformerBlock | 1.0.29 to 1.0.x | window_attention | blocks whose attention was replaced |
 | swin_transformer_v2.SwinTransformerV2Block | 1.0.29 to 1.0.x | window_attention, cosine | the same |
+| swin_transformer_v2_cr.SwinTransformerV2CrBlock | 1.0.29 to 1.0.x | window_attention, cosine | the same |
 | tiny_vit.TinyVitBlock | 1.0.29 to 1.0.x | window_attention, absolute offsets | an index buffer that is not LeViT's |
 | maxxvit.PartitionAttentionCl, maxxvit.PartitionAttention2d | 1.0.29 to 1.0.x | window_attention | other positions |
 | maxxvit.ParallelPartitionAttention | 1.0.29 to 1.0.x | window_attention | the same |
@@ -125,9 +126,45 @@ def _swinv2(block: nn.Module) -> Any:
     return _refusal(block) or forward
 
 
+def _swinv2_cr(block: nn.Module) -> Any:
+    def attend(self: Any, x: Tensor) -> Tensor:
+        attention = self.attn
+        _, k_bias, v_bias = thirds(attention.qkv.bias)
+        n = math.prod(self.window_size)
+        bias = attention.meta_mlp(attention.relative_coordinates_log)  # [N N, heads], with dropout in training
+        x = packed(
+            attention.qkv(x),
+            k_bias,
+            v_bias,
+            attention.num_heads,
+            self.window_size,
+            self.shift_size,
+            pad_order="roll_pad",
+            bias=bias.t().unflatten(1, (n, n)),
+            cosine=CosineScore(attention.logit_scale, max=math.log(1.0 / 0.01)),
+            dropout_p=dropout_rate(attention.attn_drop),
+        )
+        return attention.proj_drop(attention.proj(x))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        fits = self.dynamic_mask or not any(self.shift_size) or tuple(x.shape[1:3]) == tuple(self.feat_size)
+        if not fits:
+            return type(self).forward(self, x)
+        x = x + self.drop_path1(self.norm1(attend(self, x)))
+        tokens = x.flatten(1, 2)
+        tokens = tokens + self.drop_path2(self.norm2(self.mlp(tokens)))
+        return self.norm3(tokens).view(x.shape)
+
+    refused = _timm_windows.version() or part_refusal(
+        block, {"attn": "WindowMultiHeadAttention", "attn.qkv": nn.Linear}
+    )
+    return refused or shift_refusal(block.window_size, block.shift_size) or forward
+
+
 TABLE = {
     "timm.models.swin_transformer.SwinTransformerBlock": (_swin, "window_attention"),
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": (_swinv2, "window_attention (cosine)"),
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock": (_swinv2_cr, "window_attention (cosine)"),
     **_timm_attention.TABLE,
     **_timm_linear.TABLE,
     **_timm_channels.TABLE,
