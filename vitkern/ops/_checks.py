@@ -136,8 +136,8 @@ def offsets(op: str, name: str, cu: Tensor, total: int, longest: int, limit: str
         raise ValueError(f"{op}: {limit} must be at least the longest sequence ({int(steps.max())}), got {longest}")
 
 
-def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
-    """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L."""
+def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool, own_map: bool = False) -> None:
+    """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L; with `own_map` k and v may have others."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         tensor(op, name, t)
         floating(op, name, t)
@@ -148,9 +148,12 @@ def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
     for name, t in (("k", k), ("v", v)):
         if t.dim() != q.dim():
             raise ValueError(f"{op}: {name} must have the rank of q ({q.dim()}), got {t.dim()}")
-        if t.shape[:-2] != q.shape[:-2]:
+        like, of = (k, "k") if own_map and name == "v" else (q, "q")
+        same = slice(0, 1) if own_map and name == "k" else slice(0, -2)
+        if t.shape[same] != like.shape[same]:
+            what = "batch" if same.stop == 1 else "batch and map"
             raise ValueError(
-                f"{op}: {name} must have the batch and map of q, {list(q.shape[:-2])}, got {list(t.shape[:-2])}"
+                f"{op}: {name} must have the {what} of {of}, {list(like.shape[same])}, got {list(t.shape[same])}"
             )
         on_device(op, name, t, "q", q.device)
         if same_dtype and t.dtype != q.dtype:
@@ -165,9 +168,10 @@ def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool) -> None:
     for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
         if not 1 <= width <= 256:
             raise ValueError(f"{op}: the head size of {name} must be 1 to 256, got {width}")
-    for axis, length in enumerate(q.shape[1:-2]):
-        if length < 1:
-            raise ValueError(f"{op}: axis {axis} of the map must have at least one token, got {length}")
+    for t in (q, k):
+        for axis, length in enumerate(t.shape[1:-2]):
+            if length < 1:
+                raise ValueError(f"{op}: axis {axis} of the map must have at least one token, got {length}")
 
 
 def per_axis(op: str, name: str, value: Any, axes: int) -> tuple[int, ...]:
