@@ -161,6 +161,12 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return v.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+def _triton() -> Any:
+    from vitkern.triton_kernels import sampled_window_attention as kernels
+
+    return kernels
+
+
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:
     return _call.explanation(NAME, OP, _lower(*args, **options), backend)
 
@@ -182,7 +188,7 @@ OP = _Sampled(
     batched=6,
     definition=definition,
     fake=_fake,
-    gpu=Gpu(),
+    gpu=Gpu(_triton),
     outputs=("out",),
 )
 OP.register()

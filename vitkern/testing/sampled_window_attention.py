@@ -164,12 +164,12 @@ def small() -> list[Call]:
         make(15, (4, 4), (2, 2), places="outside"),
         make(16, (4, 4), (2, 2), batch=0, bias="dense", groups=2),
         make(17, (3, 3), (2, 3), d=256, samples=9),
-        make(18, (8, 8), (2, 2), batch=40, heads=1, d=3, bias="dense"),
+        make(18, (2, 1), (2, 1), batch=34, heads=1, d=3, bias="dense"),
     ]
 
 
 def sizes() -> list[Call]:
-    shapes = ((3, (6, 7), (5, 9)), (5, (7, 8), (9, 6)), (4, (9, 5), (7, 11)))
+    shapes = ((7, (20, 13), (9, 11)), (5, (18, 10), (7, 12)), (3, (22, 19), (10, 9)))  # no two sides are equal
     return [make(1, lengths, (2, 3), key_lengths=keys, batch=batch, bias="table") for batch, lengths, keys in shapes]
 
 

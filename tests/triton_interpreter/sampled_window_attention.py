@@ -1,0 +1,59 @@
+"""sampled_window_attention in Triton, interpreted on the CPU, against the reference in float64. Run by tests/test_triton.py."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gpu_path import tokens_on_gpu
+
+from vitkern import testing
+from vitkern.testing.sampled_window_attention import make
+from vitkern.triton_kernels import _sampled_tiles
+from vitkern.triton_kernels import sampled_window_attention as kernels
+from vitkern.triton_kernels import sampled_window_attention_bwd as gradients
+
+ENTRY = testing.entries()["sampled_window_attention"]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(_sampled_tiles, "CONFIGS", ((4, 256, 64, 64, 4),))  # a program costs milliseconds here
+    monkeypatch.setattr(gradients, "BIAS_PROGRAMS", 4)
+    with tokens_on_gpu("triton"):
+        yield
+
+
+@pytest.mark.parametrize("call", ENTRY.small(), ids=lambda c: f"number{c.seed}")
+def test_small_calls(call):
+    dtype = (torch.float32, torch.float16)[call.seed % 2]  # the interpreter is slow
+    testing.assert_matches(ENTRY, call, dtype, "triton")
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2, 3))
+def test_sampled_calls(seed):
+    testing.assert_matches(ENTRY, ENTRY.draw(random.Random(f"triton {seed}")), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("bias", ["dense", "given", "index"])
+def test_more_than_one_tile(bias, monkeypatch):
+    monkeypatch.setattr(_sampled_tiles, "CONFIGS", ((4, 256, 16, 16, 4),))
+    call = make(1, (9, 7), (7, 5), heads=2, kv_heads=1, groups=2, d=6, bias=bias, places="special", exact=True, batch=1)
+    testing.assert_matches(ENTRY, call, torch.float32, "triton")
+
+
+def test_refusals_are_sentences():
+    x, c = torch.zeros(1, 1, 1, 1, 300, dtype=torch.float64), torch.zeros(1, 1, 1, 1, 1, 2, dtype=torch.float64)
+    assert kernels.supported(x, x, x, c, None, None, c, None, [1, 1], 1.0, False) == [
+        "q, k, v must share float32, bfloat16 or float16, got torch.float64, torch.float64, torch.float64",
+        "the head size of q must lie in 1..256, got 300",
+        "the head size of v must lie in 1..256, got 300",
+        "coords must be float32, bfloat16 or float16, got torch.float64",
+        "bias must be float32, bfloat16 or float16, got torch.float64",
+    ]
+    far = torch.zeros(()).expand(1, 2**24, 1, 1, 4)
+    why = kernels.supported(far, far, far, c.float(), None, None, None, None, [1, 1], 1.0, False)
+    assert why == ["a map must have sides below 2^24 and fewer than 2^31 cells"]
