@@ -9,14 +9,18 @@ from test_triton_compile import caught, compile_all, pytestmark  # noqa: E402, F
 from vitkern.triton_kernels import deformable_attention, sampled_window_attention, sampled_window_attention_bwd  # noqa: E402
 
 CASES = {
-    "VSA": dict(index=True),
+    "VSA": dict(index=True, heads=3, kv_heads=3, groups=3, d=32),
     "RVSA": dict(groups=8, of_window=True),
-    "everything": dict(window=(3, 5), samples=40, groups=4, apart=True, mask=True, heads=4, kv_heads=2, d=24, bias=True),
+    "RVSA-128": dict(groups=8, of_window=True, d=128),
+    "everything": dict(
+        window=(3, 5), samples=40, groups=4, apart=True, mask=True, heads=4, kv_heads=2, d=24, bias=True
+    ),
     "wide": dict(d=256, groups=1),
 }
 RUNS = [
     ("VSA", 80, torch.bfloat16), ("VSA", 90, torch.float32), ("RVSA", 90, torch.bfloat16), ("RVSA", 80, torch.float32),
-    ("everything", 100, torch.float16), ("wide", 90, torch.float32), ("wide", 80, torch.bfloat16),
+    ("everything", 100, torch.float16), ("everything", 80, torch.float32), ("RVSA-128", 80, torch.float16),
+    ("wide", 90, torch.bfloat16), ("wide", 80, torch.float16),
 ]  # fmt: skip
 
 
@@ -35,7 +39,9 @@ def test_sampled_window_attention_compiles_without_spills(name, capability, dtyp
         args = (q, k, v, coords, coords_v if apart else None, of_window, bias, index, list(window), 1.0, mask)
         sampled_window_attention.bwd(sampled_window_attention.fwd(*args), *args, 127)
 
-    with caught(f"sm{capability}", deformable_attention, sampled_window_attention, sampled_window_attention_bwd) as launches:
+    with caught(
+        f"sm{capability}", deformable_attention, sampled_window_attention, sampled_window_attention_bwd
+    ) as launches:
         launch(**CASES[name])
     seen = compile_all(launches, f"{name}, sm_{capability}, {dtype}", capability)
     assert {"_forward", "_queries", "_samples", "_places", "_cells"} <= seen

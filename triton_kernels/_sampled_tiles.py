@@ -11,9 +11,9 @@ from ._host import DTYPES, device_reasons, power
 from ._tiles import clean, load_rows
 from .deformable_attention import place_of
 
-MAX_WIDTH = 256                         # D and Dv
+MAX_WIDTH = {2: 256, 4: 64}             # D and Dv by the element's bytes; wider products of float32 spill their registers
 CONFIGS = (                             # element bytes and width at most; queries and samples of a tile, warps
-    (2, 64, 64, 32, 8), (2, 128, 32, 32, 8), (2, 256, 16, 32, 8), (4, 64, 16, 16, 4), (4, 256, 16, 16, 8),
+    (2, 32, 64, 32, 8), (2, 64, 64, 16, 8), (2, 256, 16, 16, 8), (4, 32, 32, 32, 8), (4, 64, 16, 16, 8),
 )  # fmt: skip
 UNSPECIALIZED = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "coord_strides", "coord_v_strides", "of_strides", "bias_strides",
@@ -23,13 +23,13 @@ UNSPECIALIZED = (
 
 @triton.jit
 def places(
-    coord_ptr, strides, image, wy, wx, head, j, samples, sizes,
+    coord_ptr, strides, image, window, head, j, samples, sizes, counts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Of the samples j: which lie on the map, their left upper cells, and how far behind those they are.
     strides: (image, window row, window column, sample, group, axis); sizes: those of the map of queries, then of the keys'."""
-    at = image.to(tl.int64) * strides[0] + wy.to(tl.int64) * strides[1] + wx.to(tl.int64) * strides[2]
-    at = at + (j.to(tl.int64) * strides[3])[:, None]
+    at = image.to(tl.int64) * strides[0] + (window // counts[1]).to(tl.int64) * strides[1]
+    at = at + (window % counts[1]).to(tl.int64) * strides[2] + (j.to(tl.int64) * strides[3])[:, None]
     real = (j < samples)[:, None]
     if PARTS > 1:
         d = tl.arange(0, BLOCK_D)
@@ -38,6 +38,17 @@ def places(
     elif not SHARED:
         at = at + head.to(tl.int64) * strides[4]
     return place_of(coord_ptr, at, real, strides[5], sizes[2], sizes[3], False, True)
+
+
+@triton.jit
+def value_places(
+    coord_ptr, coord_v_ptr, strides, strides_v, image, window, head, j, samples, sizes, counts,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """The same of the values: their own places, or those of the keys."""
+    if coord_v_ptr is not None:
+        return places(coord_v_ptr, strides_v, image, window, head, j, samples, sizes, counts, DV, BLOCK_DV, PARTS, SHARED)
+    return places(coord_ptr, strides, image, window, head, j, samples, sizes, counts, DV, BLOCK_DV, PARTS, SHARED)
 
 
 @triton.jit
@@ -50,18 +61,18 @@ def sample_rows(
     base = ptr + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
     row, column = top.to(tl.int32), left.to(tl.int32)
     found = tl.zeros([alive.shape[0], BLOCK_D], tl.float32)
-    for a in tl.static_range(2):
-        for b in tl.static_range(2):
-            inside = alive & (row + a >= 0) & (row + a < sizes[2]) & (column + b >= 0) & (column + b < sizes[3])
-            at = (row + a).to(tl.int64) * strides[1] + (column + b).to(tl.int64) * strides[2]
-            corner = tl.load(base + at + (d.to(tl.int64) * strides[4])[None, :], mask=inside & (d < D)[None, :], other=0.0)
-            share_y = fy if a else 1 - fy
-            share_x = fx if b else 1 - fx
-            if SIDE == 1:
-                share_x = 2.0 * b - 1
-            if SIDE == 2:
-                share_y = 2.0 * a - 1
-            found += share_y * share_x * corner.to(tl.float32)
+    for corner in tl.range(4, num_stages=1):                                           # a loop keeps the registers of one corner
+        a, b = corner // 2, corner % 2
+        inside = alive & (row + a >= 0) & (row + a < sizes[2]) & (column + b >= 0) & (column + b < sizes[3])
+        at = (row + a) * strides[1] + (column + b) * strides[2] + (d * strides[4])[None, :]
+        value = tl.load(base + at, mask=inside & (d < D)[None, :], other=0.0)
+        share_y = tl.where(a == 1, fy, 1 - fy)
+        share_x = tl.where(b == 1, fx, 1 - fx)
+        if SIDE == 1:
+            share_x = 2.0 * b - 1
+        if SIDE == 2:
+            share_y = 2.0 * a - 1
+        found += share_y * share_x * value.to(tl.float32)
     return found
 
 
@@ -88,20 +99,22 @@ def load_queries(
 def load_bias(
     of_ptr, bias_ptr, index_ptr, of_strides, bias_strides, index_strides, table_rows, image, window, head, i, j, inside,
 ):  # fmt: skip
-    """Bias [BLOCK_M, BLOCK_N] in float32: of the window, of all windows, or from a table by its index."""
+    """Bias [BLOCK_M, BLOCK_N] in float32: of the window, and of all windows or from a table by its index."""
     i = i.to(tl.int64)[:, None]
     j = j.to(tl.int64)[None, :]
+    value = tl.zeros([inside.shape[0], inside.shape[1]], tl.float32)
     if of_ptr is not None:
         at = image.to(tl.int64) * of_strides[0] + window.to(tl.int64) * of_strides[1] + head.to(tl.int64) * of_strides[2]
-        value = tl.load(of_ptr + at + i * of_strides[3] + j * of_strides[4], mask=inside, other=0.0)
-    elif index_ptr is not None:
+        value += tl.load(of_ptr + at + i * of_strides[3] + j * of_strides[4], mask=inside, other=0.0).to(tl.float32)
+    if index_ptr is not None:
         row = tl.load(index_ptr + i * index_strides[0] + j * index_strides[1], mask=inside, other=0)
         row = tl.minimum(tl.maximum(row, 0), table_rows - 1).to(tl.int64)
-        value = tl.load(bias_ptr + row * bias_strides[0] + head.to(tl.int64) * bias_strides[1], mask=inside, other=0.0)
-    else:
+        at = row * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
+        value += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    elif bias_ptr is not None:
         at = head.to(tl.int64) * bias_strides[0] + i * bias_strides[1] + j * bias_strides[2]
-        value = tl.load(bias_ptr + at, mask=inside, other=0.0)
-    return value.to(tl.float32)
+        value += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -128,11 +141,13 @@ def reasons(q, k, v, coords, coords_v, of_window, bias, interpreted: bool) -> li
     why = device_reasons("q", q, interpreted)
     if any(x.dtype != q.dtype or x.dtype not in DTYPES for x in (q, k, v)):
         why.append(f"q, k, v must share float32, bfloat16 or float16, got {q.dtype}, {k.dtype}, {v.dtype}")
+    most = MAX_WIDTH.get(q.element_size(), 256)
     for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= MAX_WIDTH:
-            why.append(f"the head size of {name} must lie in 1..{MAX_WIDTH}, got {x.shape[-1]}")
-    if max(*q.shape[1:3], *k.shape[1:3]) >= 2**24 or k.shape[1] * k.shape[2] >= 2**31:
-        why.append("a map must have sides below 2^24 and fewer than 2^31 cells")
+        if not 1 <= x.shape[-1] <= most:
+            why.append(f"the head size of {name} must lie in 1..{most} in {x.dtype}, got {x.shape[-1]}")
+    spans = (sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (k, v))
+    if max(*q.shape[1:3], *k.shape[1:3]) >= 2**24 or k.shape[1] * k.shape[2] >= 2**31 or max(spans) >= 2**31:
+        why.append("a map must have sides below 2^24, and an image of k or v must span fewer than 2^31 elements")
     for name, x in (("coords", coords), ("coords_v", coords_v), ("of_window", of_window), ("bias", bias)):
         if x is not None and x.dtype not in DTYPES:
             why.append(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")

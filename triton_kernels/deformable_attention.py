@@ -29,8 +29,8 @@ def _level(table_ptr, level):
 
 @triton.jit
 def place_of(loc_ptr, at, real, axis, height, width, NEAREST: tl.constexpr, PIXELS: tl.constexpr = False):
-    """Which of the places `at` are somewhere, their left upper cells (float), and how far behind those they lie. With PIXELS they count
-    in those, from the centre of the first cell."""
+    """Which of the places `at` are somewhere, their left upper cells (float), and how far behind those they lie. With PIXELS
+    they count in those, from the centre of the first cell."""
     x = tl.load(loc_ptr + at, mask=real, other=0.0).to(tl.float32)
     y = tl.load(loc_ptr + at + axis, mask=real, other=0.0).to(tl.float32)
     if NEAREST:
@@ -297,7 +297,8 @@ def _sum_cells(dvalue, keys, dout, locations, weights, given, shapes, count, nea
 
 
 def scatter(rows: Tensor, locations: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[B, height width, H, D]: rows [B, N, H, D] added to the four cells around locations [B, N, H, 2] in pixels, in a fixed order."""
+    """[B, height width, H, D]: rows [B, N, H, D] added to the four cells around locations [B, N, H, 2] in pixels, in a fixed
+    order."""
     batch, queries, heads, dim = rows.shape
     out = torch.empty((batch, height * width, heads, dim), dtype=dtype, device=rows.device)
     if not rows.numel():

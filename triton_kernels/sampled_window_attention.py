@@ -1,7 +1,8 @@
 """sampled_window_attention on a GPU: the queries of a window attend to samples of a map, read at given places.
 
-The meaning of every argument is that of the reference, vitkern/reference/sampled_window_attention.py. A program takes some queries of
-one window and head and walks its samples with an online softmax; the samples are read from their four corners and stored nowhere.
+The meaning of every argument is that of the reference, vitkern/reference/sampled_window_attention.py. A program takes some
+queries of one window and head and walks its samples with an online softmax; the samples are read from their four corners and
+stored nowhere.
 """
 
 import torch
@@ -18,6 +19,7 @@ from ._sampled_tiles import (
     reasons,
     sample_rows,
     scores,
+    value_places,
     window_count,
 )
 from ._tiles import LOG2E, clean, store_rows
@@ -46,22 +48,17 @@ def _forward(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    bad = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)                                    # values that are not finite, of those who see them
+    bad = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)                                    # who sees a value that is not finite
     for start in tl.range(0, samples, BLOCK_N, num_stages=1):
         j = start + tl.arange(0, BLOCK_N)
         alive, left, top_row, fx, fy = places(
-            coord_ptr, coord_strides, image, window // counts[1], window % counts[1], head, j, samples, sizes, D, BLOCK_D, PARTS, SHARED)
+            coord_ptr, coord_strides, image, window, head, j, samples, sizes, counts, D, BLOCK_D, PARTS, SHARED)
         k = sample_rows(k_ptr, k_strides, image, head // GROUP, alive, left, top_row, fx, fy, sizes, D, BLOCK_D, 0)
         s = scores(q, k, alive, i, j, real, samples, scale, of_ptr, bias_ptr, index_ptr, of_strides, bias_strides, index_strides,
                    table_rows, image, window, head, MASK)                              # [BLOCK_M, BLOCK_N]
-        if coord_v_ptr is not None:
-            alive, left, top_row, fx, fy = places(
-                coord_v_ptr, coord_v_strides, image, window // counts[1], window % counts[1], head, j, samples, sizes,
-                DV, BLOCK_DV, PARTS, SHARED)
-        elif PARTS > 1:
-            alive, left, top_row, fx, fy = places(
-                coord_ptr, coord_strides, image, window // counts[1], window % counts[1], head, j, samples, sizes,
-                DV, BLOCK_DV, PARTS, SHARED)
+        alive, left, top_row, fx, fy = value_places(
+            coord_ptr, coord_v_ptr, coord_strides, coord_v_strides, image, window, head, j, samples, sizes, counts,
+            DV, BLOCK_DV, PARTS, SHARED)
         v = sample_rows(v_ptr, v_strides, image, head // GROUP, alive, left, top_row, fx, fy, sizes, DV, BLOCK_DV, 0)
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)

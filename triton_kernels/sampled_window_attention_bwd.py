@@ -1,7 +1,7 @@
 """Gradients of sampled_window_attention on a GPU; see sampled_window_attention.py.
 
-No atomics: a first kernel leaves every query's log-sum and mean slope and writes dq, a second the gradients of a window's sampled keys and
-values and of its places, which deformable attention's sort adds to the maps; the bias is summed over windows by chunks.
+No atomics: a first kernel leaves every query's log-sum and mean slope and writes dq, a second the gradients of a window's sampled
+keys and values and of its places, which deformable attention's sort adds to the maps; the bias is summed over windows by chunks.
 """
 
 import torch
@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._reduce import add_parts, table_gradient
-from ._sampled_tiles import UNSPECIALIZED, arguments, load_queries, places, query_rows, sample_rows, scores, window_count
+from ._sampled_tiles import (
+    UNSPECIALIZED,
+    arguments,
+    load_queries,
+    places,
+    query_rows,
+    sample_rows,
+    scores,
+    value_places,
+    window_count,
+)
 from ._tiles import LN2, LOG2E, clean, store_rows
 from .deformable_attention import scatter
 
@@ -28,18 +38,13 @@ def _tile(
 ):  # fmt: skip
     """Scores and dP [BLOCK_M, BLOCK_N], and the sampled keys and values as the products take them."""
     alive, left, top, fx, fy = places(
-        coord_ptr, coord_strides, image, window // counts[1], window % counts[1], head, j, samples, sizes, D, BLOCK_D, PARTS, SHARED)
+        coord_ptr, coord_strides, image, window, head, j, samples, sizes, counts, D, BLOCK_D, PARTS, SHARED)
     k = sample_rows(k_ptr, k_strides, image, head // GROUP, alive, left, top, fx, fy, sizes, D, BLOCK_D, 0)
     s = scores(q, k, alive, i, j, real, samples, scale, of_ptr, bias_ptr, index_ptr, of_strides, bias_strides, index_strides,
                table_rows, image, window, head, MASK)
-    if coord_v_ptr is not None:
-        alive, left, top, fx, fy = places(
-            coord_v_ptr, coord_v_strides, image, window // counts[1], window % counts[1], head, j, samples, sizes,
-            DV, BLOCK_DV, PARTS, SHARED)
-    elif PARTS > 1:
-        alive, left, top, fx, fy = places(
-            coord_ptr, coord_strides, image, window // counts[1], window % counts[1], head, j, samples, sizes,
-            DV, BLOCK_DV, PARTS, SHARED)
+    alive, left, top, fx, fy = value_places(
+        coord_ptr, coord_v_ptr, coord_strides, coord_v_strides, image, window, head, j, samples, sizes, counts,
+        DV, BLOCK_DV, PARTS, SHARED)
     v = clean(sample_rows(v_ptr, v_strides, image, head // GROUP, alive, left, top, fx, fy, sizes, DV, BLOCK_DV, 0)).to(q.dtype)
     dp = tl.dot(dout.to(q.dtype), tl.trans(v), input_precision="ieee")
     return s, dp, clean(k).to(q.dtype), v
@@ -167,23 +172,21 @@ def _samples(
         _store_rows(dk_ptr, image, window, head, j, windows, samples, heads, dk, D, BLOCK_D, GROUP)
     if dv_ptr is not None:
         _store_rows(dv_ptr, image, window, head, j, windows, samples, heads, dv, DV, BLOCK_DV, GROUP)
-    wy, wx = window // counts[1], window % counts[1]
     to = ((unit.to(tl.int64) * samples + j) * heads + head) * PARTS
     if dplace_ptr is not None:
-        alive, left, top, fx, fy = places(coord_ptr, coord_strides, image, wy, wx, head, j, samples, sizes, D, BLOCK_D, PARTS, SHARED)
+        alive, left, top, fx, fy = places(
+            coord_ptr, coord_strides, image, window, head, j, samples, sizes, counts, D, BLOCK_D, PARTS, SHARED)
         for side in tl.static_range(2):
             slope = dk * sample_rows(k_ptr, k_strides, image, head // GROUP, alive, left, top, fx, fy, sizes, D, BLOCK_D, 1 + side)
             for part in tl.static_range(PARTS):
                 tl.store(dplace_ptr + (to + part) * 2 + side, _part_sums(slope, part, D, BLOCK_D, PARTS), mask=j < samples)
     if dplace_v_ptr is not None:
-        if coord_v_ptr is not None:
-            alive, left, top, fx, fy = places(
-                coord_v_ptr, coord_v_strides, image, wy, wx, head, j, samples, sizes, DV, BLOCK_DV, PARTS, SHARED)
-        else:
-            alive, left, top, fx, fy = places(
-                coord_ptr, coord_strides, image, wy, wx, head, j, samples, sizes, DV, BLOCK_DV, PARTS, SHARED)
+        alive, left, top, fx, fy = value_places(
+            coord_ptr, coord_v_ptr, coord_strides, coord_v_strides, image, window, head, j, samples, sizes, counts,
+            DV, BLOCK_DV, PARTS, SHARED)
         for side in tl.static_range(2):
-            slope = dv * sample_rows(v_ptr, v_strides, image, head // GROUP, alive, left, top, fx, fy, sizes, DV, BLOCK_DV, 1 + side)
+            slope = dv * sample_rows(
+                v_ptr, v_strides, image, head // GROUP, alive, left, top, fx, fy, sizes, DV, BLOCK_DV, 1 + side)
             for part in tl.static_range(PARTS):
                 tl.store(dplace_v_ptr + (to + part) * 2 + side, _part_sums(slope, part, DV, BLOCK_DV, PARTS), mask=j < samples)
 
@@ -270,9 +273,9 @@ def bwd(
         _bias[(heads * blocks * tiles * chunks,)](**given, part_ptr=sums, total=units, chunks=chunks)
         if wanted[5]:
             grads[5] = sums.view(of_window.shape).to(of_window.dtype)
-        elif index is None:
+        if wanted[6] and index is None:
             grads[6] = add_parts(sums, bias.dtype)
-        else:
+        elif wanted[6]:
             grads[6] = table_gradient(add_parts(sums, torch.float32), index, bias.shape[0], bias.dtype)
     return tuple(grads)
 

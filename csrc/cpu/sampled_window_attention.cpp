@@ -109,7 +109,6 @@ struct Run {
   // The bias of every window as [H][K][padded]: a dense one [H, N, K], or a table [R, H] by its index [N, K].
   template <typename Acc>
   void set_bias(const Tensor& given, const OptTensor& index) {
-    check(!p.of_window.data, kOp, "a bias is one of every window or one of all");
     Acc* out = block<Acc>(bias, int64_t(p.heads) * p.samples * p.padded);
     p.bias = out;
     const auto s = given.strides();

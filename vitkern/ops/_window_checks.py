@@ -112,7 +112,9 @@ def check_bias(op: str, bias: Any, q: Tensor, window: tuple[int, ...], keys: int
                 raise ValueError(f"{op}: bias.index must be on the device of q ({q.device}), got {bias.index.device}")
             return
         if keys != n:
-            raise ValueError(f"{op}: bias without an index needs as many samples as a window has queries ({n}), got {keys}")
+            raise ValueError(
+                f"{op}: bias without an index needs as many samples as a window has queries ({n}), got {keys}"
+            )
         sides = tuple(bias.grid or window)
         if math.prod(sides) != n:
             raise ValueError(f"{op}: bias.grid must have the tokens of the window ({n}), got {list(sides)}")

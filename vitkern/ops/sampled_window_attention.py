@@ -25,16 +25,17 @@ def sampled_window_attention(
     window_size: int | tuple[int, int],
     coords: Tensor,
     *,
-    bias: Tensor | RelativePosition | DecomposedRelativePosition | None = None,
+    bias: Any = None,
     scale: float | None = None,
     out_of_range: str = "zero",
     coords_v: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Attention of the queries of a window to samples of a map: varied-size windows (VSA, Zhang et al. 2022; RVSA, Wang et al. 2022).
+    r"""Attention of the queries of a window to samples of a map: varied-size windows (VSA, Zhang et al. 2022; RVSA, Wang et al.
+    2022).
 
-    ``o_i = sum_j softmax_j(scale q_i.k~_j + bias_ij) v~_j``, where ``k~_j`` and ``v~_j`` are the bilinear means of the four cells around
-    a place, cells outside the map 0. The samples are never stored for a whole map in the forward.
+    ``o_i = sum_j softmax_j(scale q_i.k~_j + bias_ij) v~_j``, where ``k~_j`` and ``v~_j`` are the bilinear means of the four
+    cells around a place, cells outside the map 0. The samples are never stored for a whole map in the forward.
 
     Args:
         q: ``[B, H, W, heads, D]``, any strides, cut into windows without a shift; a map that they do not divide has smaller ones at
@@ -42,20 +43,22 @@ def sampled_window_attention(
         k: ``[B, Hk, Wk, kv_heads, D]``: a map of its own size; kv_heads divides heads (grouped queries).
         v: ``[B, Hk, Wk, kv_heads, Dv]``.
         window_size: ``(wy, wx)`` in cells of q, or one int for both; N = wy wx.
-        coords: ``[B, nWy, nWx, K, G, 2]``, the K places of every window as (x, y) in pixels of k's map, 0 the centre of the first column
-            and row. G is 1 (all heads share them), heads, or ``heads * r``: group ``h r + m`` serves the m-th r-th of the channels of
-            head h. Any strides; they are computed in float32 at least, whatever the dtype of q.
+        coords: ``[B, nWy, nWx, K, G, 2]``, the K places of every window as (x, y) in pixels of k's map, 0 the centre of the
+            first column and row. G is 1 (all heads share them), heads, or ``heads * r``: group ``h r + m`` serves the m-th r-th
+            of the channels of head h. Any strides; they are computed in float32 at least, whatever the dtype of q.
         bias: added to the scores: a tensor that broadcasts to ``[heads, N, K]``; :class:`vitkern.bias.RelativePosition` between
             positions inside the window, as if sample j stood where query j does (K = N, or with an index ``[N, K]``); or
-            :class:`vitkern.bias.DecomposedRelativePosition` likewise, which is stored as ``[B, windows, heads, N, K]``.
+            :class:`vitkern.bias.DecomposedRelativePosition` likewise, which is stored as ``[B, windows, heads, N, K]``. Or a
+            list of one decomposed and one other.
         scale: factor of the scores, default ``D ** -0.5``.
-        out_of_range: what a sample a whole cell outside the map, or at a place that is not finite, is: ``"zero"`` a zero key and value
-            that takes part, ``"mask"`` hidden (with groups of a head: where all its places in k are such).
+        out_of_range: what a sample a whole cell outside the map, or at a place that is not finite, is: ``"zero"`` a zero key and
+            value that takes part, ``"mask"`` hidden (with groups of a head: where all its places in k are such).
         coords_v: places of v, if not those of k. Same shape.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; raises with all reasons if it cannot run.
 
     Returns:
-        ``[B, H, W, heads, Dv]`` in the dtype of v. Gradients go to q, k, v, the places and the bias; they are the same bits in every run.
+        ``[B, H, W, heads, Dv]`` in the dtype of v. Gradients go to q, k, v, the places and the bias; they are the same bits in
+        every run.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
@@ -115,16 +118,27 @@ def _check_coords(name: str, coords: Any, q: Tensor, k: Tensor, v: Tensor, windo
 def _bias(bias: Any, q: Tensor, window: tuple[int, ...], samples: int) -> tuple[Any, Any, Any]:
     """A bias of every window [B, nW, heads, N, K], one of all [heads, N, K] or a table, and the table's index."""
     n, heads = math.prod(window), q.shape[3]
-    if isinstance(bias, DecomposedRelativePosition):
-        _check_decomposed(bias, q, n, samples)
+    given = list(bias) if isinstance(bias, (list, tuple)) else [bias]
+    decomposed = [b for b in given if isinstance(b, DecomposedRelativePosition)]
+    others = [b for b in given if not isinstance(b, DecomposedRelativePosition)]
+    if len(decomposed) > 1 or len(others) > 1:
+        kinds = [type(b).__name__ for b in given]
+        raise ValueError(
+            f"{NAME}: a list as bias must hold at most one DecomposedRelativePosition and one other, got {kinds}"
+        )
+    of_window, shared, index = None, others[0] if others else None, None
+    for b in decomposed:
+        _check_decomposed(b, q, n, samples)
         token, _, _ = geometry(list(q.shape[1:3]), window, (0, 0), False, q.device)
         rows = gather(q, token, None).flatten(0, 1).transpose(1, 2)  # [B nW, N, heads, D]
-        dense = bias.dense(rows, rows).expand(rows.shape[0], heads, n, samples)
-        return dense.unflatten(0, (q.shape[0], len(token))), None, None
-    check_bias(NAME, bias, q, window, samples)
-    if isinstance(bias, RelativePosition):
-        return None, bias.table, bias.rows(tuple(window), q.device)
-    return None, None if bias is None else bias.expand(heads, n, samples), None
+        dense = b.dense(rows, rows).expand(rows.shape[0], heads, n, samples)
+        of_window = dense.unflatten(0, (q.shape[0], len(token)))
+    check_bias(NAME, shared, q, window, samples)
+    if isinstance(shared, RelativePosition):
+        shared, index = shared.table, shared.rows(tuple(window), q.device)
+    elif shared is not None:
+        shared = shared.expand(heads, n, samples)
+    return of_window, shared, index
 
 
 def _check_decomposed(bias: DecomposedRelativePosition, q: Tensor, n: int, samples: int) -> None:

@@ -6,7 +6,7 @@
 (x, y) are pixels of the map of k and v, 0 the centre of the first column and row. The corners around a place that lie outside the map
 count 0. A place that is not finite, or outside (-1, size), gives k~ = v~ = 0 and has gradient 0; with `mask` a sample whose places in k
 are all such is hidden. Places are float32 (float64 beside float64), k~ and v~ are rounded to the dtype of q. A NaN or infinity in k~
-makes the rows that see it NaN; one in v~ makes them NaN in that channel. A row that sees nothing gives 0.
+makes the rows that see it NaN; one in v~ makes them NaN in that channel. A row that sees nothing gives 0. A corner of weight 0 is read.
 """
 
 import math
@@ -49,7 +49,9 @@ def sampled_window_attention(
         s = s.masked_fill(~seen[:, :, :, None], -math.inf)  # [B, nW, heads, N, K]
     unseen = s == -math.inf  # [B, nW, heads, N, K]
     empty = unseen.all(-1, keepdim=True)  # [B, nW, heads, N, 1]
-    top = s.detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)  # [B, nW, heads, N, 1] the result does not depend on it
+    top = (
+        s.detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)
+    )  # [B, nW, heads, N, 1] the result does not depend on it
     e = (s - top).exp()  # [B, nW, heads, N, K]
     p = e / e.sum(-1, keepdim=True).masked_fill(empty, 1.0)  # [B, nW, heads, N, K]
     finite = vw.isfinite()  # [B, nW, heads, K, Dv]

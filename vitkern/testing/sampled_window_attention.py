@@ -38,8 +38,9 @@ def make(
     **options: Any,
 ) -> Call:
     """A call in float64. `groups`: 1, heads or heads r; `apart`: v has its own places; `bias`: none, dense, row, table, index,
-    decomposed, given (decomposed of every query) or hiding (a few -inf); `places`: "spread" over and around the map, "special" ones among
-    them, on the "grid" of quarters, "outside", or "one" for all samples; `layout`: of q, k and v, or "turned" places."""
+    decomposed, given (decomposed of every query), both (a table too) or hiding (a few -inf); `places`: "spread" over and around
+    the map, "special" ones among them, on the "grid" of quarters, "outside", or "one" for all samples; `layout`: of q, k and v,
+    or "turned" places."""
     g = torch.Generator().manual_seed(number)
     key_lengths, kv_heads, dv = key_lengths or lengths, kv_heads or heads, dv or d
     n = math.prod(window)
@@ -57,15 +58,15 @@ def make(
         spread = torch.rand((batch, *counts, samples, groups, 2), generator=g, dtype=torch.float64)
         tensors[name] = _placed(places, spread * (size + 3) - 2, g)
     parameters = set(PLACES) if exact else set()
-    if bias == "table":
+    if bias in ("table", "both"):
         tensors["table"] = normal(table_rows(window, "query-key"), heads)
     elif bias == "index":
         tensors["table"] = normal(5, heads)
         tensors["index"] = torch.randint(0, 5, (n, samples), generator=g, dtype=torch.int32)
-    elif bias in ("decomposed", "given"):
+    if bias in ("decomposed", "given", "both"):
         for name, side in zip(("rel_h", "rel_w"), window, strict=True):
-            tensors[name] = normal(2 * side - 1, d) if bias == "decomposed" else normal(1, n, heads, side)
-    elif bias != "none":
+            tensors[name] = normal(2 * side - 1, d) if bias != "given" else normal(1, n, heads, side)
+    elif bias not in ("none", "table", "index"):
         tensors["bias"] = normal(heads if bias != "row" else 1, n if bias != "row" else 1, samples)
         if bias == "hiding":
             tensors["bias"][torch.rand(tensors["bias"].shape, generator=g) < 0.3] = -math.inf
@@ -80,6 +81,9 @@ def make(
         elif bias in ("decomposed", "given"):
             grid = window if bias == "decomposed" else None
             kwargs["bias"] = DecomposedRelativePosition(t["rel_h"], t["rel_w"], grid, window)
+        elif bias == "both":
+            decomposed = DecomposedRelativePosition(t["rel_h"], t["rel_w"], window, window)
+            kwargs["bias"] = [decomposed, RelativePosition(t["table"])]
         elif bias != "none":
             kwargs["bias"] = t["bias"]
         where = [t[name] for name in ("coords", "coords_v") if name in t]
@@ -91,9 +95,19 @@ def make(
         return (*maps, window, where[0]), kwargs
 
     facts = {"L": lengths, "w": window, "Lk": key_lengths, "B": batch, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv}
-    facts |= {"K": samples, "G": groups, "apart": apart, "bias": bias, "places": places, "layout": layout, "exact": exact}
+    facts |= {
+        "K": samples,
+        "G": groups,
+        "apart": apart,
+        "bias": bias,
+        "places": places,
+        "layout": layout,
+        "exact": exact,
+    }
     text = label(number, facts | options)
-    return Call(text, vitkern.sampled_window_attention, build, tensors, frozenset(parameters), expanded_gradient, number)
+    return Call(
+        text, vitkern.sampled_window_attention, build, tensors, frozenset(parameters), expanded_gradient, number
+    )
 
 
 def _placed(kind: str, where: Tensor, g: torch.Generator) -> Tensor:
@@ -104,7 +118,9 @@ def _placed(kind: str, where: Tensor, g: torch.Generator) -> Tensor:
     if kind == "one":
         return where[:1, :1, :1, :1, :1].expand_as(where).clone()
     if kind == "special":
-        odd = torch.tensor([math.nan, math.inf, -math.inf, 1e20, -1e20, 3e38, 0.0, -1.0, -0.5, 1.0], dtype=torch.float64)
+        odd = torch.tensor(
+            [math.nan, math.inf, -math.inf, 1e20, -1e20, 3e38, 0.0, -1.0, -0.5, 1.0], dtype=torch.float64
+        )
         chosen = odd[torch.randint(0, len(odd), where.shape, generator=g)]
         return torch.where(torch.rand(where.shape, generator=g) < 0.3, chosen, where)
     return where
@@ -117,7 +133,7 @@ def draw(rng: random.Random) -> Call:
     parts = rng.choice((1, 1, 1, 2, 3))
     groups = rng.choice((1, heads, heads * parts)) if heads > 1 else rng.choice((1, parts))
     unit = max(groups // heads, 1)
-    bias = rng.choice(("none", "dense", "row", "table", "index", "decomposed", "given", "hiding"))
+    bias = rng.choice(("none", "dense", "row", "table", "index", "decomposed", "given", "both", "hiding"))
     free = bias in ("none", "dense", "row", "index", "hiding")
     widths = [w for w in (1, 6, 8, 10, 12, 15, 16, 24, 30, 32, 48, 64, 72, 96, 128, 256) if w % unit == 0]
     layout = rng.choice(("plain", "plain", "packed", "heads", "channels", "batch", "turned"))
@@ -164,6 +180,7 @@ def small() -> list[Call]:
         make(15, (4, 4), (2, 2), places="outside"),
         make(16, (4, 4), (2, 2), batch=0, bias="dense", groups=2),
         make(17, (3, 3), (2, 3), d=256, samples=9),
+        make(19, (5, 4), (4, 3), d=5, bias="both", places="grid", batch=3),
         make(18, (2, 1), (2, 1), batch=34, heads=1, d=3, bias="dense"),
     ]
 
