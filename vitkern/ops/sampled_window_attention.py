@@ -25,7 +25,7 @@ def sampled_window_attention(
     window_size: int | tuple[int, int],
     coords: Tensor,
     *,
-    bias: Any = None,
+    bias: Tensor | RelativePosition | DecomposedRelativePosition | list[Any] | None = None,
     scale: float | None = None,
     out_of_range: str = "zero",
     coords_v: Tensor | None = None,
