@@ -13,7 +13,7 @@ from .deformable_attention import place_of
 
 MAX_WIDTH = {2: 256, 4: 64}             # D and Dv by the element's bytes; wider products of float32 spill their registers
 CONFIGS = (                             # element bytes and width at most; queries and samples of a tile, warps
-    (2, 32, 64, 32, 8), (2, 64, 64, 16, 8), (2, 256, 16, 16, 8), (4, 32, 32, 32, 8), (4, 64, 16, 16, 8),
+    (2, 32, 64, 32, 8), (2, 64, 64, 16, 8), (2, 256, 16, 16, 8), (4, 32, 32, 16, 8), (4, 64, 16, 16, 8),
 )  # fmt: skip
 UNSPECIALIZED = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "coord_strides", "coord_v_strides", "of_strides", "bias_strides",

@@ -153,6 +153,7 @@ def _samples(
     j = tl.program_id(0) // heads % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    bad = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)                                    # seen by a dout that is not finite
     for first in tl.range(0, WINDOW[0] * WINDOW[1], BLOCK_M, num_stages=1):
         i, y, x, real = query_rows(first, window, WINDOW, BLOCK_M, sizes, counts)
         q = load_queries(q_ptr, q_strides, image, head, y, x, real, D, BLOCK_D)
@@ -166,8 +167,13 @@ def _samples(
         delta = tl.load(delta_ptr + at, mask=i < WINDOW[0] * WINDOW[1], other=0.0)
         p, ds = _slopes(s, dp, lse, delta)
         dk += tl.dot(tl.trans(ds.to(q.dtype)), clean(q), input_precision="ieee")
-        dv += tl.dot(tl.trans(p.to(q.dtype)), dout.to(q.dtype), input_precision="ieee")
+        dv += tl.dot(tl.trans(p.to(q.dtype)), clean(dout).to(q.dtype), input_precision="ieee")
+        broken = tl.where(tl.abs(dout.to(tl.float32)) < float("inf"), 0.0, 1.0)
+        if tl.sum(broken) > 0:
+            seen = tl.where(s == float("-inf"), 0.0, 1.0).to(tl.float16)
+            bad += tl.dot(tl.trans(seen), broken.to(tl.float16))
     dk *= scale
+    dv = tl.where(bad > 0.0, float("nan"), dv)
     if dk_ptr is not None:
         _store_rows(dk_ptr, image, window, head, j, windows, samples, heads, dk, D, BLOCK_D, GROUP)
     if dv_ptr is not None:

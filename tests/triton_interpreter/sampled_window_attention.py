@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_path import tokens_on_gpu
 
+import vitkern
 from vitkern import testing
 from vitkern.testing.sampled_window_attention import make
 from vitkern.triton_kernels import _sampled_tiles
@@ -44,6 +45,30 @@ def test_more_than_one_tile(bias, monkeypatch):
     monkeypatch.setattr(_sampled_tiles, "CONFIGS", ((4, 256, 16, 16, 4),))
     call = make(1, (9, 7), (7, 5), heads=2, kv_heads=1, groups=2, d=6, bias=bias, places="special", exact=True, batch=1)
     testing.assert_matches(ENTRY, call, torch.float32, "triton")
+
+
+def test_what_is_not_finite_stays_with_those_who_see_it():
+    """Query 2 does not see sample 0, the only one that reads the first cell."""
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 2, 2, 1, 4, generator=g) for _ in range(3)]
+    y, x = torch.meshgrid(torch.arange(2.0), torch.arange(2.0), indexing="ij")
+    places, bias = torch.stack((x, y), -1).view(1, 1, 1, 4, 1, 2), torch.zeros(1, 4, 4)
+    bias[0, 2, 0] = -torch.inf
+    for at, cell in ((0, (0, 1, 0, 0, 1)), (1, (0, 0, 0, 0, 3)), (2, (0, 0, 0, 0, 3)), (None, (0, 1, 0, 0, 1))):
+        leaves = [t.clone() for t in tensors]
+        if at is not None:
+            leaves[at][cell] = torch.nan
+        leaves = [t.requires_grad_() for t in leaves]
+        out = vitkern.sampled_window_attention(*leaves, 2, places, bias=bias, backend="triton")
+        upstream = torch.ones_like(out)
+        if at is None:
+            upstream[cell] = torch.nan
+        dk, dv = torch.autograd.grad(out, leaves[1:], upstream)
+        if at in (0, None):  # a query or its gradient: the cell that it does not see knows nothing of it
+            assert dk[0, 0, 0].isfinite().all() and dv[0, 0, 0].isfinite().all()
+            assert dk[0, 0, 1].isnan().any() and dv[0, 0, 1].isnan().any()
+        else:
+            assert out[0, 1, 0].isfinite().all() and out[0, 0, :, 0, 3].isnan().all()
 
 
 def test_refusals_are_sentences():
