@@ -49,6 +49,7 @@ CPU_SOURCES = [
     "csrc/cpu/cluster_kmeans.cpp",
     "csrc/cpu/reconstruct_tokens.cpp",
     "csrc/cpu/deformable_attention.cpp",
+    "csrc/cpu/sampled_window_attention.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/window_attention.cu",

@@ -30,6 +30,7 @@ SECTIONS = {  # section -> the ops that it checks; those with a file in benchmar
     "channel": ("channel_attention",),
     "scan": ("selective_scan",),
     "deformable": ("deformable_attention",),
+    "sampled": ("sampled_window_attention",),
     "neighborhood": ("neighborhood_attention", "neighborhood_qk", "neighborhood_av"),
     "merge": (
         "bipartite_match",

@@ -321,7 +321,7 @@ REFUSALS = [
     ("rank", TypeError, "q must be a tensor, got NoneType", lambda: (None, Q, Q, 3), {}),
     ("rank 3", ValueError, r"q must have shape .* got \[2, 6, 8\]", lambda: (torch.zeros(2, 6, 8),) * 3 + (3,), {}),
     ("rank of k", ValueError, r"k must have the rank of q \(5\), got 4", lambda: (Q, Q[:, 0], Q, 3), {}),
-    ("map of k", ValueError, r"v must have the batch of q \(2\) and one map with k, got \[2, 6, 6\]", lambda: (Q, Q[:, :5], Q, 3), {}),
+    ("map of k", ValueError, r"v must have the batch and map of k, \[2, 5, 6\], got \[2, 6, 6\]", lambda: (Q, Q[:, :5], Q, 3), {}),
     ("heads", ValueError, r"heads of k must divide the heads of q \(2\), got 3", lambda: (Q, torch.zeros(2, 6, 6, 3, 8), Q, 3), {}),
     ("heads of v", ValueError, r"v must have the heads of k \(2\), got 1", lambda: (Q, Q, Q[..., :1, :], 3), {}),
     ("head size", ValueError, r"k must have the head size of q \(8\), got 4", lambda: (Q, Q[..., :4], Q, 3), {}),

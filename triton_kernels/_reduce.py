@@ -72,16 +72,16 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def table_gradient(dense: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """[R, H]: the sums of dense [H, N, N] over the entries of index [N, N] that name each row."""
-    heads, n, _ = dense.shape
+    """[R, H]: the sums of dense [H, N, K] over the entries of index [N, K] that name each row."""
+    heads, queries, n = dense.shape
     out = torch.empty((rows, heads), dtype=dtype, device=dense.device)
-    if rows * n * n <= SCAN_LIMIT:
+    if rows * queries * n <= SCAN_LIMIT:
         _scan_table[(heads * triton.cdiv(rows, 16),)](
-            dense, index, out, n * n, rows, heads, n, index.stride(0), index.stride(1),
+            dense, index, out, queries * n, rows, heads, n, index.stride(0), index.stride(1),
             BLOCK_R=16, BLOCK=256, num_warps=4, enable_fp_fusion=True)
         return out
     named, order = torch.sort(index.clamp(0, rows - 1).flatten(), stable=True)
     first = torch.searchsorted(named, torch.arange(rows + 1, dtype=named.dtype, device=named.device))
     _gather_table[(heads * rows,)](
-        dense, order, first, out, n * n, heads, BLOCK=512, num_warps=4, enable_fp_fusion=True)
+        dense, order, first, out, queries * n, heads, BLOCK=512, num_warps=4, enable_fp_fusion=True)
     return out

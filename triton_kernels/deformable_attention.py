@@ -28,8 +28,9 @@ def _level(table_ptr, level):
 
 
 @triton.jit
-def _place(loc_ptr, at, real, axis, height, width, NEAREST: tl.constexpr):
-    """Which of the places `at` are somewhere, their left upper cells (float), and how far behind those they lie."""
+def place_of(loc_ptr, at, real, axis, height, width, NEAREST: tl.constexpr, PIXELS: tl.constexpr = False):
+    """Which of the places `at` are somewhere, their left upper cells (float), and how far behind those they lie. With PIXELS
+    they count in those, from the centre of the first cell."""
     x = tl.load(loc_ptr + at, mask=real, other=0.0).to(tl.float32)
     y = tl.load(loc_ptr + at + axis, mask=real, other=0.0).to(tl.float32)
     if NEAREST:
@@ -37,8 +38,8 @@ def _place(loc_ptr, at, real, axis, height, width, NEAREST: tl.constexpr):
         left = tl.minimum(tl.maximum(tl.floor(tl.where(alive, x, 0.0) * width + 0.5), 0.0), width - 1.0)
         top = tl.minimum(tl.maximum(tl.floor(tl.where(alive, y, 0.0) * height + 0.5), 0.0), height - 1.0)
         return alive, left, top, left * 0.0, top * 0.0
-    u = x * width - 0.5
-    v = y * height - 0.5
+    u = x if PIXELS else x * width - 0.5
+    v = y if PIXELS else y * height - 0.5
     alive = real & (u > -1.0) & (u < width) & (v > -1.0) & (v < height)
     u = tl.where(alive, u, 0.0)
     v = tl.where(alive, v, 0.0)
@@ -77,7 +78,7 @@ def _forward(
     for level in range(0, levels):
         height, width, points, loc_level, weight_level = _level(table_ptr, level)
         for p in range(0, points):
-            alive, left, top, fx, fy = _place(
+            alive, left, top, fx, fy = place_of(
                 loc_ptr, loc + loc_level + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST)
             a = tl.load(weight_ptr + weight + weight_level + p * weight_strides[3], mask=alive, other=0.0).to(tl.float32)
             row = top.to(tl.int32)
@@ -100,7 +101,7 @@ def _forward(
 def _places(
     value_ptr, loc_ptr, weight_ptr, dout_ptr, dloc_ptr, dweight_ptr, key_ptr, table_ptr, value_strides, loc_strides,
     weight_strides, dout_strides, levels, count, queries, heads, padded, slices,
-    NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEAREST: tl.constexpr, PIXELS: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Where asked for: dlocations [B, N, H, J, 2] and dweights [B, N, H, J], and of every point its left upper cell as a key
     [B, N, H, J] among the `padded` cells of its image and head, where every level has a row and a column in front; a point
@@ -125,8 +126,8 @@ def _places(
     for level in range(0, levels):
         height, width, points, loc_level, weight_level = _level(table_ptr, level)
         for p in range(0, points):
-            alive, left, top, fx, fy = _place(
-                loc_ptr, loc + loc_level + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST)
+            alive, left, top, fx, fy = place_of(
+                loc_ptr, loc + loc_level + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST, PIXELS)
             row = top.to(tl.int32)
             column = left.to(tl.int32)
             if key_ptr is not None:
@@ -166,7 +167,7 @@ def _places(
 def _cells(
     loc_ptr, weight_ptr, dout_ptr, order_ptr, first_ptr, dvalue_ptr, table_ptr, loc_strides, weight_strides, dout_strides,
     levels, count, queries, heads, cells, padded,
-    NEAREST: tl.constexpr, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEAREST: tl.constexpr, PIXELS: tl.constexpr, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dvalue [B, S, H, D], contiguous, of one cell and head: the points whose left upper cell is this one or one of three
     neighbours. order names the points [B, N, H, J] by their keys, first [keys + 1] where each key begins.
@@ -201,8 +202,8 @@ def _cells(
             point = tl.load(order_ptr + e, mask=real, other=0)                         # [BLOCK_E]
             query = tl.where(real, point // count // heads - image * queries, 0).to(tl.int64)
             p = tl.where(real, point % count - before, 0)
-            alive, left, top, fx, fy = _place(
-                loc_ptr, query * loc_strides[1] + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST)
+            alive, left, top, fx, fy = place_of(
+                loc_ptr, query * loc_strides[1] + p * loc_strides[3], real, loc_strides[4], height, width, NEAREST, PIXELS)
             a = tl.load(weight_ptr + query * weight_strides[1] + p * weight_strides[3], mask=alive, other=0.0).to(tl.float32)
             if not NEAREST:
                 a *= tl.where(left == column, 1 - fx, fx) * tl.where(top == row, 1 - fy, fy)
@@ -271,6 +272,50 @@ def fwd(value, locations, weights, shapes, points, nearest, normalize) -> Tensor
     return out
 
 
+def _padded(shapes: list[int]) -> int:
+    """The keys of an image and head: its levels have a row and a column in front."""
+    return sum((h + 1) * (w + 1) for h, w in zip(shapes[::2], shapes[1::2], strict=True))
+
+
+def _keys(slices: int, shapes: list[int], points: int, device: torch.device) -> Tensor:
+    kind = torch.int32 if slices * _padded(shapes) < 2**31 else torch.int64
+    return torch.empty(points, dtype=kind, device=device)
+
+
+def _sum_cells(dvalue, keys, dout, locations, weights, given, shapes, count, nearest, pixels) -> None:
+    """Fills dvalue [B, S, H, D] with what the points [B, N, H, J], known by their keys, add to their cells."""
+    batch, cells, heads, dim = dvalue.shape
+    padded, device = _padded(shapes), dvalue.device
+    ordered, order = torch.sort(keys, stable=True)
+    first = torch.searchsorted(ordered, torch.arange(batch * heads * padded + 1, dtype=ordered.dtype, device=device))
+    block = power(dim)
+    _cells[(heads * cells * batch,)](
+        locations, weights, dout, order, first, dvalue, dout_strides=dout.stride(), **given, count=count,
+        cells=cells, padded=padded, NEAREST=nearest, PIXELS=pixels, D=dim, BLOCK_D=block, BLOCK_E=16,
+        num_warps=1 if block <= 64 else 4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def scatter(rows: Tensor, locations: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[B, height width, H, D]: rows [B, N, H, D] added to the four cells around locations [B, N, H, 2] in pixels, in a fixed
+    order."""
+    batch, queries, heads, dim = rows.shape
+    out = torch.empty((batch, height * width, heads, dim), dtype=dtype, device=rows.device)
+    if not rows.numel():
+        return out.zero_()
+    locations, shapes = locations[:, :, :, None, None], [height, width]
+    weights = rows.new_ones(()).expand(locations.shape[:-1])
+    given, tile = _arguments(locations, weights, shapes, [1]), _tile(dim)
+    keys = _keys(batch * heads, shapes, batch * queries * heads, rows.device)
+    grid = (heads * triton.cdiv(queries, tile["BLOCK_Q"]) * batch,)
+    _places[grid](
+        rows, locations, weights, None, None, None, keys, value_strides=(0, 0, 0, 0), dout_strides=(0, 0, 0, 0),
+        **given, count=1, padded=_padded(shapes), slices=batch * heads, NEAREST=False, PIXELS=True, **tile,
+    )  # fmt: skip
+    _sum_cells(out, keys, rows, locations, weights, given, shapes, 1, False, True)
+    return out
+
+
 def bwd(
     dout, value, locations, weights, shapes, points, nearest, normalize, need
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -286,25 +331,14 @@ def bwd(
     if not batch * queries * count:
         return None if dvalue is None else dvalue.zero_(), dlocations, dweights
     given, tile = _arguments(locations, soft, shapes, points), _tile(dim)
-    padded = sum((h + 1) * (w + 1) for h, w in zip(shapes[::2], shapes[1::2], strict=True))
-    keys = None
-    if need & 1:
-        kind = torch.int32 if batch * heads * padded < 2**31 else torch.int64
-        keys = torch.empty(batch * queries * heads * count, dtype=kind, device=device)
+    keys = _keys(batch * heads, shapes, batch * queries * heads * count, device) if need & 1 else None
     grid = (heads * triton.cdiv(queries, tile["BLOCK_Q"]) * batch,)
     _places[grid](
         value, locations, soft, dout, dlocations, dsoft, keys, value_strides=value.stride(), dout_strides=dout.stride(),
-        **given, count=count, padded=padded, slices=batch * heads, NEAREST=nearest, **tile,
+        **given, count=count, padded=_padded(shapes), slices=batch * heads, NEAREST=nearest, PIXELS=False, **tile,
     )  # fmt: skip
     if dvalue is not None:
-        ordered, order = torch.sort(keys, stable=True)
-        first = torch.searchsorted(ordered, torch.arange(batch * heads * padded + 1, dtype=ordered.dtype, device=device))
-        block = power(dim)
-        _cells[(heads * cells * batch,)](
-            locations, soft, dout, order, first, dvalue, dout_strides=dout.stride(), **given, count=count,
-            cells=cells, padded=padded, NEAREST=nearest, D=dim, BLOCK_D=block, BLOCK_E=16, num_warps=1 if block <= 64 else 4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        _sum_cells(dvalue, keys, dout, locations, soft, given, shapes, count, nearest, False)
     if normalize and dweights is not None:
         mean = (soft * dsoft).flatten(3).sum(3)[..., None, None]
         dweights = (soft * (dsoft - mean)).to(weights.dtype)

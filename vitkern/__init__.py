@@ -18,6 +18,7 @@ from vitkern.ops.merge_tokens import merge_tokens
 from vitkern.ops.neighborhood_attention import neighborhood_attention, neighborhood_av, neighborhood_qk
 from vitkern.ops.reconstruct_tokens import reconstruct_tokens
 from vitkern.ops.restore_tokens import restore_tokens
+from vitkern.ops.sampled_window_attention import sampled_window_attention
 from vitkern.ops.select_tokens import select_tokens
 from vitkern.ops.selective_scan import selective_scan
 from vitkern.ops.selective_scan_2d import selective_scan_2d
@@ -67,6 +68,7 @@ __all__ = [
     "patched",
     "reconstruct_tokens",
     "restore_tokens",
+    "sampled_window_attention",
     "select_tokens",
     "selective_scan",
     "selective_scan_2d",

@@ -144,7 +144,7 @@ class DecomposedRelativePosition:
             return self.rel_h.to(acc), self.rel_w.to(acc)
         queries = q.to(acc).unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
         tables = [
-            table.to(acc)[_axis_rows(a, b, q.device)]  # [qh, kh, D] or [qw, kw, D]
+            torch.nn.functional.embedding(_axis_rows(a, b, q.device), table.to(acc))  # [qh, kh, D] or [qw, kw, D]
             for table, a, b in zip((self.rel_h, self.rel_w), self.q_grid, self.k_grid, strict=True)
         ]
         rows = torch.einsum("byxhd,yud->byxhu", queries, tables[0]).flatten(1, 2)  # [B, Nq, H, kh]

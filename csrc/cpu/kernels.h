@@ -14,6 +14,7 @@
 #include "neighborhood_attention.h"
 #include "soft_merge.h"
 #include "reconstruct_tokens.h"
+#include "sampled_window_attention.h"
 #include "selective_scan.h"
 #include "window_attention.h"
 
@@ -44,6 +45,7 @@ struct Kernels {
   GridKernels grid_f32, grid_f64;
   DeformKernels deform_f32, deform_f64;
   NearKernels near_f32, near_f64;
+  SampledKernels sampled_f32, sampled_f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

@@ -110,6 +110,21 @@ void set_scalar(void* data, int64_t at, Dtype t, Acc x) {
   with_element(t, [&](auto element) { static_cast<decltype(element)*>(data)[at] = narrowed<decltype(element)>(x); });
 }
 
+// Raises where an index [N, M] int32 names a row that a table of `rows` has not.
+inline void check_index(const torch::stable::Tensor& index, int64_t rows, const char* op) {
+  const int32_t* data = static_cast<const int32_t*>(index.const_data_ptr());
+  int32_t low = 0, high = 0;
+  for (int64_t i = 0; i < index.size(0); ++i)
+    for (int64_t j = 0; j < index.size(1); ++j) {
+      const int32_t entry = data[i * index.stride(0) + j * index.stride(1)];
+      low = entry < low ? entry : low;
+      high = entry > high ? entry : high;
+    }
+  if (low < 0 || high >= rows)
+    check(false, op, ("bias.index must lie in [0, " + std::to_string(rows) + "), the rows of the table, got entries from " +
+                      std::to_string(low) + " to " + std::to_string(high)).c_str());
+}
+
 // Scratch of one thread, aligned to a cache line and zero: window attention relies on zeros in the padding of its rows.
 class Scratch {
  public:

@@ -66,19 +66,6 @@ void set_geometry(Prepared& c, const Options& o) {
   m.windows = int32_t(windows);
 }
 
-void check_index(const int32_t* index, int64_t row, int64_t column, int64_t n, int64_t table_rows) {
-  int32_t low = 0, high = 0;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      const int32_t entry = index[i * row + j * column];
-      low = std::min(low, entry);
-      high = std::max(high, entry);
-    }
-  if (low < 0 || high >= table_rows)
-    check(false, kOp, ("bias.index must lie in [0, " + std::to_string(table_rows) + "), the rows of the table, got entries from " +
-                       std::to_string(low) + " to " + std::to_string(high)).c_str());
-}
-
 // The bias of every head, in score units, as rows of p.padded: gathered from the table or copied from a dense tensor.
 template <typename Acc>
 void set_bias(Prepared& c, const Options& o) {
@@ -106,7 +93,7 @@ void set_bias(Prepared& c, const Options& o) {
     index_row = o.index->stride(0);
     index_col = o.index->stride(1);
     table_rows = bias.size(0);
-    check_index(index, index_row, index_col, n, table_rows);
+    check_index(*o.index, table_rows, kOp);
     kept.resize(size_t(heads * table_rows));
     table = kept.data();
   }

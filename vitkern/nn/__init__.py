@@ -21,6 +21,7 @@ from vitkern.nn.sigmoid_attention import SigmoidAttention
 from vitkern.nn.spatial_decay_attention import PolylinePathAttention, RetentionAttention2d
 from vitkern.nn.ss2d import SS2D
 from vitkern.nn.talking_head_attention import TalkingHeadAttention
+from vitkern.nn.varied_size_window_attention import VariedSizeWindowAttention
 from vitkern.nn.window_attention import WindowAttention, WindowAttentionV2
 from vitkern.nn.xca import XCA, ChannelAttention
 
@@ -53,6 +54,7 @@ __all__ = [
     "SigmoidAttention",
     "SimplifiedLinearAttention",
     "TalkingHeadAttention",
+    "VariedSizeWindowAttention",
     "WindowAttention",
     "WindowAttentionV2",
     "multi_scale_deformable_attn",

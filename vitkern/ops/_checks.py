@@ -136,8 +136,8 @@ def offsets(op: str, name: str, cu: Tensor, total: int, longest: int, limit: str
         raise ValueError(f"{op}: {limit} must be at least the longest sequence ({int(steps.max())}), got {longest}")
 
 
-def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool, same_map: bool = True) -> None:
-    """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L; without `same_map` q has axes of its own."""
+def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool, own_map: bool = False) -> None:
+    """q [B, *L, H, D], k [B, *L, Hk, D], v [B, *L, Hk, Dv] with 1 to 4 axes L; with `own_map` k and v may have others."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         tensor(op, name, t)
         floating(op, name, t)
@@ -148,13 +148,12 @@ def maps(op: str, q: Any, k: Any, v: Any, same_dtype: bool, same_map: bool = Tru
     for name, t in (("k", k), ("v", v)):
         if t.dim() != q.dim():
             raise ValueError(f"{op}: {name} must have the rank of q ({q.dim()}), got {t.dim()}")
-        if same_map and t.shape[:-2] != q.shape[:-2]:
+        like, of = (k, "k") if own_map and name == "v" else (q, "q")
+        same = slice(0, 1) if own_map and name == "k" else slice(0, -2)
+        if t.shape[same] != like.shape[same]:
+            what = "batch" if same.stop == 1 else "batch and map"
             raise ValueError(
-                f"{op}: {name} must have the batch and map of q, {list(q.shape[:-2])}, got {list(t.shape[:-2])}"
-            )
-        if t.shape[0] != q.shape[0] or t.shape[1:-2] != (q if same_map else k).shape[1:-2]:
-            raise ValueError(
-                f"{op}: {name} must have the batch of q ({q.shape[0]}) and one map with k, got {list(t.shape[:-2])}"
+                f"{op}: {name} must have the {what} of {of}, {list(like.shape[same])}, got {list(t.shape[same])}"
             )
         on_device(op, name, t, "q", q.device)
         if same_dtype and t.dtype != q.dtype:

@@ -52,7 +52,7 @@ def check(
     _checks.maps(NAME, q, k, v, same_dtype=not autocast)
     window, shift = check_sides(window_size, shift_size, q.shape[1:-2])
     check_pad_order(pad_order)
-    _check_bias(bias, q, window)
+    check_bias(NAME, bias, q, window, math.prod(window))
     _check_cosine(cosine, scale, q)
     check_pads(pad_kv, k, v)
     if scale is None:
@@ -90,45 +90,51 @@ def check_mask_value(mask_value: Any) -> None:
         raise ValueError(f"{NAME}: mask_value must be None or a number that is not positive, got {mask_value!r}")
 
 
-def _check_bias(bias: Any, q: Tensor, window: tuple[int, ...]) -> None:
+def check_bias(op: str, bias: Any, q: Tensor, window: tuple[int, ...], keys: int) -> None:
+    """A bias of the N queries of a window and `keys` keys, which without an index are N too."""
     n, heads = math.prod(window), q.shape[-2]
+    text = "[N, N]" if op == NAME else "[N, K]"
     if bias is None:
         return
     if isinstance(bias, RelativePosition):
-        _checks.parameter(NAME, "bias.table", bias.table, q.device)
+        _checks.parameter(op, "bias.table", bias.table, q.device)
         if bias.prefix_tokens:
-            raise ValueError(f"{NAME}: windows have no prefix tokens, got bias.prefix_tokens={bias.prefix_tokens}")
+            raise ValueError(f"{op}: windows have no prefix tokens, got bias.prefix_tokens={bias.prefix_tokens}")
         if bias.q_stride != 1:
-            raise ValueError(f"{NAME}: the queries of a window are all its tokens, got bias.q_stride={bias.q_stride}")
+            raise ValueError(f"{op}: the queries of a window are all its tokens, got bias.q_stride={bias.q_stride}")
         if bias.sign not in SIGNS:
-            raise ValueError(f"{NAME}: bias.sign must be one of {', '.join(SIGNS)}, got {bias.sign!r}")
+            raise ValueError(f"{op}: bias.sign must be one of {', '.join(SIGNS)}, got {bias.sign!r}")
         if bias.table.dim() != 2 or bias.table.shape[1] != heads:
-            raise ValueError(f"{NAME}: bias.table must have shape [rows, heads={heads}], got {list(bias.table.shape)}")
+            raise ValueError(f"{op}: bias.table must have shape [rows, heads={heads}], got {list(bias.table.shape)}")
         if bias.index is not None:
-            _checks.tensor(NAME, "bias.index", bias.index)
+            _checks.tensor(op, "bias.index", bias.index)
             if bias.index.dtype != torch.int32:
-                raise TypeError(f"{NAME}: bias.index must be int32, got {bias.index.dtype}")
-            _checks.shape(NAME, "bias.index", bias.index, (n, n), "[N, N]")
+                raise TypeError(f"{op}: bias.index must be int32, got {bias.index.dtype}")
+            _checks.shape(op, "bias.index", bias.index, (n, keys), text)
             if bias.index.device != q.device:
-                raise ValueError(f"{NAME}: bias.index must be on the device of q ({q.device}), got {bias.index.device}")
+                raise ValueError(f"{op}: bias.index must be on the device of q ({q.device}), got {bias.index.device}")
             return
+        if keys != n:
+            raise ValueError(
+                f"{op}: bias without an index needs as many samples as a window has queries ({n}), got {keys}"
+            )
         sides = tuple(bias.grid or window)
         if math.prod(sides) != n:
-            raise ValueError(f"{NAME}: bias.grid must have the tokens of the window ({n}), got {list(sides)}")
+            raise ValueError(f"{op}: bias.grid must have the tokens of the window ({n}), got {list(sides)}")
         rows = table_rows(sides, bias.sign)
         if bias.table.shape[0] != rows:
             raise ValueError(
-                f"{NAME}: bias.table must have {rows} rows for a window {list(sides)} with sign={bias.sign!r}, "
+                f"{op}: bias.table must have {rows} rows for a window {list(sides)} with sign={bias.sign!r}, "
                 f"got {bias.table.shape[0]}"
             )
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"{NAME}: bias must be a tensor, RelativePosition or None, got {type(bias).__name__}")
-    _checks.parameter(NAME, "bias", bias, q.device)
-    want = (heads, n, n)
+        raise TypeError(f"{op}: bias must be a tensor, RelativePosition or None, got {type(bias).__name__}")
+    _checks.parameter(op, "bias", bias, q.device)
+    want = (heads, n, keys)
     fits = bias.dim() <= 3 and all(b in (1, w) for b, w in zip(reversed(bias.shape), reversed(want), strict=False))
     if not fits:
-        raise ValueError(f"{NAME}: bias must broadcast to [heads, N, N] = {list(want)}, got {list(bias.shape)}")
+        raise ValueError(f"{op}: bias must broadcast to [heads, {text[1:]} = {list(want)}, got {list(bias.shape)}")
 
 
 def _check_cosine(cosine: Any, scale: Any, q: Tensor) -> None:

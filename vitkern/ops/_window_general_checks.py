@@ -20,7 +20,7 @@ STATS = ("lse", "key_mean", "probs", "logits")
 def tensors(q: Any, k: Any, v: Any, shared_q: bool) -> None:
     """q [B, *Lq, H, D], or [B, *window, H, D] of shared queries; k and v [B, *Lk, Hk, D|Dv]."""
     autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
-    _checks.maps(NAME, q, k, v, same_dtype=not autocast, same_map=False)
+    _checks.maps(NAME, q, k, v, same_dtype=not autocast, own_map=True)
     if not isinstance(shared_q, bool):
         raise TypeError(f"{NAME}: shared_q must be a bool, got {shared_q!r}")
 

@@ -135,7 +135,7 @@ def normalize(x: Tensor, eps: float) -> Tensor:
     return x / norm
 
 
-def dense_bias(bias: Tensor, index: Tensor | None) -> Tensor:
+def dense_bias(bias: Tensor, index: Tensor | None, op: str = "window_attention") -> Tensor:
     """[H|1, N|1, N|1]: the bias itself, or the rows of a table [R, H] that index [N, N] names."""
     if index is None:
         return bias
@@ -143,7 +143,7 @@ def dense_bias(bias: Tensor, index: Tensor | None) -> Tensor:
     eager = not torch.compiler.is_compiling() and plain
     if eager and index.numel() and not (int(index.min()) >= 0 and int(index.max()) < bias.shape[0]):
         raise ValueError(
-            f"window_attention: bias.index must lie in [0, {bias.shape[0]}), the rows of the table, "
+            f"{op}: bias.index must lie in [0, {bias.shape[0]}), the rows of the table, "
             f"got entries from {int(index.min())} to {int(index.max())}"
         )
     return bias[index.long()].permute(2, 0, 1)  # [H, N, N]
