@@ -78,7 +78,7 @@ def _exact_channels(
         s = scores(a, factor, terms, term_strides, image, head, row, start, sizes,
                    AXES, RULE, FAR, CAUSAL, CLIP, BLOCK_M, BLOCK_N)
         if NORM == SOFTMAX:
-            p = tl.exp2(s * LOG2E - base[:, None])
+            p = tl.exp2((s - base[:, None]) * LOG2E)
         else:
             p, slope, bare = divided_weights(s, base, low, terms, term_strides, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
         p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
@@ -159,9 +159,9 @@ def _forward(
         v = load_parts(v_ptr, at, j < keys, d_strides[2], WIDTHS_V)
         if NORM == SOFTMAX:
             higher = tl.maximum(top, tl.max(s, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
-            p = tl.exp2(s * LOG2E - base[:, None])                                     # [BLOCK_M, BLOCK_N]
-            shrink = tl.exp2(top * LOG2E - base)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2((s - base[:, None]) * LOG2E)                                     # [BLOCK_M, BLOCK_N]
+            shrink = tl.exp2((top - base) * LOG2E)
             norm = norm * shrink + tl.sum(p, 1)
             acc = scaled_parts(acc, shrink, WIDTHS_V)
             top = higher
@@ -176,7 +176,7 @@ def _forward(
     final = tl.zeros([BLOCK_M], tl.float32) + keep_scale
     base = top
     if NORM == SOFTMAX:
-        base = tl.where(top == float("-inf"), 0.0, top * LOG2E)
+        base = tl.where(top == float("-inf"), 0.0, top)
         full = tl.where(norm == 0.0, 1.0, norm)
         final = keep_scale / full
         lse = top + tl.log2(full) * LN2

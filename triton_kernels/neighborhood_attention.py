@@ -101,9 +101,9 @@ def _add_values(s, v, top, norm, acc, bad, EXACT: tl.constexpr):
     """One step of the online softmax. With EXACT values that are not finite count for 0 and are noted in `bad` by those who see
     them."""
     higher = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
-    p = tl.exp2(s * LOG2E - base[:, None])                                             # [BLOCK_M, BLOCK_N]
-    shrink = tl.exp2(top * LOG2E - base)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2((s - base[:, None]) * LOG2E)                                             # [BLOCK_M, BLOCK_N]
+    shrink = tl.exp2((top - base) * LOG2E)
     if EXACT:
         seen = tl.where(s == float("-inf"), 0.0, 1.0).to(tl.float16)
         broken = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0.0, 1.0).to(tl.float16)

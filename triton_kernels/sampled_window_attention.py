@@ -61,9 +61,9 @@ def _forward(
             DV, BLOCK_DV, PARTS, SHARED)
         v = sample_rows(v_ptr, v_strides, image, head // GROUP, alive, left, top_row, fx, fy, sizes, DV, BLOCK_DV, 0)
         higher = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
-        p = tl.exp2(s * LOG2E - base[:, None])                                         # [BLOCK_M, BLOCK_N]
-        shrink = tl.exp2(top * LOG2E - base)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2((s - base[:, None]) * LOG2E)                                         # [BLOCK_M, BLOCK_N]
+        shrink = tl.exp2((top - base) * LOG2E)
         norm = norm * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None] + tl.dot(p.to(q.dtype), clean(v).to(q.dtype), input_precision="ieee")
         top = higher

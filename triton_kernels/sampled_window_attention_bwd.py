@@ -87,9 +87,9 @@ def _queries(
             k_strides, v_strides, coord_strides, coord_v_strides, of_strides, bias_strides, index_strides, table_rows, sizes,
             counts, samples, scale, D, DV, BLOCK_D, BLOCK_DV, GROUP, PARTS, SHARED, MASK)
         higher = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
-        p = tl.exp2(s * LOG2E - base[:, None])
-        shrink = tl.exp2(top * LOG2E - base)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2((s - base[:, None]) * LOG2E)
+        shrink = tl.exp2((top - base) * LOG2E)
         norm = norm * shrink + tl.sum(p, 1)
         slope = slope * shrink + tl.sum(tl.where(p == 0.0, 0.0, p * dp), 1)
         top = higher

@@ -121,9 +121,9 @@ def _forward(
                 table_rows, mask_value, cosine_eps,
                 WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, GROUP, PADS, SHIFTED, ROLL_FIRST, HIDE, ALIGN)
             higher = tl.maximum(top, tl.max(s, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher * LOG2E)
-            p = tl.exp2(s * LOG2E - base[:, None])                                     # [BLOCK_M, BLOCK_N]
-            shrink = tl.exp2(top * LOG2E - base)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2((s - base[:, None]) * LOG2E)                                     # [BLOCK_M, BLOCK_N]
+            shrink = tl.exp2((top - base) * LOG2E)
             norm = norm * shrink + tl.sum(p, 1)
             if seed_ptr is not None:
                 p = tl.where(keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N), p, 0.0)
@@ -132,7 +132,7 @@ def _forward(
 
         if tl.sum(tl.where(tl.abs(acc) < float("inf"), 0, 1)) > 0:
             # Something is not finite: again, counting for each row and channel the visible values that are not.
-            base = tl.where(top == float("-inf"), 0.0, top * LOG2E)
+            base = tl.where(top == float("-inf"), 0.0, top)
             acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             bad = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             for start in tl.range(0, N, BLOCK_N, num_stages=1):
@@ -142,7 +142,7 @@ def _forward(
                     k_strides, v_strides, d_strides, bias_strides, index_strides, pad_strides, lengths, counts, shifts,
                     table_rows, mask_value, cosine_eps,
                     WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, GROUP, PADS, SHIFTED, ROLL_FIRST, HIDE, ALIGN)
-                p = tl.exp2(s * LOG2E - base[:, None])
+                p = tl.exp2((s - base[:, None]) * LOG2E)
                 if seed_ptr is not None:
                     p = tl.where(keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N), p, 0.0)
                 acc += tl.dot(p.to(v.dtype), clean(v), input_precision="ieee")

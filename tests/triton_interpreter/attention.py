@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention_op import EVERYTHING, FULL, HALF, NAMES, arguments, check_op, mixtures, scores, small_tiles, wide
 from gpu_path import tokens_on_gpu
 
+import vitkern
 from vitkern import testing
 from vitkern.ops import _attention_definition as definition
 from vitkern.ops.attention import OP
@@ -270,6 +271,23 @@ def test_biases_that_hide_and_large_logits():
         args = Call(*arguments(bias=scores((1, 2, 5, 7)) + shift))
         check_op([*args._replace(query_weight=torch.rand(2, 5, 2))])  # of an lse that float32 rounds
     check_op(arguments(bias=scores((1, 2, 5, 7)), sink=torch.tensor([-math.inf, 90.0])))
+
+
+def test_additive_masks_of_the_least_finite_number():
+    """What libraries put where nothing is to be seen: the first tiles of a row, and a whole row, which is then even."""
+    q, k, v = (torch.randn(1, 40, 2, 8, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in range(3))
+    least = torch.finfo(torch.float32).min
+    added = torch.zeros(1, 1, 40, 40)
+    added[..., :33] = least
+    added[:, :, 7] = least
+    with tokens_on_gpu("triton"):
+        got = vitkern.attention(q, k, v, bias=added, backend="triton")
+    a, b, c = (t.transpose(1, 2) for t in (q, k, v))
+    want = ((a @ b.mT * 8**-0.5 + added).softmax(-1) @ c).transpose(1, 2)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(t.sin().sum(), (q, k, v)) for t in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none", "policy", "largest", "heads", "heads, none"])
