@@ -313,6 +313,10 @@ REFUSED = [
     ({"bias": [torch.zeros(6, 6), mask.Causal()]}, TypeError, "bias must be a tensor, one of .* got Causal"),
     ({"bias": bias.RelativePosition(TABLE)}, ValueError, "must have an index or a grid, got neither"),
     ({"bias": bias.RelativePosition(TABLE, grid=(2, 2))}, ValueError, "grid must hold the 6 tokens of k"),
+    ({"bias": bias.RelativePosition(TABLE, grid=(2.0, 3.0))}, TypeError, "RelativePosition.grid must be ints, got 2.0"),
+    ({"bias": bias.RelativePosition(TABLE, grid=(-2, -3))}, ValueError, "RelativePosition.grid must be at least 1, got -2"),
+    ({"bias": bias.RelativePosition(TABLE, grid=(2, 3), q_stride=0)}, ValueError, "q_stride must be at least 1, got 0"),
+    ({"bias": bias.RelativePosition(TABLE, grid=(2, 3), prefix_tokens=-1)}, ValueError, "prefix_tokens must be at least 0"),
     ({"bias": bias.RelativePosition(TABLE, grid=(2, 3))}, ValueError, "bias.table must have 15 rows for the grid"),
     (
         {"bias": bias.RelativePosition(TABLE, IDS.expand(6, 6) - 1)},

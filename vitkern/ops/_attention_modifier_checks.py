@@ -92,6 +92,9 @@ def per_query(name: str, t: Tensor, q: Tensor, side: int) -> None:
 
 def grid(name: str, kind: str, sides: Any, tokens: int, of: str, axes: int | None = None, op: str = NAME) -> None:
     wrong = not isinstance(sides, (list, tuple)) or len(sides) < 1 or (axes is not None and len(sides) != axes)
+    if not wrong:
+        for side in sides:
+            _checks.integer(op, f"{name} {kind}.grid", side, 1, "ints")
     if wrong or math.prod(sides) != tokens:
         raise ValueError(f"{op}: {name} {kind}.grid must hold the {tokens} tokens of {of}, got {sides!r}")
 
@@ -190,6 +193,8 @@ def _relative(b: Any, q: Tensor, k: Tensor) -> None:
         return
     if b.grid is None:
         raise ValueError(f"{NAME}: bias RelativePosition must have an index or a grid, got neither")
+    for field, value, least in (("prefix_tokens", b.prefix_tokens, 0), ("q_stride", b.q_stride, 1)):
+        _checks.integer(NAME, f"bias RelativePosition.{field}", value, least)
     grid("bias", "RelativePosition", b.grid, k.shape[1] - b.prefix_tokens, "k without the prefix")
     coarse = [-(-n // b.q_stride) for n in b.grid]
     grid("bias", "RelativePosition", coarse, q.shape[1] - b.prefix_tokens, "q without the prefix")

@@ -85,7 +85,8 @@ def window_attention(
             ``(k_pad [Hk, D], v_pad [Hk, Dv])`` these (padding before the projection gives its bias), with gradients.
         mask_value: added where a shift brought tokens of different regions together. ``None`` hides exactly.
         dropout_p: probability of dropping a weight. The pattern is a function of ``dropout_seed``, image, head, query
-            and key alone (Philox), so every back-end draws the same.
+            and key alone (Philox), so every back-end draws the same. Gathered windows count each window as an image of its
+            own; every group of heads counts its heads anew, with the seed moved by its number.
         dropout_seed: an int, or a one-element int64 tensor; ``None`` draws one from torch's generator.
         partition: ``"block"``; ``"grid"``, strided windows (MaxViT, Tu et al. 2022): of each axis, window i of n has the tokens
             i, i + n, i + 2 n, ...; ``"unit"``, the same on a list of tokens (Hiera, Ryali et al. 2023).
