@@ -262,11 +262,20 @@ def test_a_zero_query_is_finite_under_cosine_scores(backend):
 
 
 @pytest.mark.parametrize("backend", testing.backends())
-def test_leaking_cosine_masks_are_plain_arithmetic(backend):
-    for seed, mask_value in enumerate((-100.0, -200.0, None)):
-        call = make(seed, (6, 6), (4, 4), (2, 2), d=16, cosine=True, mask_value=mask_value)
-        call.tensors["logit_scale"].fill_(math.log(100.0))
-        testing.assert_matches(ENTRY, call, torch.float32, backend)
+@pytest.mark.parametrize("tau, mask_value", [*itertools.product((50.0, 100.0), (-100.0, -200.0, None))])
+def test_leaking_cosine_masks_are_plain_arithmetic(tau, mask_value, backend):
+    """Keys above look one way, keys below the other: in the window that holds both, scores differ by up to 2 tau."""
+    calls = [make(0, (8, 8), (4, 4), (2, 2), heads=1, d=16, cosine=True, mask_value=m) for m in (mask_value, None)]
+    for call in calls:
+        t = call.tensors
+        t["logit_scale"].fill_(math.log(tau))
+        towards = F.normalize(torch.ones(16, dtype=torch.float64), dim=0)
+        t["q"].mul_(0.05).add_(towards)
+        t["k"].mul_(0.05)[:, :4].add_(towards)
+        t["k"][:, 4:].sub_(towards)
+    testing.assert_matches(ENTRY, calls[0], torch.float32, backend)
+    out, exact = (call.run(call.leaves(torch.float32), backend)[0] for call in calls)
+    assert ((out - exact).abs().max() > 1e-3) == (mask_value is not None and 2 * tau + mask_value >= 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
