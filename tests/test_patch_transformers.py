@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import libraries  # noqa: F401
 import patch_cases
@@ -30,6 +31,33 @@ def test_swin_matches_on_maps_that_windows_divide_and_on_others():
 
 def test_swinv2_matches():
     patch_cases.check(swinv2(), (64, 64), (72, 100), replaced=4)
+
+
+class FacingAway(torch.nn.Module):
+    """A shifted SwinV2 layer at the largest logit scale: queries score -100 with keys of their own half of the map, and
+    +100 with those of the other half, which wrapped windows hide."""
+
+    def __init__(self):
+        super().__init__()
+        config = transformers.Swinv2Config(image_size=64, window_size=8, **SMALL)
+        kind = transformers.models.swinv2.modeling_swinv2.Swinv2Layer
+        self.layer = patch_cases.randomize(kind(config, 16, (16, 16), 2, drop_path_rate=0.0, shift_size=4))
+        attn = self.layer.attention.self
+        with torch.no_grad():
+            attn.logit_scale.fill_(math.log(100.0))
+            attn.query.bias.zero_()
+            attn.key.weight.copy_(-attn.query.weight)
+        half = torch.ones(16, 1, 1)
+        half[8:] = -1
+        self.register_buffer("towards", half * torch.randn(16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        x = self.towards + 0.05 * x.permute(0, 2, 3, 1)
+        return self.layer(x.flatten(1, 2), (16, 16))[0]
+
+
+def test_swinv2_hides_other_regions_by_minus_two_hundred():
+    patch_cases.check(FacingAway(), (16, 16), channels=16, replaced=1)
 
 
 def test_swin2sr_matches():

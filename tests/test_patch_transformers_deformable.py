@@ -162,6 +162,23 @@ def test_deformable_detr_matches():
 
 
 @pytest.mark.parametrize("kind", ["RTDetr", "RTDetrV2"])
+def test_rt_detr_matches(kind):
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(
+        backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[8, 16, 16], feat_strides=[8, 16, 32],
+        encoder_ffn_dim=16, encoder_attention_heads=2, d_model=32, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=16,
+        num_queries=6, decoder_layers=2, decoder_attention_heads=2, num_denoising=0, dropout=0.0, num_labels=3,
+        anchor_image_size=None, eval_size=None,
+    )  # fmt: skip
+    made = offsets_spread(getattr(transformers, f"{kind}ForObjectDetection")(config))
+    report = patch_cases.check(made, (64, 96))
+    assert sum(r.op == "deformable_attention" for r in report.replaced) == 2
+
+
+@pytest.mark.parametrize("kind", ["RTDetr", "RTDetrV2"])
 def test_rt_detrs_decoder_matches(kind):
     names = {"RTDetr": "rt_detr", "RTDetrV2": "rt_detr_v2"}
     options = {

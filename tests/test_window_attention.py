@@ -157,6 +157,7 @@ def test_the_shapes_of_the_specification(backend):
         ((5, 14), (7, 7), (3, 0)), ((12, 9), (4, 7), (3, 3)), ((3, 17), (1, 17), (0, 0)), ((17, 3), (17, 1), (8, 0)),
         ((13, 12), (12, 12), (6, 6)), ((17, 16), (16, 16), (8, 8)), ((197,), (16,), (8,)), ((5, 9, 11), (2, 7, 7), (1, 3, 3)),
         ((8, 7, 7), (8, 7, 7), (0, 0, 0)), ((7, 7, 9), (7, 7, 7), (3, 3, 3)), ((2, 4, 6, 5), (2, 2, 3, 3), (1, 1, 1, 1)),
+        ((24, 24), (24, 24), (0, 0)), ((56, 56), (7, 7), (3, 3)),
     ]  # fmt: skip
     for seed, (lengths, window, shift) in enumerate(shapes):
         heads = 2 if math.prod(window) < 200 else 1
@@ -261,12 +262,48 @@ def test_a_zero_query_is_finite_under_cosine_scores(backend):
     assert k.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_key_of_pads_is_finite_under_cosine_scores(backend):
+    q, k, v = (t.requires_grad_() for t in qkv(1, 3, 3, 2, 8))
+    tau, zero, given = torch.zeros(2, requires_grad=True), torch.zeros(2, 8), torch.ones(2, 8)
+    for same in (((zero, given), (None, given)), ((zero, zero), (zero, None), "zero")):
+        found = []
+        for pad_kv in same:
+            out = vitkern.window_attention(q, k, v, 2, cosine=CosineScore(tau), pad_kv=pad_kv, backend=backend)
+            found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, tau))))
+        assert all(t.isfinite().all() for t in found[0])
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_bfloat16_biases_are_summed_over_thousands_of_windows_in_float32(backend):
+    """Every window gives 2 or -2, which bfloat16 stops adding at 512."""
+    q = torch.zeros(4096, 2, 1, 8, dtype=torch.bfloat16)
+    v = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).view(1, 2, 1, 1).expand_as(q)
+    bias, table = (torch.zeros(n, dtype=torch.bfloat16, requires_grad=True) for n in ((1, 2, 2), (3, 1)))
+    for given, leaf, want in (
+        (bias, bias, [8192, -8192, 8192, -8192]),
+        (RelativePosition(table), table, [-8192, 0, 8192]),
+    ):
+        out = vitkern.window_attention(q, q, v, 2, bias=given, backend=backend)
+        assert torch.autograd.grad(out.float().sum(), leaf)[0].flatten().tolist() == want
+
+
 @pytest.mark.parametrize("backend", testing.backends())
-def test_leaking_cosine_masks_are_plain_arithmetic(backend):
-    for seed, mask_value in enumerate((-100.0, -200.0, None)):
-        call = make(seed, (6, 6), (4, 4), (2, 2), d=16, cosine=True, mask_value=mask_value)
-        call.tensors["logit_scale"].fill_(math.log(100.0))
-        testing.assert_matches(ENTRY, call, torch.float32, backend)
+@pytest.mark.parametrize("tau, mask_value", [*itertools.product((50.0, 100.0), (-100.0, -200.0, None))])
+def test_leaking_cosine_masks_are_plain_arithmetic(tau, mask_value, backend):
+    """Keys above look one way, keys below the other: in the window that holds both, scores differ by up to 2 tau."""
+    calls = [make(0, (8, 8), (4, 4), (2, 2), heads=1, d=16, cosine=True, mask_value=m) for m in (mask_value, None)]
+    for call in calls:
+        t = call.tensors
+        t["logit_scale"].fill_(math.log(tau))
+        towards = F.normalize(torch.ones(16, dtype=torch.float64), dim=0)
+        t["q"].mul_(0.05).add_(towards)
+        t["k"].mul_(0.05)[:, :4].add_(towards)
+        t["k"][:, 4:].sub_(towards)
+    testing.assert_matches(ENTRY, calls[0], torch.float32, backend)
+    out, exact = (call.run(call.leaves(torch.float32), backend)[0] for call in calls)
+    assert ((out - exact).abs().max() > 1e-3) == (mask_value is not None and 2 * tau + mask_value >= 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

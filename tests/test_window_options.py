@@ -90,9 +90,10 @@ def test_halos_begin_before_their_window(lengths, context, clamp, backend):
     border = "shift" if clamp else "pad"
     options = {"context_size": context, "context_border": border, "backend": backend}
     agree(vitkern.window_attention(q, k, v, 2, **options), looped(q, k, v, queries, keys), (q, k, v))
-    zero = (torch.zeros(2, 4, dtype=D),) * 2
-    want = looped(q, k, v, queries, keys, pad=zero)
-    agree(vitkern.window_attention(q, k, v, 2, pad_kv="zero", **options), want, (q, k, v))
+    zero, given = (torch.zeros(2, 4, dtype=D),) * 2, tuple(draw(2, 4, seed=s) for s in (8, 9))
+    for pad_kv, pad in (("zero", zero), (given, given)):
+        want = looped(q, k, v, queries, keys, pad=pad)
+        agree(vitkern.window_attention(q, k, v, 2, pad_kv=pad_kv, **options), want, (q, k, v))
 
 
 @pytest.mark.parametrize("sign", ["query-key", "key-query"])

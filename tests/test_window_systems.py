@@ -91,3 +91,21 @@ def test_combiner_sees_its_block_causally_and_all_summaries(backend):
     want = sdpa(*heads_first(rows[0], *both), attn_mask=seen).transpose(-3, -2).flatten(1, 2)
     got = vitkern.window_attention(q, k, v, 4, mask=vitkern.mask.Causal(), extra_kv=tuple(summary), backend=backend)
     agree(got, want, (q, k, v))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size, interleaved", [(3, True), (7, False)])
+def test_lsnet_and_dlgsanet_weigh_neighbours_by_group(size, interleaved, backend):
+    """Weights [B, G, K^2, H, W]; channel c has group c mod G in LSNet, c div (C / G) in DLGSANet; zeros beyond the map."""
+    batch, channels, groups, sides = 2, 12, 3, (8, 9)
+    x = draw(batch, channels, *sides).requires_grad_()
+    weights = draw(batch, groups, size**2, *sides, seed=1).requires_grad_()
+    taps = torch.nn.functional.unfold(x, size, padding=size // 2).view(batch, channels, size**2, *sides)
+    channel = torch.arange(channels)
+    group = channel % groups if interleaved else channel // (channels // groups)
+    want = (taps * weights[:, group]).sum(2)
+    v = x.unflatten(1, (-1, groups)).transpose(1, 2) if interleaved else x.unflatten(1, (groups, -1))
+    v = v.permute(0, 3, 4, 1, 2)  # [B, H, W, G, C / G]
+    out = vitkern.neighborhood_av(weights.permute(0, 3, 4, 1, 2), v, size, border="zero", backend=backend)
+    got = out.permute(0, *((4, 3) if interleaved else (3, 4)), 1, 2).flatten(1, 2)
+    agree(got, want, (x, weights))
