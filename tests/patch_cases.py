@@ -110,3 +110,12 @@ def check(model, *sizes, grad=True, replaced=None, channels=3, batch=2, train=Fa
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     return report
+
+
+def check_autocast(model, *size, channels=3, train=False):
+    """Patched and unpatched agree by the oracle rule under autocast in bfloat16, gradients too."""
+    model.train(train)
+    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(3))
+    yardstick = Yardstick(model, x, autocast=True)
+    with vitkern.patched(model):
+        yardstick.hold("autocast", run(model, x, torch.float32, True, autocast=True))

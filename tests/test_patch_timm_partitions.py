@@ -6,7 +6,7 @@ import libraries  # noqa: F401
 import patch_cases
 import pytest
 import torch
-from test_patch_timm_windows import Last, autocast, random
+from test_patch_timm_windows import Last, random
 from torch import nn
 
 import vitkern
@@ -77,7 +77,7 @@ def test_maxvit_attends_in_blocks_and_on_grids_beside_each_other():
 @pytest.mark.parametrize("kind", ["block", "grid"])
 @pytest.mark.parametrize("layer", ["Cl", "2d"])
 def test_maxvit_under_autocast(kind, layer):
-    autocast(partition(kind, layer=layer), 8, 9, channels=12)
+    patch_cases.check_autocast(partition(kind, layer=layer), 8, 9, channels=12)
 
 
 @pytest.mark.parametrize("nchw", [False, True])
@@ -126,7 +126,7 @@ def test_gcvit_in_one_window_and_in_several(use_global, train):
 
 
 def test_gcvit_under_autocast():
-    autocast(context(True), 8, 9, channels=12)
+    patch_cases.check_autocast(context(True), 8, 9, channels=12)
 
 
 def test_a_gcvit_keeps_its_images_apart():
@@ -170,7 +170,7 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("pooled", [1, 4])
 def test_hiera_under_autocast(pooled):
-    autocast(
+    patch_cases.check_autocast(
         nn.Sequential(nn.Flatten(2), Tokens(), random(hiera.MaskUnitAttention(8, 12, 3, pooled, 4, True))),
         8,
         6,

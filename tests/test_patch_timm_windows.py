@@ -35,15 +35,6 @@ class Last(nn.Module):
         return self.block(x.permute(0, 2, 3, 1))
 
 
-def autocast(model, *size, channels=3, train=False):
-    """The oracle rule under autocast in bfloat16."""
-    model.train(train)
-    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(3))
-    yardstick = patch_cases.Yardstick(model, x, autocast=True)
-    with vitkern.patched(model):
-        yardstick.hold("autocast", patch_cases.run(model, x, torch.float32, True, autocast=True))
-
-
 # TinyViT -------------------------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +58,7 @@ def test_tiny_vit_with_values_wider_than_keys():
 
 @pytest.mark.parametrize("size", [(8, 4), (9, 6)])
 def test_tiny_vit_under_autocast(size):
-    autocast(tiny(4), *size, channels=12)
+    patch_cases.check_autocast(tiny(4), *size, channels=12)
 
 
 def test_a_tiny_vit_matches():
@@ -124,7 +115,7 @@ def test_an_efficientvit_matches_in_windows_that_a_small_map_cuts():
 
 
 def test_efficientvit_under_autocast():
-    autocast(cascaded(), 9, 6, channels=24)
+    patch_cases.check_autocast(cascaded(), 9, 6, channels=24)
 
 
 def test_efficientvit_follows_set_input_size():
@@ -181,7 +172,7 @@ def test_davit_without_bias_and_mlp():
 
 @KINDS
 def test_davit_and_twins_under_autocast(kind):
-    autocast(unpositioned(kind), 9, 7, channels=12)
+    patch_cases.check_autocast(unpositioned(kind), 9, 7, channels=12)
 
 
 def test_a_twins_matches():

@@ -60,6 +60,12 @@ def test_swinv2_hides_other_regions_by_minus_two_hundred():
     patch_cases.check(FacingAway(), (16, 16), channels=16, replaced=1)
 
 
+@pytest.mark.parametrize("make", [swin, swinv2])
+def test_swin_in_training_and_under_autocast(make):
+    patch_cases.check(make(), (60, 68), replaced=4, train=True)
+    patch_cases.check_autocast(make(), 60, 68)
+
+
 def test_swin2sr_matches():
     config = transformers.Swin2SRConfig(
         image_size=16, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=8, drop_path_rate=0.0

@@ -51,6 +51,7 @@ def test_one_attention_in_every_form(units, stride):
             return self.module(x.flatten(2).mT)[0]
 
     patch_cases.check(Tokens(), (8, 16), (4, 4 * stride), channels=12, replaced=1)
+    patch_cases.check_autocast(Tokens(), 8, 16, channels=12)
 
 
 def test_weights_that_are_asked_for_are_those_of_the_module():

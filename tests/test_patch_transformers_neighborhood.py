@@ -66,6 +66,7 @@ def dinat(monkeypatch):
 
 def test_dinat_runs_on_a_machine_without_natten_and_matches(dinat):
     patch_cases.check(dinat, (48, 64), (40, 36), (16, 24), replaced=4)
+    patch_cases.check(dinat, (40, 36), replaced=4, train=True)
 
 
 def test_attention_weights_are_given_where_they_are_asked_for(dinat):
