@@ -4,6 +4,7 @@ tests/test_ops.py."""
 import itertools
 import math
 
+import patch_cases
 import pytest
 import torch
 from agreement import agree
@@ -343,7 +344,9 @@ def test_rows_and_their_sums_are_transposes():
 
 
 def test_explain_says_that_windows_are_gathered():
-    text = vitkern.explain(vitkern.window_attention, *maps(6, 6), 3, normalizer="relu")
+    with patch_cases.Called("window_rows") as moved:
+        text = vitkern.explain(vitkern.window_attention, *maps(6, 6), 3, normalizer="relu")
+    assert moved.count == 0, "explain runs no kernel"
     assert "the windows are gathered in front of attention" in text
     text = vitkern.explain(vitkern.window_attention, *maps(6, 6), window_size=3, shift_size=1, normalizer="relu")
     assert "gathered" in text

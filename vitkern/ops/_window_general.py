@@ -3,6 +3,7 @@ rows, and its rows are put back."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from vitkern.mask import Segments
 from vitkern.ops import _window_general_checks as checks
 from vitkern.ops import _window_places as where
 from vitkern.ops.attention import attention
-from vitkern.ops.window_rows import window_rows, window_sum
+from vitkern.ops.window_rows import blank_rows, window_rows, window_sum
 from vitkern.stats import Stats
 
 NOTE = "the windows are gathered in front of attention, and its rows put back"
@@ -62,7 +63,7 @@ def windowed(*args: Any, backend: str | None = None, **options: Any) -> tuple[Te
 
 
 def explanation(*args: Any, backend: str | None = None, **options: Any) -> Any:
-    _, rows, given = prepare(*args, backend=backend, **options)
+    _, rows, given = prepare(*args, backend=backend, move=blank_rows, **options)
     chosen, reasons, *notes = attention.explain(*rows, **given, backend=backend)  # type: ignore[attr-defined]
     return chosen, reasons, [NOTE, *(note for each in notes for note in each)]
 
@@ -99,8 +100,9 @@ def prepare(
     dropout_seed: Any = None,
     return_stats: tuple[str, ...] = (),
     backend: str | None = None,
+    move: Callable[..., Tensor] = window_rows,
 ) -> tuple[Layout, tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """The layout, the rows of q, k and v, and the other arguments of `attention`."""
+    """The layout, the rows of q, k and v by `move`, and the other arguments of `attention`."""
     checks.tensors(q, k, v, shared_q)
     checks.options(k, v, partition, pad_order, pad_kv, mask_value, extra_kv, key_mask, return_stats, context_size)
     if torch.is_autocast_enabled(q.device.type):
@@ -125,12 +127,12 @@ def prepare(
         checks.shared(q, layout.window)
         q_rows = q.flatten(1, -3)[:, None].expand(-1, windows, -1, -1, -1).flatten(0, 1)  # [B W, N, H, D]
     else:
-        q_rows = window_rows(q, layout.q, backend=quiet)
+        q_rows = move(q, layout.q, backend=quiet)
     k_pad, v_pad = pad_kv if isinstance(pad_kv, tuple) else (None, None)
     rows = (
         q_rows,
-        window_rows(k, layout.k, k_pad, backend=quiet),
-        window_rows(v, layout.k, v_pad, backend=quiet),
+        move(k, layout.k, k_pad, backend=quiet),
+        move(v, layout.k, v_pad, backend=quiet),
     )
     biases, masks = _listed(bias), _listed(mask)
     checks.biases(biases)

@@ -22,6 +22,11 @@ def window_rows(x: Tensor, places: Places, fill: Tensor | None = None, *, backen
     return _call.run(ROWS, (x, fill, *places), backend)
 
 
+def blank_rows(x: Tensor, places: Places, fill: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """A tensor like `window_rows` gives, without values: no kernel runs."""
+    return _rows_fake(x, fill, *places)
+
+
 def window_sum(rows: Tensor, places: Places, lengths: Any, *, pads: bool = False, backend: str | None = None) -> Any:
     """The map ``[B, *L, H, D]`` that sums the rows of each token, and the sum over pads ``[H, D]``."""
     return _call.run(SUMS, (rows, *places, list(lengths), pads), backend)

@@ -63,8 +63,8 @@ def patch(model: nn.Module) -> PatchReport:
     """Lets every attention module of ``model`` that vitkern serves run on its op, in place.
 
     Served on ``window_attention``: Swin, SwinV2, Swin2SR, MaskFormer-Swin, Donut-Swin and Hiera of transformers; swin,
-    swinv2, tiny_vit, efficientvit_msra, maxxvit, gcvit, hiera, davit and twins of timm; swin, swin_v2, swin3d and maxvit of
-    torchvision; SwinUNETR of MONAI. On ``attention``: SAM, SAM-HQ, SAM 2, GOT-OCR2, ViTDet, BEiT, Data2Vec-vision, LeViT,
+    swinv2, swinv2_cr, tiny_vit, efficientvit_msra, maxxvit, gcvit, hiera, davit and twins of timm; swin, swin_v2, swin3d and
+    maxvit of torchvision; SwinUNETR of MONAI. On ``attention``: SAM, SAM-HQ, SAM 2, GOT-OCR2, ViTDet, BEiT, Data2Vec-vision, LeViT,
     Mask2Former, MaskFormer, EoMT, DETR, ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and the vision towers of Qwen2-VL, Qwen2.5-VL
     and Qwen3-VL of transformers; beit, cait, levit and vision_transformer_sam of timm. On ``linear_attention``:
     efficientvit_mit of timm; the transformer and the autoencoder of SANA of diffusers. On ``channel_attention``: xcit,

@@ -61,11 +61,9 @@ def _refusal(block: nn.Module) -> str | None:
     )
 
 
-def _foreign_map(block: Any, x: Tensor) -> bool:
-    """Whether the static mask of a shifted block was made for another map."""
-    if not any(block.shift_size) or block.dynamic_mask:
-        return False
-    return tuple(x.shape[1:3]) != tuple(block.input_resolution)
+def _foreign_map(block: Any, x: Tensor, size: Any) -> bool:
+    """Whether the static mask of a shifted block was made for another map than x, for one of this size."""
+    return any(block.shift_size) and not block.dynamic_mask and tuple(x.shape[1:3]) != tuple(size)
 
 
 def _swin(block: nn.Module) -> Any:
@@ -87,7 +85,7 @@ def _swin(block: nn.Module) -> Any:
         return attention.proj_drop(attention.proj(x))
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _foreign_map(self, x):
+        if _foreign_map(self, x, self.input_resolution):
             return type(self).forward(self, x)
         x = x + self.drop_path1(attend(self, self.norm1(x)))
         tokens = x.flatten(1, 2)
@@ -116,7 +114,7 @@ def _swinv2(block: nn.Module) -> Any:
         return attention.proj_drop(attention.proj(x))
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _foreign_map(self, x):
+        if _foreign_map(self, x, self.input_resolution):
             return type(self).forward(self, x)
         x = x + self.drop_path1(self.norm1(attend(self, x)))
         tokens = x.flatten(1, 2)
@@ -147,8 +145,7 @@ def _swinv2_cr(block: nn.Module) -> Any:
         return attention.proj_drop(attention.proj(x))
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        fits = self.dynamic_mask or not any(self.shift_size) or tuple(x.shape[1:3]) == tuple(self.feat_size)
-        if not fits:
+        if _foreign_map(self, x, self.feat_size):
             return type(self).forward(self, x)
         x = x + self.drop_path1(self.norm1(attend(self, x)))
         tokens = x.flatten(1, 2)
