@@ -257,6 +257,7 @@ ATTENTION = {
     "best queries": dict(width=80, bias=(1, 1, 1, 1), causal=True, normalizer="argmax_q", packed=True),
     "wide": dict(width=256, width_v=192, causal=True),
     "wide, every term": dict(width=256, **EVERY_TERM),
+    "windows that are gathered": dict(width=64, queries=196, keys=196, grid=(14, 14), dropout=0.1, places=True),
 }
 ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for capability in (80, 90)] + [
     ("masked tiles of a bias", 100, torch.bfloat16), ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
@@ -269,7 +270,7 @@ def attention_launches(
     capability, dtype, width, width_v=None, queries=257, keys=197, heads=2, key_heads=None, bias=(0, 1, 1, 1),
     bias_dtype=None, key_bias=False, mask=False, parameters=False, dropout=0.0, normalizer="softmax", causal=False,
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
-    policy=False, mixed=False, topk=0, **slots,
+    policy=False, mixed=False, topk=0, places=False, **slots,
 ):  # fmt: skip
     """`slots`: further arguments of the op."""
     key_heads, width_v = key_heads or heads, width_v or width
@@ -310,6 +311,8 @@ def attention_launches(
         given |= {f"{name}_bias": torch.zeros(heads) for name in ("pre", "post")}
     if means:
         given["query_weight"] = torch.zeros(batch, queries, heads)
+    if places:
+        given["seed"] = torch.zeros(2 + batch * queries, dtype=torch.int64)
     if packed:
         given |= {name: torch.zeros(9, dtype=torch.int32) for name in ("cu_q", "cu_k")}
         given |= {"max_q": queries, "max_k": keys}

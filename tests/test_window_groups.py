@@ -53,10 +53,52 @@ def test_groups_share_out_what_has_heads(backend):
     agree(vitkern.window_attention(q, k, v, sizes, **options), torch.cat(want, -2), (q, k, v, weight))
 
 
-def test_groups_drop_other_weights():
-    q, k, v = (t[..., :1, :].repeat(1, 1, 1, 2, 1) for t in maps(4, 6))
-    out = vitkern.window_attention(q, k, v, [(2, 3), (2, 3)], dropout_p=0.5, dropout_seed=7)
-    assert not torch.allclose(out[..., 0, :], out[..., 1, :])
+DROPOUT = {"dropout_p": 0.5, "dropout_seed": 2**40 + 7}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [2**40 + 7, torch.tensor([2**40 + 7])], ids=["int", "tensor"])
+def test_groups_drop_the_weights_of_their_own_heads(seed, backend):
+    q, k, v = maps(5, 6, heads=4)
+    want = vitkern.window_attention(q, k, v, (2, 3), 1, backend="reference", **DROPOUT)
+    dropout = {"dropout_p": 0.5, "dropout_seed": seed, "backend": backend}
+    agree(vitkern.window_attention(q, k, v, [(2, 3), (2, 3)], 1, **dropout), want, (q, k, v))
+    seen = torch.ones(2, 5, 6, dtype=torch.bool)  # with a mask the windows are gathered
+    agree(vitkern.window_attention(q, k, v, [(2, 3), (2, 3)], 1, key_mask=seen, **dropout), want, (q, k, v))
+
+
+def test_groups_draw_one_seed():
+    q, k, v = maps(4, 6, heads=4)
+    torch.manual_seed(1)
+    found = vitkern.window_attention(q, k, v, [(2, 3), (2, 3)], dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(found, vitkern.window_attention(q, k, v, (2, 3), dropout_p=0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sides, size, shift", [((7,), 3, 1), ((5, 6), (2, 3), (1, 2)), ((3, 4, 5), (2, 2, 3), (1, 0, 2))], ids=str)
+def test_gathered_windows_drop_the_weights_of_the_images_tokens(sides, size, shift, backend):
+    q, k, v = maps(*sides)
+    further = (draw(1, 2, 2, 4, seed=7), draw(1, 2, 2, 4, seed=8))
+    seen = torch.ones(2, *sides, dtype=torch.bool)
+    for options in ({}, {"pad_order": "roll_pad"}, {"pad_kv": "zero"}, {"mask_value": None}):
+        want = vitkern.window_attention(q, k, v, size, shift, backend="reference", **DROPOUT, **options)
+        got = vitkern.window_attention(q, k, v, size, shift, key_mask=seen, backend=backend, **DROPOUT, **options)
+        agree(got, want, (q, k, v))
+    want = vitkern.window_attention(q, k, v, size, extra_kv=further, backend="reference", **DROPOUT)
+    agree(vitkern.window_attention(q, k, v, size, extra_kv=further, backend=backend, **DROPOUT), want, (q, k, v))
+
+
+def test_strided_windows_drop_the_weights_of_the_images_tokens():
+    """As views of windows and gathered, and those of a list of tokens in an order of its own."""
+    q, k, v = maps(4, 6)
+    seen, options = torch.ones(2, 4, 6, dtype=torch.bool), {"partition": "grid", **DROPOUT}
+    want = vitkern.window_attention(q, k, v, (2, 3), **options)
+    agree(vitkern.window_attention(q, k, v, (2, 3), key_mask=seen, **options), want, (q, k, v))
+    q, k, v = maps(12)
+    order = torch.arange(12).view(3, 4).t().flatten().to(torch.int32)  # window i of a grid: i, i + 4, i + 8
+    want = vitkern.window_attention(q, k, v, 3, partition="grid", **DROPOUT)
+    agree(vitkern.window_attention(q, k, v, 3, order=order, **DROPOUT), want, (q, k, v))
 
 
 @pytest.mark.parametrize("heads", [1, 2])

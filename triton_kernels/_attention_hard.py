@@ -14,7 +14,7 @@ from ._attention_host import UNSPECIALIZED, Call, arguments, folded, programs, r
 from ._attention_position_sums import add_values, pair_sums, values_gradient, with_given
 from ._attention_positions import looked_up, named_rows
 from ._attention_tables import entries
-from ._attention_terms import last_key, of_sample, places, row_factor, scores
+from ._attention_terms import last_key, of_sample, places, row_factor, scores, stream
 from ._attention_tiles import add_weighted, clean_parts, load_parts, offsets, row_products, store_parts, zero_parts
 from ._attention_topk import surviving
 from ._tiles import keep_keys
@@ -120,7 +120,7 @@ def _pair_weights(
         chosen_ptr, terms, sizes, tl.program_id(0), sizes[3], BLOCK, BY_KEYS)
     w = _pair_factors(tl.where(paired, 1.0, 0.0), terms, term_strides, image, head, sizes, paired, i, j)
     if terms[5] is not None:
-        w = tl.where(keep_keys(terms[5], image, head, i, j, threshold), w * keep_scale, 0.0)
+        w = tl.where(keep_keys(stream(terms), image, head, i, j, threshold, sizes[1]), w * keep_scale, 0.0)
     tl.store(weight_ptr + flat, w, mask=real)
 
 
@@ -148,7 +148,7 @@ def _pair_products(
         rows = named_rows(terms[29], term_strides, image, at_q, at_k)
         g += tl.where(paired, looked_up(terms[32], term_strides, 71, image, head, at_q, rows), 0.0)
     if terms[5] is not None:
-        g = tl.where(keep_keys(terms[5], image, head, i, j, threshold), g * keep_scale, 0.0)
+        g = tl.where(keep_keys(stream(terms), image, head, i, j, threshold, sizes[1]), g * keep_scale, 0.0)
     g = _pair_factors(g, terms, term_strides, image, head, sizes, paired, i, j, TARGET)
     if TARGET == 28:
         g = tl.where(paired & (j > i), g, 0.0)

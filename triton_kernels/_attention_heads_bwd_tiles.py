@@ -26,7 +26,7 @@ from ._attention_heads_tiles import (
     token_numbers,
 )
 from ._attention_host import UNSPECIALIZED
-from ._attention_terms import last_key, of_sample
+from ._attention_terms import last_key, of_sample, stream
 from ._attention_tiles import SOFTMAX
 from ._tiles import LOG2E, clean
 
@@ -275,7 +275,7 @@ def _heads_values(
         p = tl.where(live[:, :, None], p, 0.0)
         p = mixed_weights(p, s, mixtures, terms, term_strides, image, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
-            p = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), p * keep_scale, 0.0)
+            p = tl.where(keep_heads(stream(terms), image, i, start, threshold, BLOCK_N, sizes[1]), p * keep_scale, 0.0)
         dout = load_heads(
             dout_ptr, dout_strides, d_strides[3], image, i + sizes[8], real, column, heads, WIDTH_V, CHUNK_V, 1, ALIGN)
         dv = tl.dot(tl.permute(p, (0, 2, 1)).to(dout.dtype), dout, dv, input_precision="ieee")

@@ -8,9 +8,9 @@ hoists what stays the same: registers are short. ALIKE: what is added to the pro
 import triton
 import triton.language as tl
 
-from ._attention_terms import gains, places, score_term, scores, weighed
+from ._attention_terms import gains, places, score_term, scores, stream, weighed
 from ._attention_tiles import ARGMAX_K, ARGMAX_Q, SOFTMAX, plain_weights, slopes
-from ._tiles import LOG2E, clean
+from ._tiles import LOG2E, clean, counted
 
 HEADS = tl.constexpr(16)                                    # matrix products want 16
 PRE = tl.constexpr(0)                                       # places in `mixtures`
@@ -240,13 +240,12 @@ def mixed_weights(
 
 
 @triton.jit
-def keep_heads(seed_ptr, image, tokens, start, threshold, BLOCK_N: tl.constexpr):
+def keep_heads(stream, image, tokens, start, threshold, BLOCK_N: tl.constexpr, queries):
     """keep_tile of all heads."""
     quads = (start // 4 + tl.arange(0, BLOCK_N // 4))[None, None, :]
-    shape = (tl.arange(0, HEADS)[:, None, None] + tokens[None, :, None] + quads) * 0   # [HEADS, i, BLOCK_N / 4]
-    lane0, lane1, lane2, lane3 = tl.philox(
-        tl.load(seed_ptr), shape + image, shape + tl.arange(0, HEADS)[:, None, None], shape + tokens[None, :, None],
-        shape + quads)
+    image, head, tokens = counted(stream, image, tl.arange(0, HEADS)[:, None, None], tokens[None, :, None], queries)
+    shape = (head + tokens + quads) * 0                                                # [HEADS, i, BLOCK_N / 4]
+    lane0, lane1, lane2, lane3 = tl.philox(tl.load(stream[0]), shape + image, shape + head, shape + tokens, shape + quads)
     lanes = tl.interleave(tl.interleave(lane0, lane2), tl.interleave(lane1, lane3))    # [HEADS, i, BLOCK_N]
     return lanes.to(tl.int64) >= threshold
 
@@ -292,7 +291,7 @@ def head_gradients(
         v_ptr, v_strides, d_strides[2], j + sizes[9], (h < heads)[:, None] & (j < sizes[2])[None, :],
         image, heads, WIDTH_V, CHUNK, GROUP, ALIGN, True, BLOCK_M, BLOCK_N)
     if terms[5] is not None:
-        given = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), given * keep_scale, 0.0)
+        given = tl.where(keep_heads(stream(terms), image, i, start, threshold, BLOCK_N, sizes[1]), given * keep_scale, 0.0)
     given = tl.where((s != float("-inf")) & live[:, :, None], given, 0.0)
     after = times_factors(given, terms, strides, image, row, start, sizes, WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     before = mixed(mixtures[POST], after, heads, True, BLOCK_M, BLOCK_N)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._host import DTYPES, config, device_reasons, family, power
+from ._host import DTYPES, config, device_reasons, family, power, stream
 
 MAX_WIDTH = 256                         # D and Dv
 MAX_TOKENS = 2**30                      # of a sample: kernels count them in 32 bits
@@ -164,6 +164,7 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     total = batch * queries, batch * keys
     if call.cu_q is not None:
         batch, queries, keys = len(call.cu_q) - 1, call.max_q, call.max_k
+    drawn = stream(seed if call.dropout_p > 0.0 else None)
     terms = [score_strides(x) for x in (bias, key_bias, mask, call.gain, call.weight, call.early_gain, call.early_weight)]
     relative = [(0,) * 4 if x is None else score_strides(x) for x in (call.rel_y, call.rel_x)]  # (batch, query, head, side)
     ids = [(0, 0) if x is None else score_strides(x) for x in (call.q_ids, call.k_ids, call.allow)]
@@ -184,12 +185,12 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
         "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
-                  seed if call.dropout_p > 0.0 else None, call.gain, call.weight, call.rel_y, call.rel_x,
+                  drawn[0], call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
                   call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
                   call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None,
-                  *by_offset, call.later_ratio, *positions, None, call.early_gain,
-                  call.early_weight),
+                  *by_offset, call.later_ratio, *positions, None, call.early_gain, call.early_weight,
+                  *drawn[1:]),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "term_strides": (*terms[0], *terms[1], *terms[2], *parameters[:2], *terms[3], *terms[4], *relative[0], *relative[1],

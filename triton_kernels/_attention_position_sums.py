@@ -10,7 +10,7 @@ from torch import Tensor
 from ._attention_bwd_sums import key_side, query_side
 from ._attention_host import UNSPECIALIZED, folded, programs, tuned
 from ._attention_positions import named_rows, tile_places
-from ._attention_terms import last_key, of_sample, row_factor, scores, weighed
+from ._attention_terms import last_key, of_sample, row_factor, scores, stream, weighed
 from ._attention_tiles import divided_weights, load_parts, offsets, row_products, weights
 from ._host import power
 from ._reduce import add_parts
@@ -50,7 +50,7 @@ def _kept_tile(
     p = tl.where(real[:, None], p, 0.0)
     p = weighed(p, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[5] is not None:
-        p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p * keep_scale, 0.0)
+        p = tl.where(keep_tile(stream(terms), image, head, i, start, threshold, BLOCK_N, sizes[1]), p * keep_scale, 0.0)
     return p
 
 

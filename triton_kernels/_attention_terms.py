@@ -6,7 +6,7 @@ What a score is made of stands in `terms`, each a pointer or None:
     20 and 21 the prefix sums of path_row and path_col, 22 policy, 23 the number that it adds to every weight's exponential,
     24 the bits of the keys that survive top-k, [B, Nq, H, words] and contiguous, 25 bias_table, 26 gain_table, 27 weight_table,
     28 later_ratio, 29 position_index, 30 position_q, 31 position_k, 32 the products of dout and position_v (of a backward),
-    33 early_gain, 34 early_weight
+    33 early_gain, 34 early_weight, 35 and 36 of dropout: the number of head 0, and image 2^32 + token of the queries [B, Nq]
 and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
 weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
 q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36, of 16 from 39, of 20 and of 21 from
@@ -30,6 +30,12 @@ NO_RULE = tl.constexpr(0)                                   # RULE
 EQUAL = tl.constexpr(1)
 TABLE = tl.constexpr(2)
 UPTO = tl.constexpr(3)
+
+
+@triton.jit
+def stream(terms):
+    """What dropout draws from, as `counted` takes it."""
+    return terms[5], terms[35], terms[36]
 
 
 @triton.jit

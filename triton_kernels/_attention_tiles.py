@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._attention_positions import position_given
-from ._attention_terms import gains, mean_gradient, query_shares, scores, weighed
+from ._attention_terms import gains, mean_gradient, query_shares, scores, stream, weighed
 from ._tiles import LOG2E, clean, keep_keys, keep_tile, load_rows, store_rows
 
 SOFTMAX = tl.constexpr(0)                                   # NORM
@@ -174,9 +174,10 @@ def weights(
     if terms[5] is not None:
         i = row + tl.arange(0, BLOCK_M)
         if ALIGNED:
-            keep = keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N)
+            keep = keep_tile(stream(terms), image, head, i, start, threshold, BLOCK_N, sizes[1])
         else:
-            keep = keep_keys(terms[5], image, head, i[:, None], start + tl.arange(0, BLOCK_N)[None, :], threshold)
+            keep = keep_keys(
+                stream(terms), image, head, i[:, None], start + tl.arange(0, BLOCK_N)[None, :], threshold, sizes[1])
         kept = tl.where(keep, kept * keep_scale, 0.0)
         given = tl.where(keep, given * keep_scale, 0.0)
     dp = weighed(given, terms, strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)

@@ -62,3 +62,8 @@ def plan_shape(tokens: int) -> dict[str, int]:
     """The block of a sample, and warps for eight tokens to a thread."""
     block = power(tokens)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+
+
+def stream(seed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The seed, the number of head 0 and the places of queries that dropout counts, each None where it is not given."""
+    return (None,) * 3 if seed is None else (seed, *(seed[n:] if len(seed) > n else None for n in (1, 2)))

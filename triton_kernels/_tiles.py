@@ -28,22 +28,36 @@ def store_rows(ptr, rows, real, d_stride, x, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N: tl.constexpr):
+def counted(stream, image, head, tokens, queries):
+    """The image, the head and the tokens that dropout counts. `stream`: pointers to its seed; to the number of head 0, or None;
+    to image 2^32 + token of each query [B, queries], or None where they are the queries' own."""
+    if stream[1] is not None:
+        head += tl.load(stream[1]).to(tl.int32)
+    if stream[2] is not None:
+        named = tl.load(stream[2] + (image.to(tl.int64) * queries + tl.minimum(tokens, queries - 1)))
+        image, tokens = (named >> 32).to(tl.int32), named.to(tl.int32)
+    return image, head, tokens
+
+
+@triton.jit
+def keep_tile(stream, image, head, tokens, start, threshold, BLOCK_N: tl.constexpr, queries=0):
     """True where dropout keeps a weight: Philox on (image, head, query token, key slot div 4), lane = slot mod 4."""
     quads = start // 4 + tl.arange(0, BLOCK_N // 4)
-    shape = (tokens[:, None] + quads[None, :]) * 0                                     # [i, BLOCK_N / 4]
+    image, head, tokens = counted(stream, image, head, tokens[:, None], queries)
+    shape = (tokens + quads[None, :]) * 0                                              # [i, BLOCK_N / 4]
     lane0, lane1, lane2, lane3 = tl.philox(
-        tl.load(seed_ptr), shape + image, shape + head, shape + tokens[:, None], shape + quads[None, :])
+        tl.load(stream[0]), shape + image, shape + head, shape + tokens, shape + quads[None, :])
     lanes = tl.interleave(tl.interleave(lane0, lane2), tl.interleave(lane1, lane3))    # [i, BLOCK_N]
     return lanes.to(tl.int64) >= threshold
 
 
 @triton.jit
-def keep_keys(seed_ptr, image, head, tokens, keys, threshold):
+def keep_keys(stream, image, head, tokens, keys, threshold, queries):
     """keep_tile for tokens and keys of shapes that broadcast: every weight draws its four lanes."""
+    image, head, tokens = counted(stream, image, head, tokens, queries)
     shape = (tokens + keys) * 0
     quads, lane = shape + keys // 4, shape + keys % 4
-    lane0, lane1, lane2, lane3 = tl.philox(tl.load(seed_ptr), shape + image, shape + head, shape + tokens, quads)
+    lane0, lane1, lane2, lane3 = tl.philox(tl.load(stream[0]), shape + image, shape + head, shape + tokens, quads)
     drawn = tl.where(lane < 2, tl.where(lane == 0, lane0, lane1), tl.where(lane == 2, lane2, lane3))
     return drawn.to(tl.int64) >= threshold
 

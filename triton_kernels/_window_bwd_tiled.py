@@ -16,7 +16,7 @@ from ._window_tiles import load_bias, row_offsets, seams, sides, unit_rows, unit
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, seed_ptr, dout_ptr, lse_ptr, dlse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, stream, dout_ptr, lse_ptr, dlse_ptr,
     delta_ptr, low_ptr, dq_ptr, dtau_ptr,
     q_strides, k_strides, v_strides, d_strides, dout_strides, dout_d_stride, dlse_strides, dq_strides, dq_d_stride,
     bias_strides, index_strides, pad_strides, tau_stride, lengths, counts, shifts, table_rows, windows, heads,
@@ -64,7 +64,7 @@ def _backward_queries(
             k = unit_rows(k, cosine_eps)
         bias = load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head, i, j, N)
         _, p, _, dp = weights(
-            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, stream, image, head, tokens,
             start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
         delta += tl.sum(p * dp, 1)
         norm += tl.sum(p, 1)
@@ -90,7 +90,7 @@ def _backward_queries(
                 k = unit_rows(k, cosine_eps)
             bias = load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head, i, j, N)
             a, p, _, dp = weights(
-                q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+                q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, stream, image, head, tokens,
                 start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
             ds = p * (dp - delta[:, None])                                             # [BLOCK_M, BLOCK_N]
             if dtau_ptr is not None:
@@ -110,7 +110,7 @@ def _backward_queries(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_keys(
-    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, stream, dout_ptr, lse_ptr, delta_ptr,
     low_ptr, dk_ptr, dv_ptr, dk_pad_ptr, dv_pad_ptr,
     q_strides, k_strides, v_strides, d_strides, dout_strides, dout_d_stride, dq_strides, dk_strides, dk_d_stride,
     dv_strides, dv_d_stride, bias_strides, index_strides, pad_strides, tau_stride, lengths, counts, shifts, table_rows,
@@ -169,7 +169,7 @@ def _backward_keys(
             q = unit_rows(q, cosine_eps)
         bias = load_bias(bias_ptr, index_ptr, bias_strides, index_strides, table_rows, head, i, j, N)
         _, p, dropped, dp = weights(
-            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, stream, image, head, tokens,
             start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
         if dv_ptr is not None or dv_pad_ptr is not None:
             dv += tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision="ieee")
@@ -197,7 +197,7 @@ def _backward_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_bias(
-    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, seed_ptr, dout_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, stream, dout_ptr, lse_ptr, delta_ptr,
     low_ptr, dbias_ptr,
     q_strides, k_strides, v_strides, d_strides, dout_strides, dout_d_stride, bias_strides, index_strides, pad_strides,
     tau_stride, lengths, counts, shifts, table_rows, windows, heads, total, chunks,
@@ -248,7 +248,7 @@ def _backward_bias(
         if low_ptr is not None:
             low = tl.load(low_ptr + flat, mask=real_i, other=0.0)
         _, p, _, dp = weights(
-            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens,
+            q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, stream, image, head, tokens,
             start, factor, mask_value, threshold, keep_scale, BLOCK_N, N, PADS, SHIFTED, HIDE, True)
         dbias += p * (dp - delta[:, None])
     part = dbias_ptr + (chunk * heads + head) * N * N

@@ -72,7 +72,7 @@ def key_side(
 
 @triton.jit
 def weights(
-    q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, seed_ptr, image, head, tokens, start,
+    q, k, v, dout, lse, low, bias, sides_i, sides_j, seam, visible, stream, image, head, tokens, start,
     factor, mask_value, threshold, keep_scale,
     BLOCK_N: tl.constexpr, N: tl.constexpr, PADS: tl.constexpr, SHIFTED: tl.constexpr, HIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -85,8 +85,8 @@ def weights(
     p = tl.where((lse < float("inf"))[:, None], p, 0.0)  # a NaN may be seen by such rows only
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     dropped = p
-    if seed_ptr is not None:
-        keep = keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N)
+    if stream is not None:
+        keep = keep_tile(stream, image, head, tokens, start, threshold, BLOCK_N)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return a, p, dropped, dp

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._host import DTYPES, device_reasons, power
+from ._host import DTYPES, device_reasons, power, stream
 
 MAX_TOKENS = 1024                       # of one window
 MAX_WIDTH = 256                         # D and Dv
@@ -75,7 +75,7 @@ def arguments(
         bias = bias.contiguous()                            # kernels count inside a bias in 32 bits
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias, "index_ptr": index if bias is not None else None,
-        "tau_ptr": logit_scale, "k_pad_ptr": k_pad, "v_pad_ptr": v_pad, "seed_ptr": seed if dropout_p > 0.0 else None,
+        "tau_ptr": logit_scale, "k_pad_ptr": k_pad, "v_pad_ptr": v_pad, "stream": stream(seed) if dropout_p > 0.0 else None,
         **tied_strides({"q": q, "k": k, "v": v}, axes),
         "d_strides": (q.stride(-1), k.stride(-1), v.stride(-1)),
         "bias_strides": (0, 0, 0) if bias is None else (*bias.stride(), 0)[:3],

@@ -19,7 +19,7 @@ from ._attention_host import HARD, UNSPECIALIZED, Call, arguments, mixes, progra
 from ._attention_key_means import _key_means
 from ._attention_policy import policy_rows
 from ._attention_position_sums import add_values, position_sums
-from ._attention_terms import last_key, listed, of_sample, part_of, places, row_factor, scores, visited, weighed
+from ._attention_terms import last_key, listed, of_sample, part_of, places, row_factor, scores, stream, visited, weighed
 from ._attention_tiles import (
     POLICY,
     SOFTMAX,
@@ -83,7 +83,7 @@ def _exact_channels(
             p, slope, bare = divided_weights(s, base, low, terms, term_strides, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
         p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
-            p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
+            p = tl.where(keep_tile(stream(terms), image, head, i, start, threshold, BLOCK_N, sizes[1]), p, 0.0)
         v_rows = offsets(image, head // GROUP, j + sizes[9], v_strides, 1)
         v = _load_channels(v_ptr, v_rows, j < keys, d_strides[2], channel, WIDTHS_V[0])
         acc = tl.dot(p.to(v.dtype), clean(v).to(v.dtype), acc, input_precision="ieee")
@@ -169,7 +169,7 @@ def _forward(
             p, slope, bare = divided_weights(s, top, norm, terms, term_strides, image, row, start, sizes, NORM, BLOCK_M, BLOCK_N)
         p = weighed(p, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
-            p = tl.where(keep_tile(terms[5], image, head, i, start, threshold, BLOCK_N), p, 0.0)
+            p = tl.where(keep_tile(stream(terms), image, head, i, start, threshold, BLOCK_N, sizes[1]), p, 0.0)
         acc = add_weighted(acc, p, v, WIDTHS_V)
 
     flat += part.to(tl.int64) * total * heads

@@ -24,7 +24,7 @@ from ._attention_heads_tiles import (
     token_numbers,
 )
 from ._attention_host import HARD, MIXTURES, UNSPECIALIZED, Call, arguments
-from ._attention_terms import last_key, of_sample
+from ._attention_terms import last_key, of_sample, stream
 from ._attention_tiles import ARGMAX_K, ARGMAX_Q
 from ._host import power
 from ._tiles import LN2, LOG2E, clean
@@ -106,7 +106,7 @@ def _heads_forward(
         p = mixed_weights(p, s, mixtures, terms, term_strides, image, row, start, sizes,
                           AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if terms[5] is not None:
-            p = tl.where(keep_heads(terms[5], image, i, start, threshold, BLOCK_N), p * keep_scale, 0.0)
+            p = tl.where(keep_heads(stream(terms), image, i, start, threshold, BLOCK_N, sizes[1]), p * keep_scale, 0.0)
         j = start + tl.arange(0, BLOCK_N)
         inside = (tl.arange(0, HEADS) < heads)[:, None] & (j < sizes[2])[None, :]
         v = load_heads(v_ptr, v_strides, d_strides[2], image, j + sizes[9], inside, column, heads, WIDTH_V, CHUNK_V, GROUP, ALIGN)

@@ -68,7 +68,7 @@ def _key_tile(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
-    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, stream, out_ptr, lse_ptr,
     q_strides, k_strides, v_strides, d_strides, bias_strides, index_strides, pad_strides, tau_stride,
     lengths, counts, shifts, table_rows, windows, heads, total, chunks,
     scale, mask_value, cosine_max, cosine_eps, threshold, keep_scale,
@@ -125,8 +125,8 @@ def _forward(
             p = tl.exp2((s - base[:, None]) * LOG2E)                                     # [BLOCK_M, BLOCK_N]
             shrink = tl.exp2((top - base) * LOG2E)
             norm = norm * shrink + tl.sum(p, 1)
-            if seed_ptr is not None:
-                p = tl.where(keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N), p, 0.0)
+            if stream is not None:
+                p = tl.where(keep_tile(stream, image, head, tokens, start, threshold, BLOCK_N), p, 0.0)
             acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             top = higher
 
@@ -143,8 +143,8 @@ def _forward(
                     table_rows, mask_value, cosine_eps,
                     WINDOW, AXES, N, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, GROUP, PADS, SHIFTED, ROLL_FIRST, HIDE, ALIGN)
                 p = tl.exp2((s - base[:, None]) * LOG2E)
-                if seed_ptr is not None:
-                    p = tl.where(keep_tile(seed_ptr, image, head, tokens, start, threshold, BLOCK_N), p, 0.0)
+                if stream is not None:
+                    p = tl.where(keep_tile(stream, image, head, tokens, start, threshold, BLOCK_N), p, 0.0)
                 acc += tl.dot(p.to(v.dtype), clean(v), input_precision="ieee")
                 seen = tl.where(s == float("-inf"), 0.0, 1.0).to(tl.float16)
                 broken = tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0.0, 1.0).to(tl.float16)

@@ -23,7 +23,7 @@ from ._window_tiles import load_bias, row_offsets, seams, sides, unit_rows, unit
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_window(
-    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, seed_ptr, dout_ptr, lse_ptr, dlse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, index_ptr, tau_ptr, k_pad_ptr, v_pad_ptr, stream, dout_ptr, lse_ptr, dlse_ptr,
     dq_ptr, dk_ptr, dv_ptr, dbias_ptr, dtau_ptr, dk_pad_ptr, dv_pad_ptr,
     q_strides, k_strides, v_strides, d_strides, dout_strides, dout_d_stride, dlse_strides, dq_strides, dq_d_stride,
     dk_strides, dk_d_stride, dv_strides, dv_d_stride, bias_strides, index_strides, pad_strides, tau_stride,
@@ -75,7 +75,7 @@ def _backward_window(
             k = unit_rows(k_raw, cosine_eps)
         a, p, dropped, dp = weights(
             q, k, v, dout, lse, tl.zeros_like(lse), bias, side, side, seams(window, counts, AXES, SHIFTED), visible,
-            seed_ptr, image, head, tokens, 0, factor, mask_value, threshold, keep_scale,
+            stream, image, head, tokens, 0, factor, mask_value, threshold, keep_scale,
             BLOCK_N, N, PADS, SHIFTED, HIDE, bias_ptr is not None)
         if q_ptr.dtype.element_ty == tl.float32:                                       # lse has been rounded
             norm = tl.sum(p, 1)

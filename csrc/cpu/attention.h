@@ -84,7 +84,8 @@ struct AttentionProblem {
   bool policy_diagonal;  // 1 in place of the policy for the query's own place
   double dropout_p;
   uint64_t seed;
-  uint32_t sample;  // of the random numbers
+  uint32_t sample, first_head;  // of the random numbers
+  const int64_t* places;        // [samples][queries]: the image, times 2^32, and the token that they count, or null
 };
 
 // The sums of a score-shaped gradient: Acc, rows `padded` long where it has columns; strides in elements, 0 where it is

@@ -105,7 +105,16 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
   p.offset = o.offset;
   p.topk = int32_t(std::min<int64_t>(o.topk, most));
   p.dropout_p = o.dropout_p;
-  if (o.seed) p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
+  if (o.seed) {
+    const auto* stream = static_cast<const int64_t*>(o.seed->const_data_ptr());
+    const int64_t count = o.seed->numel();
+    check(o.seed->scalar_type() == torch::headeronly::ScalarType::Long && o.seed->is_contiguous() &&
+              (count == 1 || count == 2 || count == 2 + batch * tokens_q_),
+          kOp, "seed must be int64 [1], [2] or [2 + B Nq] and contiguous");
+    p.seed = uint64_t(stream[0]);
+    if (count > 1) p.first_head = uint32_t(stream[1]);
+    if (count > 2) p.places = stream + 2;
+  }
   read_scores(o);
   read_positions(o);
   read_tables(o);

@@ -151,7 +151,14 @@ void set_options(Prepared& c, const Options& o) {
   p.mask_value = o.mask_value;
   p.eps = o.cosine_eps;
   p.dropout_p = o.dropout_p;
-  if (o.seed) p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
+  if (o.seed) {
+    const int64_t count = o.seed->numel();
+    check(o.seed->scalar_type() == torch::headeronly::ScalarType::Long && o.seed->is_contiguous() && (count == 1 || count == 2),
+          kOp, "seed must be int64 [1] or [2] and contiguous");
+    const auto* stream = static_cast<const int64_t*>(o.seed->const_data_ptr());
+    p.seed = uint64_t(stream[0]);
+    if (count == 2) p.first_head = uint32_t(stream[1]);
+  }
 }
 
 // q, k, v are maps [B, *L, H, D]; the options are read and converted.

@@ -120,8 +120,10 @@ WindowParams common_params(const Tensor& q, const Tensor& k, const Tensor& v, co
   p.cosine_max = float(o.cosine_max);
   p.cosine_eps = float(o.cosine_eps);
   if (o.dropout_p > 0.0) {
-    p.seed = plain<const int64_t>(seed, ScalarType::Long, 1, "seed");
-    STD_TORCH_CHECK(p.seed != nullptr, "window_attention: dropout needs a seed");
+    STD_TORCH_CHECK(seed.has_value(), "window_attention: dropout needs a seed");
+    const bool counted = seed->numel() > 1;
+    p.seed = plain<const int64_t>(seed, ScalarType::Long, counted ? 2 : 1, "seed");
+    if (counted) p.first_head = p.seed + 1;
     p.dropout_threshold = dropout_threshold(o.dropout_p);
     p.dropout_scale = float(1.0 / (1.0 - o.dropout_p));
   }

@@ -92,7 +92,7 @@ def arguments(
         tau,
         k_pad,
         v_pad,
-        torch.tensor([0x123456789ABCDEF + seed]) if dropout else None,
+        torch.tensor([0x123456789ABCDEF + seed, 3]) if dropout else None,
         list(window),
         list(shift),
         roll_first,

@@ -114,17 +114,6 @@ def seed(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     return torch.tensor([value], dtype=torch.int64, device=device)
 
 
-def dropout(op: str, p: Any, value: Any, device: torch.device) -> Tensor | None:
-    """The seed int64 [1] of dropout with probability p; None where p is 0."""
-    if not number(op, "dropout_p", p):
-        return None
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p!r}")
-    if value is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return seed(op, "dropout_seed", value, device)
-
-
 def offsets(op: str, name: str, cu: Tensor, total: int, longest: int, limit: str) -> None:
     """The bounds of packed sequences, where their values may be read: from 0 to `total` in steps of at most `longest`."""
     if not backends.may_read(cu):

@@ -15,6 +15,7 @@ from vitkern.bias import KeyBias, RelativePosition
 from vitkern.mask import Segments
 from vitkern.ops import _window_general_checks as checks
 from vitkern.ops import _window_places as where
+from vitkern.ops._dropout import Stream
 from vitkern.ops.attention import attention
 from vitkern.ops.window_rows import blank_rows, window_rows, window_sum
 from vitkern.stats import Stats
@@ -156,6 +157,11 @@ def prepare(
     if "key_mean" in return_stats and not _whole(q_axes):
         real = where.real(layout.q).to(acc)  # pads ask nothing
         weight = real.expand(len(k), windows, n).flatten(0, 1)
+    if dropout_p:
+        drawn = dropout_seed if isinstance(dropout_seed, Stream) else Stream(dropout_seed)
+        token = where.tokens(layout.q, list(lengths)).clamp(min=0)  # [1|B, W, N]
+        images = torch.arange(len(k), device=q.device)[:, None, None]
+        dropout_seed = drawn._replace(places=(images << 32) + token)
     given = {
         "bias": biases or None, "mask": masks or None, "cosine": cosine, "scale": scale, "normalizer": normalizer,
         "extra_kv": extra_kv, "dropout_p": dropout_p, "dropout_seed": dropout_seed,

@@ -12,6 +12,7 @@ from vitkern.bias import PerHeadGroup, RelativePosition
 from vitkern.cosine import CosineScore
 from vitkern.ops import _attention_checks, _window_general_checks
 from vitkern.ops import _window_places as where
+from vitkern.ops._dropout import Stream, drawn
 from vitkern.ops._window_checks import NAME
 from vitkern.ops.window_rows import window_rows, window_sum
 from vitkern.stats import Stats
@@ -46,6 +47,8 @@ def grouped(
     **options: Any,
 ) -> Any:
     """`function`, window_attention, on each group of heads, and the outputs side by side."""
+    if dropout_seed is None and options.get("dropout_p"):
+        dropout_seed = drawn(q.device)
     own = {
         "bias": bias,
         "cosine": cosine,
@@ -86,7 +89,7 @@ def _groups(
         "pad_kv": _pairs(given["pad_kv"], count),
         "extra_kv": _pairs(given["extra_kv"], count),
         "lepe": _values(given["lepe"], v, count),
-        "dropout_seed": _seeds(given["dropout_seed"], count),
+        "dropout_seed": _seeds(given["dropout_seed"], q, count),
     }
     parts = [t.unflatten(-2, (count, -1)).unbind(-3) for t in (q, k, v)]
     windows, shifts = _each(window_size, count), _each(shift_size, count)
@@ -151,8 +154,9 @@ def _values(lepe: Any, v: Tensor, count: int) -> list[Any]:
     return [dataclasses.replace(lepe, weight=w, bias=b) for w, b in zip(weights, biases, strict=True)]
 
 
-def _seeds(seed: Any, count: int) -> list[Any]:
-    return [None if seed is None else seed + group for group in range(count)]
+def _seeds(seed: Any, q: Tensor, count: int) -> list[Stream]:
+    """One seed for all groups, each of which counts its heads from its own first."""
+    return [Stream(seed, group * (q.shape[-2] // count)) for group in range(count)]
 
 
 # values that are added ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_definition as definition
 from vitkern.ops import _attention_modifier_checks as modifier_checks
 from vitkern.ops import _attention_slots as slots
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _dropout
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.attention import attention as reference
@@ -182,7 +182,7 @@ def lower(
             modulations = (*modulations, ElementwiseMask(named, "prob"))
     checks.check_rope(rope, q, k)
     scale = checks.check_scale(scale, cosine, q)
-    seed = _checks.dropout(NAME, dropout_p, dropout_seed, q.device)
+    seed = _dropout.stream(NAME, dropout_p, dropout_seed, q.device)
     if v is None and not stats:
         raise ValueError(f"{NAME}: v must be a tensor unless statistics are asked for, got None")
     return {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.ops import _call, _checks, _window_general, _window_gpu, _window_groups, _window_views
+from vitkern.ops import _call, _checks, _dropout, _window_general, _window_gpu, _window_groups, _window_views
 from vitkern.ops._op import Op
 from vitkern.ops._window_checks import NAME, check, signature
 from vitkern.reference.window_attention import window_attention as definition
@@ -85,8 +85,7 @@ def window_attention(
             ``(k_pad [Hk, D], v_pad [Hk, Dv])`` these (padding before the projection gives its bias), with gradients.
         mask_value: added where a shift brought tokens of different regions together. ``None`` hides exactly.
         dropout_p: probability of dropping a weight. The pattern is a function of ``dropout_seed``, image, head, query
-            and key alone (Philox), so every back-end draws the same. Gathered windows count each window as an image of its
-            own; every group of heads counts its heads anew, with the seed moved by its number.
+            token and key slot alone (Philox), so every back-end and every way to run the windows draws the same.
         dropout_seed: an int, or a one-element int64 tensor; ``None`` draws one from torch's generator.
         partition: ``"block"``; ``"grid"``, strided windows (MaxViT, Tu et al. 2022): of each axis, window i of n has the tokens
             i, i + n, i + 2 n, ...; ``"unit"``, the same on a list of tokens (Hiera, Ryali et al. 2023).
@@ -273,7 +272,7 @@ def _lower(
     if cosine is not None:
         tau, cosine_max, cosine_eps = cosine.logit_scale.reshape(-1), float(cosine.max), float(cosine.eps)
     k_pad, v_pad = pad_kv if isinstance(pad_kv, tuple) else (None, None)
-    seed = _checks.dropout(NAME, dropout_p, dropout_seed, q.device)
+    seed = _dropout.stream(NAME, dropout_p, dropout_seed, q.device)
     options = (
         window,
         shift,

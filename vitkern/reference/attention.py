@@ -35,7 +35,7 @@ def attention(
     scale: float | Tensor = 1.0,  # a float or [] or [H]
     sink: Tensor | None = None,  # [H]
     extra_kv: tuple[Tensor, Tensor | None] | None = None,  # [B|1, E, Hk, D], [B|1, E, Hk, Dv]
-    seed: Tensor | None = None,  # [1] int64
+    seed: Tensor | None = None,  # [1 to 2 + B Nq] int64: dropout
     dropout_p: float = 0.0,
     topk: int | None = None,
     stats: tuple[str, ...] = (),

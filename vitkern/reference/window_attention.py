@@ -31,7 +31,7 @@ def window_attention(
     logit_scale: Tensor | None,  # [H]: cosine scores
     k_pad: Tensor | None,  # [Hk, D]  the key of a pad; None is 0
     v_pad: Tensor | None,  # [Hk, Dv] the value of a pad; None is 0
-    seed: Tensor | None,  # [1] int64: dropout
+    seed: Tensor | None,  # [1|2] int64: dropout
     window: list[int],
     shift: list[int],
     roll_first: bool,  # pad_order="roll_pad"
@@ -150,18 +150,23 @@ def dense_bias(bias: Tensor, index: Tensor | None, op: str = "window_attention")
 
 
 def keep_pattern(seed: Tensor, batch: int, heads: int, token: Tensor, p: float, keys: int) -> Tensor:
-    """True where dropout keeps a weight, [B, nW, H, N, keys]: a function of seed, image, head, query token and key slot."""
+    """True where dropout keeps a weight, [B, nW, H, N, keys]: a function of seed, image, head, query token and key slot. Behind
+    the seed may stand the number of the first head, and behind that image 2^32 + token of each query."""
     windows, n = token.shape
     slots = -(-keys // 4)
     shape = (batch, windows, heads, n, slots)
     grid = [torch.arange(m, device=token.device) for m in (batch, heads, slots)]
+    place = (grid[0].view(-1, 1, 1) << 32) + token.clamp(min=0)  # [B, nW, N]: image, query token on the map
+    if len(seed) > 2:
+        place = seed[2:].view(batch, windows, n)
+    place = place[:, :, None, :, None]  # [B, nW, 1, N, 1]
     counter = [
-        grid[0].view(-1, 1, 1, 1, 1).expand(shape),  # image
-        grid[1].view(1, 1, -1, 1, 1).expand(shape),  # head
-        token.clamp(min=0).view(1, windows, 1, n, 1).expand(shape),  # query token on the map
+        (place >> 32).expand(shape),  # image
+        (grid[1] + (seed[1] if len(seed) > 1 else 0)).view(1, 1, -1, 1, 1).expand(shape),  # head
+        (place & 0xFFFFFFFF).expand(shape),  # query token on the map
         grid[2].view(1, 1, 1, 1, -1).expand(shape),  # key slot div 4
     ]
-    lanes = torch.stack(philox(counter, seed), -1).flatten(-2)[..., :keys]  # [B, nW, H, N, keys]
+    lanes = torch.stack(philox(counter, seed[:1]), -1).flatten(-2)[..., :keys]  # [B, nW, H, N, keys]
     return lanes >= math.ceil(p * 2.0**32)  # u = lane 2^-32 >= p
 
 

@@ -196,6 +196,7 @@ def draw(rng: random.Random) -> Call:
 
 def small() -> list[Call]:
     """Tiny calls that together reach every option."""
+    # fmt: off
     return [
         make(1, (4, 6), (2, 3), partition="grid", biases=("table",)),
         make(2, (5, 7), (2, 3), (1, 2), biases=("table",), pads="given", extra=2, keys_hidden=True),
@@ -203,7 +204,8 @@ def small() -> list[Call]:
         make(4, (8,), 4, partition="unit", key_lengths=(24,), heads=1, biases=("index",), key_window_size=12),
         make(5, (4, 4), 2, shared_q=True, heads=4, kv_heads=2, biases=("dense",), return_stats=("lse", "key_mean")),
         make(6, (4, 6), 2, (1, 1), biases=("decomposed", "table"), mask_value=None, pads="given"),
-        make(7, (4, 6), [(None, 2), (2, None)], biases=("groups",), heads=4, kv_heads=2),
+        make(7, (4, 6), [(None, 2), (2, None)], biases=("groups",), heads=4, kv_heads=2,
+             dropout_p=0.3, dropout_seed=4),
         make(8, (4, 6), (4, 3), [(0, 0), (2, 1)], heads=2, biases=("table",), return_stats=("lse",)),
         make(9, (9,), 4, order=True, masks=("causal",), return_stats=("lse", "key_mean")),
         make(10, (4, 6), (2, 3), own_shifts=True, mask_value=-3.0),
@@ -214,6 +216,7 @@ def small() -> list[Call]:
         make(16, (4, 4), 2, batch=0, keys_hidden=True),
         make(18, (5, 7), (2, 3), partition="grid", biases=("table",), pads="given"),
         make(17, (6,), 3, dropout_p=0.4, dropout_seed=3, extra=1, dv=5, swapped=True),
+        make(19, (4, 6), [(2, 3), (1, 2)], heads=4, normalizer="argmax_k", keys_hidden=True, dropout_p=0.5, dropout_seed=6),
     ]
 
 
