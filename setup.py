@@ -26,6 +26,7 @@ CPU_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/library.cpp",
     "csrc/cpu/window_attention.cpp",
+    "csrc/cpu/depthwise_value.cpp",
     "csrc/cpu/window_rows.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/attention_bwd.cpp",

@@ -25,15 +25,10 @@ class DepthwiseValue:
     prefix_tokens: int = 0
     scope: str = "map"
 
-    def of(self, v: Tensor) -> Tensor:
-        """What is added to the output: that of ``v [B, N, Hk, Dv]``."""
+    def of(self, v: Tensor, *, backend: str | None = None) -> Tensor:
+        """What is added to the output: that of ``v [B, N, Hk, Dv]``, in its dtype."""
+        from vitkern.ops.depthwise_value import depthwise_value
+
         assert self.grid is not None
-        heads, width = v.shape[2:]
-        weight, bias = (t if t is None else t.to(v.dtype) for t in (self.weight, self.bias))
-        if len(self.weight) == width:
-            weight, bias = weight.repeat(heads, 1, 1, 1), None if bias is None else bias.repeat(heads)
-        maps = v[:, self.prefix_tokens :].flatten(2).mT.unflatten(2, self.grid)  # [B, Hk Dv, h, w]
-        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-        found = torch.nn.functional.conv2d(maps, weight, bias, padding=padding, groups=heads * width)
-        found = found.flatten(2).mT.unflatten(2, (heads, width))  # [B, N, Hk, Dv]
-        return torch.nn.functional.pad(found, (0, 0, 0, 0, self.prefix_tokens, 0))
+        found = depthwise_value(v[:, self.prefix_tokens :], self.weight, self.bias, self.grid, backend=backend)
+        return torch.nn.functional.pad(found, (0, 0, 0, 0, self.prefix_tokens, 0)) if self.prefix_tokens else found

@@ -7,6 +7,7 @@
 #include "cluster_kmeans.h"
 #include "cluster_tokens.h"
 #include "deformable_attention.h"
+#include "depthwise_value.h"
 #include "feature_rows.h"
 #include "grid_sum.h"
 #include "linear_attention.h"
@@ -46,6 +47,7 @@ struct Kernels {
   DeformKernels deform_f32, deform_f64;
   NearKernels near_f32, near_f64;
   SampledKernels sampled_f32, sampled_f64;
+  DepthwiseKernels depthwise_f32, depthwise_f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

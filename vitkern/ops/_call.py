@@ -20,6 +20,11 @@ def run(op: Op | PlainOp, args: tuple[Any, ...], backend: str | None) -> Any:
     return dispatch(op, args, wanted)
 
 
+def beside(backend: str | None) -> str | None:
+    """What runs an op beside the one that `backend` is named for, which alone refuses what it cannot do."""
+    return "reference" if backends.forced(backend) == "reference" else None
+
+
 def dispatch(op: Op | PlainOp, args: tuple[Any, ...], wanted: str | None) -> Any:
     """As `run`, with a back-end that is known to be able to."""
     device, gpu = args[0].device.type, ""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.bias import KeyBias, RelativePosition
 from vitkern.mask import Segments
+from vitkern.ops import _call
 from vitkern.ops import _window_general_checks as checks
 from vitkern.ops import _window_places as where
 from vitkern.ops._dropout import Stream
@@ -51,7 +51,7 @@ def windowed(*args: Any, backend: str | None = None, **options: Any) -> tuple[Te
     layout, rows, given = prepare(*args, backend=backend, **options)
     found = attention(*rows, **given, backend=backend)
     out, stats = found if given["return_stats"] else (found, Stats())
-    quiet, found = _quiet(backend), stats._asdict()
+    quiet, found = _call.beside(backend), stats._asdict()
     for name, places, lengths in (
         ("lse", layout.q, layout.lengths),
         ("key_mean", layout.k, [a.length for a in layout.k_axes]),
@@ -67,11 +67,6 @@ def explanation(*args: Any, backend: str | None = None, **options: Any) -> Any:
     _, rows, given = prepare(*args, backend=backend, move=blank_rows, **options)
     chosen, reasons, *notes = attention.explain(*rows, **given, backend=backend)  # type: ignore[attr-defined]
     return chosen, reasons, [NOTE, *(note for each in notes for note in each)]
-
-
-def _quiet(backend: str | None) -> str | None:
-    """What moves the rows: a back-end that attention cannot run is for attention to refuse."""
-    return "reference" if backends.forced(backend) == "reference" else None
 
 
 def prepare(
@@ -123,7 +118,7 @@ def prepare(
     )
     shifts = shift_size if isinstance(shift_size, Tensor) else None
     layout = _layout(q_axes, k_axes, shifts, order, len(k), q.device)
-    windows, n, quiet = math.prod(layout.q.counts), math.prod(layout.window), _quiet(backend)
+    windows, n, quiet = math.prod(layout.q.counts), math.prod(layout.window), _call.beside(backend)
     if shared_q:
         checks.shared(q, layout.window)
         q_rows = q.flatten(1, -3)[:, None].expand(-1, windows, -1, -1, -1).flatten(0, 1)  # [B W, N, H, D]

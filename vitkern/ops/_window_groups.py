@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitkern.bias import PerHeadGroup, RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.ops import _attention_checks, _window_general_checks
+from vitkern.ops import _attention_checks, _call, _window_general_checks
 from vitkern.ops import _window_places as where
 from vitkern.ops._dropout import Stream, drawn
 from vitkern.ops._window_checks import NAME
@@ -173,6 +173,7 @@ def added(
     pad_order: str = "pad_roll",
     pad_kv: Any = None,
     order: Any = None,
+    backend: str | None = None,
     **options: Any,
 ) -> Tensor:
     """What `lepe` adds to the output [B, *L, H, Dv] of these values [B, *L, Hk, Dv]."""
@@ -187,13 +188,14 @@ def added(
     flat = v.flatten(1, 2)
     _attention_checks.check_lepe(lepe, flat, flat, NAME)
     if lepe.scope == "map":
-        found = lepe.of(flat).unflatten(1, sides)
+        found = lepe.of(flat, backend=_call.beside(backend)).unflatten(1, sides)
     else:
         axes, _ = _window_general_checks.axes(
             sides, sides, window_size, shift_size, partition, None, "pad", None, pad_order
         )
         at = where.places(axes, v.device)
-        rows = window_rows(v, at, pad_kv[1] if isinstance(pad_kv, tuple) else None)
+        beside = _call.beside(backend)
+        rows = window_rows(v, at, pad_kv[1] if isinstance(pad_kv, tuple) else None, backend=beside)
         inside = dataclasses.replace(lepe, grid=tuple(a.cells for a in axes))
-        found = window_sum(inside.of(rows), at, sides)[0]
+        found = window_sum(inside.of(rows, backend=beside), at, sides, backend=beside)[0]
     return found.repeat_interleave(heads // v.shape[-2], -2)

@@ -97,7 +97,8 @@ def linear_attention(
     out, state = _run(lowered, custom, placed, return_state, backend)
     if lepe is not None:
         values = v.to(out.dtype).flatten(1, -3)
-        out = (out.flatten(1, -3) + lepe.of(values).repeat_interleave(q.shape[-2] // k.shape[-2], 2)).reshape(out.shape)
+        added = lepe.of(values, backend=_call.beside(backend))
+        out = (out.flatten(1, -3) + added.repeat_interleave(q.shape[-2] // k.shape[-2], 2)).reshape(out.shape)
     return (out, state) if return_state else out
 
 
