@@ -54,7 +54,7 @@ ASAN_TESTS := ops window_attention window_options window_groups window_hidden at
   merge_plan merge_tokens unmerge_tokens \
   select_tokens restore_tokens drop_tokens cluster_tokens cluster_tokens_methods cluster_kmeans reconstruct_tokens soft_merge \
   linear_attention linear_decay channel_attention selective_scan deformable_attention \
-  neighborhood_attention sampled_window_attention
+  neighborhood_attention sampled_window_attention depthwise_value
 asan: CUDA ?= 0
 asan: .venv/test/built
 	rm -rf build/asan-tree && mkdir -p build/asan-tree && cp -r csrc vitkern triton_kernels setup.py pyproject.toml README.md LICENSE build/asan-tree/

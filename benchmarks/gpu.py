@@ -24,7 +24,7 @@ from benchmarks.measure import environment, supported  # noqa: E402
 from vitkern import testing  # noqa: E402
 
 SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
-    "window": ("window_attention", "window_attention_qkvpacked", "window_attention_options"),
+    "window": ("window_attention", "window_attention_qkvpacked", "window_attention_options", "depthwise_value"),
     "attention": ("attention",),
     "linear": ("linear_attention", "feature_rows", "chain_sum", "grid_sum"),
     "channel": ("channel_attention",),

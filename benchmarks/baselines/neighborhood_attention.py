@@ -1,5 +1,6 @@
 """What people run today instead of neighbourhood attention: windows unfolded and gathered, torch's attention with a mask."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ class Eager:
         q, k, v = inputs["qkv"].unbind(-3)
         d, side = self.case.dilation, self.case.side
         q = self.grouped(q) * self.case.d**-0.5
-        bias = inputs["rpb"][:, self.offset[:, None, :, None], self.offset[None, :, None, :]]  # [H, L, L, K, K]
-        s = torch.einsum("byxhd,byxhdij->byxhij", q, self.windows(k)) + bias.permute(1, 2, 0, 3, 4).to(q.dtype)
+        s = torch.einsum("byxhd,byxhdij->byxhij", q, self.windows(k))
+        if "rpb" in inputs:
+            bias = inputs["rpb"][:, self.offset[:, None, :, None], self.offset[None, :, None, :]]  # [H, L, L, K, K]
+            s = s + bias.permute(1, 2, 0, 3, 4).to(q.dtype)
         p = s.flatten(-2).softmax(-1).unflatten(-1, (self.case.kernel,) * 2)
         out = torch.einsum("byxhij,byxhdij->byxhd", p, self.windows(v))
         out = out.unflatten(0, (-1, d, d)).permute(0, 3, 1, 4, 2, 5, 6)  # [B, L, d, L, d, H, D]
@@ -64,9 +67,11 @@ class Masked:
 class Sdpa(Masked):
     def __call__(self, inputs: dict[str, Any]) -> Tensor:
         q, k, v = self.parts(inputs)
-        bias = inputs["rpb"][:, self.offset[:, None, :, None], self.offset[None, :, None, :]]  # [H, y, x, y, x]
-        seen = self.seen[:, None, :, None] & self.seen[None, :, None, :]
-        mask = bias.masked_fill(~seen, -torch.inf).flatten(3).flatten(1, 2)[None].to(q.dtype)
+        mask = self.seen[:, None, :, None] & self.seen[None, :, None, :]  # [y, x, y, x]
+        if "rpb" in inputs:
+            bias = inputs["rpb"][:, self.offset[:, None, :, None], self.offset[None, :, None, :]]  # [H, y, x, y, x]
+            mask = bias.masked_fill(~mask, -torch.inf).to(q.dtype)
+        mask = mask.flatten(-2).flatten(-3, -2)  # [H|, T, T]
         return self.finished(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
@@ -87,22 +92,40 @@ class Flex(Masked):
 
     def __call__(self, inputs: dict[str, Any]) -> Tensor:
         q, k, v = self.parts(inputs)
-        rpb, offset, n = inputs["rpb"], self.offset, self.case.side
+        rpb, offset, n = inputs.get("rpb"), self.offset, self.case.side
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + rpb[h, offset[i // n, j // n], offset[i % n, j % n]]
 
-        return self.finished(self.flex(q, k, v, score_mod=score_mod, block_mask=self.blocks))
+        return self.finished(
+            self.flex(q, k, v, score_mod=None if rpb is None else score_mod, block_mask=self.blocks)
+        )
+
+
+class Natten:
+    """NATTEN's fused kernels, which take no positions."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case = case
+
+    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+        from natten import na2d
+
+        q, k, v = inputs["qkv"].unbind(-3)
+        return na2d(q, k, v, kernel_size=self.case.kernel, dilation=self.case.dilation)
 
 
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs."""
     if name == "compiled":
         return torch.compile(Eager(case, device).__call__, dynamic=False)
-    return {"eager": Eager, "sdpa": Sdpa, "flex": Flex}[name](case, device)
+    return {"eager": Eager, "sdpa": Sdpa, "flex": Flex, "natten": Natten}[name](case, device)
 
 
 def supports(name: str, case: Case, device: str, backward: bool) -> bool:
-    """FlexAttention has no backward on the CPU, and compiled windows of groups write past their memory in theirs (torch 2.13)."""
+    """FlexAttention has no backward on the CPU, and compiled windows of groups write past their memory in theirs (torch 2.13).
+    NATTEN has neither positions nor kernels for CPUs."""
+    if name == "natten":
+        return device != "cpu" and not case.bias and find_spec("natten") is not None
     broken = {"flex": True, "compiled": case.dilation > 1}
     return not (device == "cpu" and backward and broken.get(name, False))

@@ -7,7 +7,7 @@ import torch
 
 import vitkern
 
-BASELINES = ("eager", "compiled", "sdpa", "flex")
+BASELINES = ("eager", "compiled", "sdpa", "flex", "natten")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Case:
     d: int
     dilation: int = 1
     kernel: int = 7
+    bias: bool = True
 
     def __str__(self) -> str:
         return f"{self.model}, batch {self.batch}"
@@ -30,13 +31,15 @@ class Case:
         shape = (self.batch, self.side, self.side, 3, self.heads, self.d)
         qkv = torch.randn(shape, generator=generator).to(dtype).to(device)
         offsets = 2 * self.kernel - 1
-        rpb = torch.randn(self.heads, offsets, offsets, generator=generator).to(device)
-        return {name: t.requires_grad_(grad) for name, t in {"qkv": qkv, "rpb": rpb}.items()}
+        inputs = {"qkv": qkv}
+        if self.bias:
+            inputs["rpb"] = torch.randn(self.heads, offsets, offsets, generator=generator).to(device)
+        return {name: t.requires_grad_(grad) for name, t in inputs.items()}
 
     def run(self, inputs: dict[str, Any], backend: str | None = None) -> torch.Tensor:
         q, k, v = inputs["qkv"].unbind(-3)
         return vitkern.neighborhood_attention(
-            q, k, v, self.kernel, dilation=self.dilation, rpb=inputs["rpb"], backend=backend
+            q, k, v, self.kernel, dilation=self.dilation, rpb=inputs.get("rpb"), backend=backend
         )
 
     def work(self, dtype: torch.dtype, backward: bool) -> dict[str, float]:
@@ -62,4 +65,6 @@ CASES = [
 GPU_CASES = [
     *(Case(f"NAT-T stage {stage}", 128, 112 >> stage, 1 << stage, 32) for stage in (1, 2, 3)),
     Case("DiNAT-T stage 1, dilation 8", 128, 56, 2, 32, dilation=8),
+    Case("NAT-T stage 1 without positions", 128, 56, 2, 32, bias=False),  # the only kind that NATTEN's kernels still take
+    Case("DiNAT-T stage 1, dilation 8, without positions", 128, 56, 2, 32, dilation=8, bias=False),
 ]
