@@ -9,7 +9,7 @@ from test_attention import qkv
 from test_attention_varlen import one_by_one, packed
 
 import vitkern
-from vitkern import CosineScore, bias, mask, modulation
+from vitkern import CosineScore, bias, mask, modulation, testing
 from vitkern.mask import FromLogits
 from vitkern.ops.mask_from_logits import mask_from_logits
 
@@ -206,6 +206,27 @@ def test_a_hard_choice_has_no_gradient_however_large_the_scale():
     )
     dq, dk, dv = torch.autograd.grad(vitkern.attention(q, k, v, normalizer="argmax_q", scale=100.0).sum(), (q, k, v))
     assert not dq.any() and not dk.any() and dv.eq(1).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *testing.backends()])
+@pytest.mark.parametrize("form", ["map", "keys"])
+def test_additive_masks_of_the_least_finite_number_hide_what_they_do_not_cover_whole(form, backend):
+    """Where a whole row has it, the row is the mean of all; what it covers of another row has no weight."""
+    q, k, v = (drawn(2, 40, 2, 8, seed=n, dtype=torch.float32).requires_grad_() for n in range(3))
+    least = torch.finfo(torch.float32).min
+    added = torch.zeros(2, 1, 40 if form == "map" else 1, 40)
+    added[..., :33] = least
+    added[0, :, -1] = least
+    added[1, :, 0] = least
+    got, stats = vitkern.attention(q, k, v, bias=added, return_stats=("lse",), backend=backend)
+    a, b, c = (t.transpose(1, 2) for t in (q, k, v))
+    s = a @ b.mT * 8**-0.5 + added
+    want = (s.softmax(-1) @ c).transpose(1, 2)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(stats.lse, s.logsumexp(-1).transpose(1, 2))
+    grads = [torch.autograd.grad(t.sin().sum(), (q, k, v)) for t in (got, want)]
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_biases_of_few_bits_are_added_in_float32():
