@@ -1,11 +1,14 @@
 """What people run today instead of attention: the meaning of BEiT's, SAM's, CaiT's and Mask2Former's blocks, in plain
 PyTorch."""
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cases.attention import Case
 
@@ -59,12 +62,19 @@ def mixed(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Sdpa(Eager):
+    """By the kernel that torch chooses, or by one of its kernels."""
+
+    def __init__(self, case: Case, kernel: SDPBackend | None = None) -> None:
+        super().__init__(case)
+        self.kernel = kernel
+
     def __call__(self, inputs: dict[str, Any]) -> Tensor:
         q, k, v = (inputs[n].transpose(1, 2) for n in ("q", "k", "v"))
         mask = self.seen(inputs) if self.case.masks else self.added(inputs, q)
         if mask is not None and mask.dim() == 3:
             mask = mask[None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        with nullcontext() if self.kernel is None else sdpa_kernel(self.kernel):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 class Flex(Eager):
@@ -92,14 +102,28 @@ class Flex(Eager):
         return self.flex(q, k, v, score_mod=score_mod, block_mask=blocks).transpose(1, 2)
 
 
+KERNELS = {
+    "sdpa_math": SDPBackend.MATH,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
 def make(name: str, case: Case, device: str, dtype: torch.dtype) -> Any:
     """The baseline as a function of the inputs; talking heads have no fused form, so that eager stands for sdpa and flex there."""
     if name == "compiled":
         return torch.compile(Eager(case).__call__, dynamic=False)
-    fused = {"eager": Eager, "sdpa": Sdpa, "flex": Flex}[name]
+    of_torch = {of: partial(Sdpa, kernel=kernel) for of, kernel in KERNELS.items()}
+    fused = {"eager": Eager, "sdpa": Sdpa, "flex": Flex, **of_torch}[name]
     return (Eager if case.mixed else fused)(case)
 
 
 def supports(name: str, case: Case, device: str, backward: bool) -> bool:
-    """FlexAttention has no backward on the CPU."""
+    """FlexAttention has no backward on the CPU, where torch has two kernels, of which it chooses that for flash attention or, for
+    the gradient of a bias, the plain one; flash attention takes no mask on a GPU, and no kernel mixes heads."""
+    if name in KERNELS:
+        masked = case.bias or case.masks or case.grid
+        takes = name == "sdpa_math" or (device != "cpu" and not (name == "sdpa_flash" and masked))
+        return takes and not case.mixed
     return not (name == "flex" and device == "cpu" and backward)

@@ -12,7 +12,7 @@ from vitkern.modulation import TalkingHeads
 
 from ._random import tensors
 
-BASELINES = ("eager", "compiled", "sdpa", "flex")
+BASELINES = ("eager", "compiled", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex")
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 
 
