@@ -7,9 +7,10 @@ returns the new forward, or a sentence why it keeps the old one.
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ class PatchReport:
 
     replaced: list[Replaced] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    dry: bool = False
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -53,13 +55,20 @@ class PatchReport:
         self._modules.clear()
 
     def __str__(self) -> str:
-        lines = [f"vitkern: {len(self.replaced)} modules replaced, {len(self.kept)} kept"]
-        lines += [f"  replaced {r.path} ({r.kind}) by {r.op}" for r in self.replaced]
+        done = "to be replaced" if self.dry else "replaced"
+        lines = [f"vitkern: {len(self.replaced)} modules {done}, {len(self.kept)} kept"]
+        lines += [f"  {done} {r.path} ({r.kind}) by {r.op}" for r in self.replaced]
         lines += [f"  kept     {k.path} ({k.kind}): {k.reason}" for k in self.kept]
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] = (),
+    dry_run: bool = False,
+) -> PatchReport:
     """Lets every attention module of ``model`` that vitkern serves run on its op, in place.
 
     Served on ``window_attention``: Swin, SwinV2, Swin2SR, MaskFormer-Swin, Donut-Swin and Hiera of transformers; swin,
@@ -72,18 +81,39 @@ def patch(model: nn.Module) -> PatchReport:
     Grounding DINO, MM Grounding DINO, OmDet-Turbo, LW-DETR, RF-DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, PP-DocLayout v2 to
     v4 and the pixel decoders of Mask2Former and OneFormer of transformers. On ``neighborhood_attention``: DiNAT of
     transformers (:mod:`vitkern.patch.natten` where NATTEN is not installed). Outputs and gradients are those of the model up
-    to rounding; where attention weights are asked for, the module's own forward runs. Returns a :class:`PatchReport`;
-    ``report.undo()`` restores the model. A model that is patched twice is left as it is the second time; a module that
+    to rounding; where attention weights are asked for, the module's own forward runs. A
+    model that is patched twice is left as it is the second time; a module that
     another tool has given a forward, or hooks that the op would pass by, is kept. ``torch.save(model)`` saves the model
     unpatched.
+
+    Args:
+        model: any module; what it holds is served by its class.
+        only: a path of a module (``"encoder.layers.2"``), a pattern (``"blocks.[0-5]"``, ``"*.attn"``), or several: no module
+            is served but these and what lies in them.
+        skip: likewise, what is not served.
+        dry_run: report what would be done, and leave the model as it is.
+
+    Returns:
+        A :class:`PatchReport`; ``report.undo()`` restores the model.
+
+    Raises:
+        ValueError: ``only`` or ``skip`` names no module of the model.
     """
-    report = PatchReport()
+    report = PatchReport(dry=dry_run)
+    paths = [path for path, _ in model.named_modules()]
+    wanted = None if only is None else _patterns("only", only, paths)
+    spared = _patterns("skip", skip, paths)
     covered: list[str] = []
     for path, module in model.named_modules():
         kind = _kind(module)
         if any(path.startswith(prefix) for prefix in covered):
             continue
         server, op = _find(kind)
+        left_out = _left_out(path, wanted, spared)
+        if left_out:
+            if server is not None:
+                report.kept.append(Kept(path, kind, left_out))
+            continue
         if server is None:
             if "attention" in type(module).__qualname__.lower() and not _holds_served(module):
                 report.kept.append(Kept(path, kind, _why_not(module)))
@@ -94,20 +124,42 @@ def patch(model: nn.Module) -> PatchReport:
         if isinstance(forward, str):
             report.kept.append(Kept(path, kind, forward))
             continue
-        report._modules.append(module)
-        module.__dict__["forward"] = _Forward(module, forward, checkpoints=True)
+        if not dry_run:
+            report._modules.append(module)
+            module.__dict__["forward"] = _Forward(module, forward, checkpoints=True)
         report.replaced.append(Replaced(path, kind, op))
     return report
 
 
 @contextmanager
-def patched(model: nn.Module) -> Iterator[PatchReport]:
-    """:func:`patch` for the length of a ``with`` block."""
-    report = patch(model)
+def patched(model: nn.Module, **options: Any) -> Iterator[PatchReport]:
+    """:func:`patch`, with its options, for the length of a ``with`` block."""
+    report = patch(model, **options)
     try:
         yield report
     finally:
         report.undo()
+
+
+def _patterns(name: str, given: str | Sequence[str], paths: list[str]) -> tuple[str, ...]:
+    found = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in found:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            some = ", ".join(path for path in paths if path.count(".") < 2 and path)
+            raise ValueError(f"patch: {name}={pattern!r} names no module; among those of the model are {some[:300]}")
+    return found
+
+
+def _left_out(path: str, wanted: tuple[str, ...] | None, spared: tuple[str, ...]) -> str | None:
+    """Why a module is not to be served: by its path, or that of a module around it."""
+    parts = path.split(".")
+    around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    for pattern in spared:
+        if any(fnmatchcase(p, pattern) for p in around):
+            return f"skip={pattern!r} leaves it out"
+    if wanted is None or any(fnmatchcase(p, pattern) for p in around for pattern in wanted):
+        return None
+    return "only= names other modules"
 
 
 class _Forward:
