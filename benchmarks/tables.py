@@ -1,4 +1,5 @@
-"""python -m benchmarks.tables: writes the Markdown tables of the committed results, and the one in the README, anew.
+"""python -m benchmarks.tables: writes the Markdown tables of the committed results, the one in the README, and that of the models
+that are served, anew.
 
 A table is made from its JSON alone, so that no number in a document is typed by hand; tests/test_documents.py compares.
 """
@@ -6,6 +7,8 @@ A table is made from its JSON alone, so that no number in a document is typed by
 import json
 from pathlib import Path
 from typing import Any
+
+from vitkern.patch import table as models
 
 from . import merging
 
@@ -43,8 +46,9 @@ def markdown(result: dict[str, Any]) -> str:
 def generated() -> dict[Path, str]:
     """Every file with a table, and what it must hold."""
     files = {p.with_suffix(".md"): markdown(json.loads(p.read_text())) for p in sorted(RESULTS.glob("cpu-*/*.json"))}
-    models = sorted(RESULTS.glob("cpu-*/models/merging.json"))
-    files |= {p.with_suffix(".md"): merging.markdown(json.loads(p.read_text())) for p in models}
+    of_models = sorted(RESULTS.glob("cpu-*/models/merging.json"))
+    files |= {p.with_suffix(".md"): merging.markdown(json.loads(p.read_text())) for p in of_models}
+    files[ROOT / "docs" / "models.md"] = models.markdown()
     begin, end = f"<!-- {IN_README} -->\n", "<!-- end -->"
     before, rest = README.read_text().split(begin)
     table = files[RESULTS / f"{IN_README}.md"]

@@ -1,10 +1,13 @@
 """vitkern.patch by path: only=, skip=, dry_run=."""
 
+import importlib
+
 import libraries  # noqa: F401
 import pytest
 import torch
 
 import vitkern
+from vitkern.patch import table
 
 transformers = pytest.importorskip("transformers")
 SIZES = {"depths": [2, 1], "num_heads": [1, 2], "embed_dim": 4, "window_size": 2, "image_size": 16, "patch_size": 2}
@@ -58,6 +61,14 @@ def test_a_name_that_no_module_has_is_an_error(swin):
     with pytest.raises(ValueError, match=r"patch: skip='blocks' names no module"):
         vitkern.patch(swin, skip=("encoder", "blocks"))
     assert not any("forward" in vars(m) for m in swin.modules())
+
+
+@pytest.mark.parametrize("library, kind, op", table.served(), ids=lambda x: x.rsplit(".", 1)[-1])
+def test_every_class_of_the_table_is_one_of_its_library(library, kind, op):
+    pytest.importorskip(library)
+    module, name = kind.rsplit(".", 1)
+    assert issubclass(getattr(importlib.import_module(module), name), torch.nn.Module)
+    assert op.split()[0].rstrip(",") in vitkern.__all__
 
 
 def test_a_dry_run_reports_and_changes_nothing(swin):

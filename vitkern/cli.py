@@ -1,4 +1,4 @@
-"""The command line: vitkern info, demo, bench."""
+"""The command line: vitkern info, check, demo, bench."""
 
 import argparse
 import importlib.util
@@ -40,26 +40,37 @@ def bench(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    missing = [
-        m for m in ("transformers", "sklearn", "matplotlib", "PIL", "rich", "jinja2") if not importlib.util.find_spec(m)
-    ]
-    if missing:
-        print(f"vitkern demo: needs {', '.join(missing)}: pip install 'vitkern[demo]'", file=sys.stderr)
+    if _missing("demo", "transformers", "sklearn", "matplotlib", "PIL", "rich", "jinja2"):
         return 2
     from vitkern.demo import main
 
     return main(arguments)
 
 
+def check(arguments: list[str]) -> int:
+    if _missing("check", "rich"):
+        return 2
+    from vitkern.check import main
+
+    return main(arguments)
+
+
+def _missing(command: str, *modules: str) -> bool:
+    missing = [m for m in modules if not importlib.util.find_spec(m)]
+    if missing:
+        print(f"vitkern {command}: needs {', '.join(missing)}: pip install 'vitkern[demo]'", file=sys.stderr)
+    return bool(missing)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] == "bench":
-        return bench(argv[1:])
-    if argv and argv[0] == "demo":
-        return demo(argv[1:])
+    own = {"bench": bench, "demo": demo, "check": check}
+    if argv and argv[0] in own:
+        return own[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(prog="vitkern", description="Fused attention kernels for vision transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, instruction set, back-ends and why some are missing")
+    commands.add_parser("check", help="a model patched and unpatched, layer by layer (vitkern check --help)")
     commands.add_parser("demo", help="models on photographs, patched and unpatched (vitkern demo --help)")
     commands.add_parser("bench", help="ops against every baseline (vitkern bench --help; needs the repository)")
     parser.parse_args(argv)
