@@ -19,6 +19,7 @@ from vitkern.ops.neighborhood_attention import neighborhood_attention, neighborh
 from vitkern.ops.reconstruct_tokens import reconstruct_tokens
 from vitkern.ops.restore_tokens import restore_tokens
 from vitkern.ops.sampled_window_attention import sampled_window_attention
+from vitkern.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from vitkern.ops.select_tokens import select_tokens
 from vitkern.ops.selective_scan import selective_scan
 from vitkern.ops.selective_scan_2d import selective_scan_2d
@@ -69,6 +70,7 @@ __all__ = [
     "reconstruct_tokens",
     "restore_tokens",
     "sampled_window_attention",
+    "scaled_dot_product_attention",
     "select_tokens",
     "selective_scan",
     "selective_scan_2d",
