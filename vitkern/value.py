@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern._export import exportable
+from vitkern.ops.depthwise_value import depthwise_value
 
 
 @exportable
@@ -27,8 +28,6 @@ class DepthwiseValue:
 
     def of(self, v: Tensor, *, backend: str | None = None) -> Tensor:
         """What is added to the output: that of ``v [B, N, Hk, Dv]``, in its dtype."""
-        from vitkern.ops.depthwise_value import depthwise_value
-
         assert self.grid is not None
         found = depthwise_value(v[:, self.prefix_tokens :], self.weight, self.bias, self.grid, backend=backend)
         return torch.nn.functional.pad(found, (0, 0, 0, 0, self.prefix_tokens, 0)) if self.prefix_tokens else found
