@@ -323,3 +323,36 @@ def test_angles_of_fewer_tokens_repeat_and_learn(layout):
 
     for dtype in (torch.float32, torch.bfloat16):
         check("angles", tensors, build, dtype, ("cos", "sin"))
+
+
+# what must not matter ------------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_of_every_row_changes_nothing_under_softmax():
+    q, k, v = (t.requires_grad_() for t in qkv(18, 37).values())
+    row = (normal(2, 2, 18, seed=3) * 5).requires_grad_()
+    got, want = vitkern.attention(q, k, v, bias=bias.RowBias(row)), vitkern.attention(q, k, v)
+    torch.testing.assert_close(got, want)
+    *grads, of_row = torch.autograd.grad(got.sin().sum(), (q, k, v, row))
+    for a, b in zip(
+        (*grads, of_row), (*torch.autograd.grad(want.sin().sum(), (q, k, v)), torch.zeros_like(row)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_tokens_in_another_order_with_their_places_give_the_same():
+    """Coordinates, ids, levels and biases of keys move with their tokens: further tiles, other sums."""
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    tensors = qkv(70, 70, heads=4, kv=2)
+    slope, xy, own = normal(4, seed=3).abs(), normal(1, 70, 2, seed=4), normal(2, 4, 70, seed=5)
+    ids = torch.randint(-1, 4, (1, 70), generator=torch.Generator().manual_seed(2))
+    found = []
+    for at in (torch.arange(70), order):
+        leaves = [t[:, at].clone().requires_grad_() for t in tensors.values()]
+        biases = [bias.EuclideanDistance(slope, xy[:, at], xy[:, at]), bias.KeyBias(own[..., at])]
+        segments = mask.Segments(ids[:, at], ids[:, at])
+        out = vitkern.attention(*leaves, bias=biases, mask=segments)
+        back = at.argsort()
+        found.append([t[:, back] for t in (out, *torch.autograd.grad(out.square().sum(), leaves))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
