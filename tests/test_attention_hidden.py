@@ -133,3 +133,31 @@ def test_nothing_around_the_inputs_nor_behind_a_mask_is_seen(kind, dtype):
     if "extra_kv" not in found:
         tensors["q"][blind] = math.nan
     check(kind, tensors, HIDING[kind], dtype, {"bias", "rows", "sink", "weight"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["segments", "causal", "tensor", "bias of keys"])
+def test_packed_sequences_see_nothing_hidden_nor_of_each_other(kind, dtype):
+    """A sequence of nothing but NaN between two others; a key that a mask hides from its own sequence."""
+    lengths = ((7, 9), (5, 5), (1, 33), (6, 2))
+    bounds = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths, strict=True)]
+    tensors = {n: t[0] for n, t in qkv(19, 49, heads=4, kv=2, batch=1).items()}
+    q_ids, k_ids = torch.zeros(1, 19, dtype=torch.long), torch.zeros(1, 49, dtype=torch.long)
+    k_ids[:, [8, 9, 10, 11, 12, 13, 20, 46]] = -1  # the last of the first, all of the second, two more
+    never = k_ids[0] < 0
+    seen = torch.ones(7, 33, dtype=torch.bool)
+    if kind in ("causal", "tensor"):
+        seen = seen.tril(1) if kind == "causal" else torch.arange(33).expand(7, 33) < 2
+        never = torch.cat([~seen[:n, :m].any(0) for n, m in lengths])
+    tensors["low"] = torch.zeros(1, 1, 49, dtype=torch.float64).masked_fill(never, -math.inf)
+    tensors["k"][never], tensors["v"][never] = math.nan, math.inf
+    assert never.any() and not never.all()
+
+    def build(t):
+        t = {n: framed(x) for n, x in t.items()}
+        masks = {"segments": Segments(q_ids, k_ids), "causal": Causal(1), "tensor": seen}
+        options = {"bias": KeyBias(t["low"])} if kind == "bias of keys" else {"mask": masks[kind]}
+        return (t["q"], t["k"], t["v"], *bounds, 7, 33), options | {"return_stats": ("lse",)}
+
+    call = Call(kind, vitkern.attention_varlen, build, tensors, frozenset({"low"}), seed=3)
+    testing.assert_matches(testing.entries()["attention_varlen"], call, dtype, "cpu")
