@@ -309,6 +309,7 @@ REFUSED = [
         ValueError,
         r"mask must broadcast to \[B, H, Nq, Nk\] = \[2, 4, 6, 6\]",
     ),
+    ({"bias": torch.ones(6, 6, dtype=torch.bool)}, TypeError, "bias must be float32, float64, .* got torch.bool"),
     ({"bias": torch.zeros(3, 6, 6)}, ValueError, r"bias must broadcast to .* got \[3, 6, 6\]"),
     ({"bias": [torch.zeros(6, 6), mask.Causal()]}, TypeError, "bias must be a tensor, one of .* got Causal"),
     ({"bias": bias.RelativePosition(TABLE)}, ValueError, "must have an index or a grid, got neither"),

@@ -1,5 +1,6 @@
 """Sampled and hand-picked calls of attention: those that its op serves."""
 
+import math
 import random
 from typing import Any
 
@@ -20,6 +21,7 @@ from vitkern.bias import (
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
 from vitkern.modulation import ElementwiseMask, GaussianMixture, Policy, SoftCausal, TalkingHeads
+from vitkern.testing import attention_options
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
 
@@ -44,12 +46,15 @@ POSITIONS = {
     "keys of context": lambda t, grid: ContextualPosition(None, t["t_k"], None, t["index"]),
     "values of context": lambda t, grid: ContextualPosition(None, None, t["t_v"], t["index"][0]),
     "axes": lambda t, grid: DecomposedRelativePosition(t["axis_y"], t["axis_x"], grid, grid),
+    "pooled": lambda t, grid: DecomposedRelativePosition(t["axis_y"], t["axis_x"], half(grid), grid),
+    "pooled keys": lambda t, grid: DecomposedRelativePosition(t["axis_y"], t["axis_x"], grid, half(grid)),
     "decomposed": lambda t, grid: DecomposedRelativePosition(t["rel_y"], t["rel_x"], None, grid),
     "manhattan": lambda t, grid: ManhattanDecay(t["rate"], grid),
     "euclidean": lambda t, grid: EuclideanDistance(t["slope"], t["q_xy"], t["k_xy"]),
     "path": lambda t, grid: PolylinePath(t["row"], t["col"]),
     "transposed": lambda t, grid: PolylinePath(t["row"], t["col"], transpose=True),
 }
+AXES = ("axes", "pooled", "pooled keys")
 RULES = {
     "segments": lambda q, k, allow: Segments(q, k),
     "table": lambda q, k, allow: Segments(q, k, allow),
@@ -64,6 +69,11 @@ FACTORS = {
     "policy": lambda t, grid: Policy(t["keep"], 1e-3),
     "heads": lambda t, grid: TalkingHeads(t["pre"], t["pre_bias"], t["post"], t["post_bias"]),
 }
+
+
+def half(grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid of every second row and column."""
+    return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
 def make(
@@ -87,6 +97,7 @@ def make(
     scale: Any = None,
     sink: bool = False,
     extra: int = 0,
+    beside: str = "",
     layout: str = "plain",
     expanded_gradient: bool = False,
     **options: Any,
@@ -94,7 +105,7 @@ def make(
     """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
     and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
     both; `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
-    `extra`: further keys; `layout` as of window_attention."""
+    `extra`: further keys; `beside`: NAMES of attention_options, joined by "+"; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -119,7 +130,7 @@ def make(
         tensors["logits"] = normal(batch, queries, 3, 4)
     if typed == "decomposed":
         tensors["rel_y"], tensors["rel_x"] = normal(batch, queries, heads, grid[0]), normal(1, queries, 1, grid[1])
-    if typed == "axes":
+    if typed in AXES:
         tensors |= {f"axis_{name}": normal(2 * n - 1, d) / 2 for name, n in zip("yx", grid, strict=True)}
     if "context" in typed:
         tensors["index"] = torch.randint(0, 7, (batch, queries, keys), generator=g, dtype=torch.int32)
@@ -158,12 +169,18 @@ def make(
         tensors["sink"] = normal(heads)
     if extra:
         tensors["more_k"], tensors["more_v"] = normal(1, extra, kv_heads, d), normal(1, extra, kv_heads, dv)
+    names = beside.split("+") if beside else []
+    field = (1, keys) if math.prod(grid) == 1 or typed == "pooled keys" else grid
+    passed = (view(layout, tensors[name], 1, h) for name, _, h, _ in groups)
+    tensors |= attention_options.tensors(names, seed, g, *passed)
     parameters = frozenset(tensors) - {"q", "k", "v", "more_k", "more_v"}
 
     def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given: dict[str, Any] = dict(options)
         q, k, v = (view(layout, t[name], 1, h) for name, _, h, _ in groups)
         biases = [t["bias"]] if bias is not None else []
+        if "expanded" in names:
+            biases = [t["bias"].expand(len(q), heads, q.shape[1], k.shape[1])]
         biases += [KeyBias(t["key_bias"])] if key_bias else []
         biases += [POSITIONS[typed](t, grid)] if typed else []
         hidden: list[Any] = [t["mask"]] if "mask" in t else []
@@ -176,7 +193,13 @@ def make(
         given["modulation"] = [FACTORS[name](t, grid) for name in factors]
         if weighed:
             given["query_weight"] = t["query_weight"]
-        given |= {"bias": biases, "mask": hidden, "scale": t.get("scale", scale), "sink": t.get("sink")}
+        rows, others, further = attention_options.place(names, seed, t, field, q, k)
+        given |= further | {
+            "bias": biases + rows,
+            "mask": hidden + others,
+            "scale": t.get("scale", scale),
+            "sink": t.get("sink"),
+        }
         if cosine:
             given["cosine"] = CosineScore(t["logit_scale"])
         if extra:
@@ -184,7 +207,7 @@ def make(
         return (q, k, v), given
 
     facts = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv, "bias": bias}
-    facts |= {"typed": typed, "grid": grid, "modulation": modulation, "weighed": weighed}
+    facts |= {"typed": typed, "grid": grid, "modulation": modulation, "weighed": weighed, "beside": beside}
     facts |= {"key_bias": key_bias, "masks": masks, "cosine": cosine, "scale": scale, "sink": sink, "extra": extra}
     text = label(seed, facts | {"layout": layout} | options)
     return Call(text, vitkern.attention, build, tensors, parameters, expanded_gradient, seed)
@@ -204,8 +227,10 @@ def draw(rng: random.Random) -> Call:
         )
         if more.get("typed") in ("decomposed", "euclidean"):
             queries = rng.choice((1, 7, 65))
-        if more.get("typed") == "strided":
-            queries = -(-grid[0] // 2) * -(-grid[1] // 2)
+        if more.get("typed") in ("strided", "pooled"):
+            queries = math.prod(half(grid))
+        if more.get("typed") == "pooled keys":
+            keys = math.prod(half(grid))
         if "prefix" in more.values() or "behind" in more.values():
             queries = keys = keys + PREFIX
     heads = rng.choice((1, 2, 3, 4))
@@ -226,26 +251,29 @@ def draw(rng: random.Random) -> Call:
         options["topk"] = rng.randint(1, keys)
     if rng.random() < 0.15:
         options |= {"dropout_p": rng.choice((0.1, 0.5)), "dropout_seed": rng.randrange(2**62)}
-    return make(
-        rng.randrange(2**31),
-        rng.choice((1, 2, 3)),
-        queries,
-        keys,
-        heads=heads,
-        kv_heads=rng.choice([h for h in range(1, heads + 1) if heads % h == 0]),
-        d=d,
-        dv=rng.choice((d, d, rng.choice(HEAD_SIZES[:9]))),
-        bias=rng.choice((None, None, rng.choice(PATTERNS))),
-        key_bias=rng.random() < 0.2,
-        masks=rng.choice(("none", "none", "dense", "empty", "causal", "segments", "table", "levels", "logits", "both")),
+    made: dict[str, Any] = {
+        "seed": rng.randrange(2**31),
+        "batch": rng.choice((1, 2, 3)),
+        "queries": queries,
+        "keys": keys,
+        "heads": heads,
+        "kv_heads": rng.choice([h for h in range(1, heads + 1) if heads % h == 0]),
+        "d": d,
+        "dv": rng.choice((d, d, rng.choice(HEAD_SIZES[:9]))),
+        "bias": rng.choice((None, None, rng.choice(PATTERNS))),
+        "key_bias": rng.random() < 0.2,
+        "masks": rng.choice(
+            ("none", "none", "dense", "empty", "causal", "segments", "table", "levels", "logits", "both")
+        ),
         **more,
-        cosine=cosine,
-        scale=None if cosine else rng.choice((None, None, 0.3, 0.0, "heads")),
-        extra=rng.choice((0, 0, 0, 3)) if kind == "plain" else 0,
-        layout=rng.choice(("plain", "plain", "packed", "heads", "batch", "channels")),
-        expanded_gradient=rng.random() < 0.2,
+        "cosine": cosine,
+        "scale": None if cosine else rng.choice((None, None, 0.3, 0.0, "heads")),
+        "extra": rng.choice((0, 0, 0, 3)) if kind == "plain" else 0,
+        "layout": rng.choice(("plain", "plain", "packed", "heads", "batch", "channels")),
+        "expanded_gradient": rng.random() < 0.2,
         **options,
-    )
+    }
+    return make(**made, beside="+".join(attention_options.draw(rng, made)))
 
 
 def small() -> list[Call]:
@@ -275,6 +303,7 @@ def small() -> list[Call]:
         make(21, 2, 6, 9, heads=2, normalizer="argmax_k", masks="empty", return_stats=("index", "key_mean")),
         make(22, 2, 6, 9, heads=2, normalizer="argmax_q", masks="dense", dropout_p=0.3, dropout_seed=8),
         *offsets(),
+        *with_further_options(),
         make(10, 0, 4, 5, heads=2, bias=(0, 1, 1, 1)),
         make(11, 2, 0, 5, bias=(0, 1, 1, 1)),
         make(12, 2, 4, 0, heads=2, sink=True, return_stats=("lse",)),
@@ -298,6 +327,19 @@ def mixed() -> list[Call]:
     options: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 4, "grid": (3, 4), "masks": "empty"}
     each = enumerate(MIXED)
     return [make(36 + i, 2, 12, 12, typed="decay" * (i % 2), modulation=m, **options, **more) for i, (m, more) in each]
+
+
+def with_further_options() -> list[Call]:
+    return [
+        make(55, 2, 9, 7, heads=4, kv_heads=2, bias=(0, 1, 0, 1), masks="empty", beside="expanded+no self+turned", sink=True),
+        make(56, 2, 6, 8, d=4, bias=(0, 0, 1, 1), masks="dense", beside="rows+named", normalizer="sigmoid"),
+        make(57, 2, 12, 12, d=6, dv=5, grid=(3, 4), beside="no self+turned+lepe", layout="packed", return_stats=("lse",)),
+        make(58, 2, 6, 15, heads=3, kv_heads=1, d=4, typed="pooled", grid=(3, 5), scale="heads", masks="empty"),
+        make(59, 1, 15, 6, typed="pooled keys", grid=(3, 5), modulation="gain", bias=(1, 0, 1, 1), beside="expanded"),
+        make(60, 2, 5, 9, heads=4, kv_heads=2, beside="named", modulation="heads", key_bias=True, sink=True, extra=2),
+        make(61, 2, 10, 10, heads=2, typed="prefix", grid=(2, 4), beside="lepe+turned", masks="causal", cosine=True),
+        make(62, 2, 9, 4, typed="pooled keys", grid=(3, 3), beside="turned+rows", normalizer="none", scale=0.3),
+    ]  # fmt: skip
 
 
 def offsets() -> list[Call]:
@@ -345,6 +387,8 @@ ENTRIES = (
         small,
         sizes,
         cast=("q", "k", "v"),
-        derived=lambda: [c for c in offsets() if c.seed not in (27, 28, 33, 51)],
+        derived=lambda: [
+            c for c in (*offsets(), *with_further_options()) if c.seed not in (27, 28, 33, 51, 56, 59, 61, 62)
+        ],
     ),
 )

@@ -1,5 +1,6 @@
 """Sampled and hand-picked calls of attention_varlen."""
 
+import math
 import random
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 import vitkern
+from vitkern import Rope
 from vitkern.bias import KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
-from vitkern.mask import Causal, Segments
+from vitkern.mask import Causal, NoSelf, Segments
 from vitkern.modulation import GaussianMixture
 from vitkern.testing.attention import NORMALIZERS
 from vitkern.testing.registry import Call, Entry, label
@@ -17,10 +19,11 @@ from vitkern.testing.window_attention import HEAD_SIZES
 
 def packed(
     seed: int, lengths: tuple[tuple[int, int], ...], *, heads: int = 2, kv_heads: int = 1, d: int = 8, bias: bool = True,
-    rows: bool = False, causal: bool = False, ids: bool = False, grid: tuple[int, int] | None = None, **options: Any,
+    rows: bool = False, causal: bool = False, ids: bool = False, grid: tuple[int, int] | None = None, beside: str = "",
+    **options: Any,
 ) -> Call:  # fmt: skip
     """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key; `grid`: of
-    the longest sequence, for tables of offsets."""
+    the longest sequence, for tables of offsets; `beside`: some of "expanded", "no self", "turned", joined by "+"."""
     g = torch.Generator().manual_seed(seed)
     of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
     longest = (max(of_queries, default=0), max(of_keys, default=0))
@@ -45,24 +48,40 @@ def packed(
             torch.randint(-1, 2, (1, sum(n)), generator=g) for n in (of_queries, of_keys)
         )
 
+    names = beside.split("+")
+    if "expanded" in names and bias:
+        tensors["bias"] = normal(1, 1, longest[1])
+    if "turned" in names:
+        angle = normal(1, math.gcd(sum(of_queries), sum(of_keys)), 1, max(1, d // 2 - seed % 2))
+        tensors |= {"cos": angle.cos(), "sin": angle.sin()}
+
     def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden: list[Any] = [Causal(1)] if causal else []
         hidden += [Segments(t["q_ids"], t["k_ids"])] if ids else []
-        biases = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])] + ([t["bias"]] if bias else [])
+        hidden += [NoSelf()] if "no self" in names else []
+        biases = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])]
+        biases += [t["bias"].expand(heads, *longest) if "expanded" in names else t["bias"]] if bias else []
+        rope = Rope(t["cos"], t["sin"], ("interleaved", "half")[seed % 2]) if "turned" in names else None
         if grid:
             options["modulation"] = GaussianMixture(t["sigma"], t["alpha"], grid)
             biases += [RelativePosition(t["table"].t(), None, grid), ManhattanDecay(t["rate"], grid)]
             biases += [ManhattanDecay(t["rate"], grid, "prob")]
-        most = t["bias"].shape[1:] if bias else longest
-        return (t["q"], t["k"], t["v"], t["cu_q"], t["cu_k"], *most), {"bias": biases, "mask": hidden, **options}
+        most = t["bias"].shape[1:] if bias and "expanded" not in names else longest
+        return (t["q"], t["k"], t["v"], t["cu_q"], t["cu_k"], *most), {
+            "bias": biases,
+            "mask": hidden,
+            "rope": rope,
+            **options,
+        }
 
-    text = label(seed, {"lengths": lengths, "H": heads, "Hk": kv_heads, "D": d, "bias": bias, "rows": rows} | options)
+    facts = {"lengths": lengths, "H": heads, "Hk": kv_heads, "D": d, "bias": bias, "rows": rows, "beside": beside}
+    text = label(seed, facts | options)
     return Call(
         text,
         vitkern.attention_varlen,
         build,
         tensors,
-        frozenset(("vector", "bias", "table", "rate", "sigma", "alpha")),
+        frozenset(("vector", "bias", "table", "rate", "sigma", "alpha", "cos", "sin")),
         False,
         seed,
     )
@@ -76,10 +95,14 @@ def draw_packed(rng: random.Random) -> Call:
     if rng.random() < 0.2:
         options |= {"dropout_p": 0.3, "dropout_seed": rng.randrange(2**62)}
     heads = rng.choice((1, 2, 4))
-    return packed(
-        rng.randrange(2**31), lengths, heads=heads, kv_heads=rng.choice((1, heads)), d=rng.choice(HEAD_SIZES[:9]),
-        bias=rng.random() < 0.5, rows=rng.random() < 0.3, causal=rng.random() < 0.3, ids=rng.random() < 0.3, **options,
-    )  # fmt: skip
+    made: dict[str, Any] = {
+        "seed": rng.randrange(2**31), "heads": heads, "kv_heads": rng.choice((1, heads)), "d": rng.choice(HEAD_SIZES[:9]),
+        "bias": rng.random() < 0.5, "rows": rng.random() < 0.3, "causal": rng.random() < 0.3, "ids": rng.random() < 0.3,
+    }  # fmt: skip
+    beside = [name for name in ("expanded", "no self", "turned") if rng.random() < 0.2]
+    if made["d"] == 1 or not all(map(sum, zip(*lengths, strict=True))):
+        beside = [name for name in beside if name != "turned"]
+    return packed(**made, lengths=lengths, beside="+".join(beside), **options)
 
 
 def small_packed() -> list[Call]:
@@ -91,6 +114,7 @@ def small_packed() -> list[Call]:
         packed(3, ((2, 9), (5, 5)), bias=False, scale=0.3, return_stats=("lse",)),
         packed(5, ((2, 9), (5, 5)), ids=True),
         packed(6, ((2, 9), (15, 15), (0, 3), (7, 7)), kv_heads=2, bias=False, grid=(3, 5)),
+        packed(7, ((5, 5), (0, 3), (7, 4)), kv_heads=2, beside="expanded+no self+turned", return_stats=("lse",)),
         packed(4, ((0, 0),), bias=False),
     ]
 
