@@ -124,7 +124,7 @@ def slots(
     )  # q is what tables meet
     at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
     dense, of_keys, of_weights = _place_biases(found, biases, at)
-    seen = _place_masks(found, lowered["masks"], at)
+    seen = _place_masks(found, lowered["masks"], at, backend)
     factors: list[Tensor] = []
     early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
     mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
@@ -276,7 +276,7 @@ def _refuse_second(modifier: Any, longest: Any) -> None:
         )
 
 
-def _place_masks(found: dict[str, Any], masks: Any, at: Place) -> list[Tensor]:
+def _place_masks(found: dict[str, Any], masks: Any, at: Place, backend: str | None) -> list[Tensor]:
     """Fills the slots of the typed masks; returns the dense ones."""
     seen = []
     extended = at.extended
@@ -290,7 +290,7 @@ def _place_masks(found: dict[str, Any], masks: Any, at: Place) -> list[Tensor]:
         elif isinstance(m, BlockCausal) and found["rule"] == "none" and not extended:
             found |= {"q_ids": m.q_levels.to(torch.int32), "k_ids": m.k_levels.to(torch.int32), "rule": "upto"}
         elif isinstance(m, FromLogits):
-            seen.append(m.among(mask_from_logits(m), at.q, at.k))
+            seen.append(m.among(mask_from_logits(m, backend=backend), at.q, at.k))
         else:
             _refuse_second(m, at.longest)
             seen.append(m if isinstance(m, Tensor) else at.dense(m))
