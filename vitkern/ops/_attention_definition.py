@@ -26,6 +26,7 @@ OPTIONS = (
     "policy_eps", "policy_diagonal", "grid_height", "grid_width", "grid_prefix", "grid_step",
 )  # fmt: skip
 WHOLE = ("mask", "seed", "q_ids", "k_ids", "allow", "cu_q", "cu_k", "position_index")  # of no gradient
+REPEATED = {"bias": 4, "gain": 2, "weight": 2, "early_gain": 2, "early_weight": 2}  # kernels sum over these first axes
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 
 

@@ -51,9 +51,9 @@ def modifiers(name: str, given: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]
 def scores(name: str, t: Tensor, shape: tuple[int, ...], extra: int = 0) -> None:
     """t broadcasts to [B, H, Nq, Nk]; `extra` further columns are allowed."""
     sizes = list(zip(reversed(t.shape), reversed(shape), strict=False))
-    fits = t.dim() <= 4 and all(n in (1, want) for n, want in sizes)
+    fits = t.dim() <= 4 and all(n == 1 or n == want for n, want in sizes)  # a traced size is in no tuple
     if not fits and extra and 1 <= t.dim() <= 4 and t.shape[-1] == shape[-1] + extra:
-        fits = all(n in (1, want) for n, want in sizes[1:])
+        fits = all(n == 1 or n == want for n, want in sizes[1:])
     if not fits:
         raise ValueError(f"{NAME}: {name} must broadcast to [B, H, Nq, Nk] = {list(shape)}, got {list(t.shape)}")
 

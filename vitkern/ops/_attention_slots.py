@@ -23,6 +23,7 @@ from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
+from vitkern.ops._op import once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
@@ -307,14 +308,22 @@ def named_keys(index: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def joined(parts: list[Tensor], join: Any) -> Tensor | None:
-    """All parts in one tensor of four axes, None for no part."""
+    """All parts in one tensor of four axes, None for no part. What repeats itself along samples and heads is joined once."""
     if not parts:
         return None
+    parts = [t.clone(memory_format=torch.contiguous_format) if _own(t) else t for t in parts]
+    if len(parts) > 1:
+        parts = [once_each(t, t.dim() - 2) for t in parts]
     if len(parts) > 1 and parts[0].is_floating_point():
         wide = torch.promote_types(functools.reduce(torch.promote_types, [t.dtype for t in parts]), torch.float32)
         parts = [t.to(wide) for t in parts]
     whole = functools.reduce(join, parts)
     return whole[(None,) * (4 - whole.dim())]
+
+
+def _own(t: Tensor) -> bool:
+    """Whether t repeats itself and is a leaf, which gets a gradient for every place where a view gets equal shares of one."""
+    return t.requires_grad and t.is_leaf and once_each(t, t.dim()).shape != t.shape
 
 
 def shares(weight: Tensor | None, q: Tensor, cu: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ The autograd kernels rest on private names of torch (`torch._C`), because `regis
 where a name is missing, `register_autograd` is used.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ class Op:
     autocast: bool = True  # whether autocast casts the batched tensors
     gradient_like: Callable[[Tensor], Tensor] = lambda t: t.new_empty(t.shape)  # an empty gradient of an argument
     composed: Callable[..., Any] | None = None  # the backward in terms of the op's own forward, where it is one
+    summed: tuple[tuple[int, int], ...] = ()  # arguments whose first axes, so many, may have length 1: position, axes
 
     def register(self) -> None:
         """Defines the schemas and everything that is not a compiled kernel."""
@@ -97,10 +99,20 @@ class Op:
         need = self.need(lambda i: ctx.needs_input_grad[i])
         everything = ctx.saved_tensors  # read once: a checkpoint recomputes what is read
         tensors, saved = everything[:count], everything[count:]
-        found = self.overload("_bwd")(*douts, *saved, *tensors, *ctx.options, need)
-        for position, grad in zip(self.differentiable, _as_tuple(found), strict=True):
+        found = self.gradients(self.overload("_bwd"), douts, saved, tensors, ctx.options, need)
+        for position, grad in zip(self.differentiable, found, strict=True):
             grads[position] = grad
         return tuple(grads)
+
+    def gradients(self, backward: Any, douts: Any, saved: Any, tensors: Any, options: Any, need: int) -> list[Any]:
+        """What `backward`, of the schema of the op's, gives. A view that repeats its values (stride 0, of expand) is cut to one
+        place for it, and each repetition gets an equal share of that sum, in a view again: the whole never exists."""
+        once = list(tensors)
+        for position, axes in self.summed:
+            if tensors[position] is not None:
+                once[position] = once_each(tensors[position], axes)
+        found = _as_tuple(backward(*douts, *saved, *once, *options, need))
+        return [_shared(grad, tensors[p]) for p, grad in zip(self.differentiable, found, strict=True)]
 
     def _fake_backward(self, *args: Any) -> Any:
         inputs, need = args[self.lead : -1], args[-1]
@@ -253,6 +265,21 @@ def _vmap_rule(name: str, count: int, batched: int) -> Callable[..., Any]:
 
 def _as_tuple(outputs: Any) -> tuple[Any, ...]:
     return (outputs,) if outputs is None or isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def once_each(t: Tensor, axes: int) -> Tensor:
+    """One place of the first `axes` axes along which t repeats itself."""
+    for a in range(axes):
+        if t.shape[a] > 1 and t.stride(a) == 0:
+            t = t.narrow(a, 0, 1)
+    return t
+
+
+def _shared(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    if grad is None or grad.shape == like.shape:
+        return grad
+    count = math.prod(n for n, one in zip(like.shape, grad.shape, strict=True) if n != one)
+    return (grad / count).expand(like.shape)
 
 
 def _one_or_all(values: Any) -> Any:

@@ -56,7 +56,8 @@ def attention(
         q: ``[B, Nq, H, D]``; k: ``[B, Nk, Hk, D]``; v: ``[B, Nk, Hk, Dv]`` or None where only statistics are wanted. Any
             strides, head sizes 1 to 256, Hk divides H. float32, float64, bfloat16 or float16.
         bias: a tensor that broadcasts to ``[B, H, Nq, Nk]``, a modifier of :mod:`vitkern.bias`, or a list of these, which
-            is their sum. ``-inf`` hides.
+            is their sum. ``-inf`` hides. The gradient of a view that repeats itself (stride 0, made by expand) is summed in
+            the kernel; the view itself gets equal shares of that sum.
         mask: bool, True may attend; a tensor, a modifier of :mod:`vitkern.mask`, or a list, which is their intersection.
         modulation: of :mod:`vitkern.modulation`, or a list, in its order.
         normalizer: ``"softmax"``, ``"sigmoid"``, ``"relu"``, ``"none"``; ``"argmax_k"``: the first largest key of a row has
@@ -221,6 +222,7 @@ OP = Op(
     gpu=Gpu(_triton),
     outputs=("out", "lse", "key_mean"),
     autocast=False,
+    summed=tuple((definition.TENSORS.index(name), axes) for name, axes in definition.REPEATED.items()),
 )
 OP.register()
 attention.explain = _explain  # type: ignore[attr-defined]
