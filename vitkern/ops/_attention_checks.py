@@ -94,7 +94,8 @@ def check_key_index(index: Any, q: Tensor, k: Tensor, normalizer: str, stats: An
         raise NotImplementedError(f"{NAME}: key_index goes neither with topk nor with statistics without softmax")
 
 
-def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
+def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME, sequences: int | None = None) -> None:
+    """`sequences`: how many are packed in v, each a map of its own."""
     if lepe is None:
         return
     if not isinstance(lepe, DepthwiseValue):
@@ -106,7 +107,13 @@ def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
         raise ValueError(f"{op}: lepe.scope must be 'map' or 'window', got {lepe.scope!r}")
     if lepe.scope == "window" and op != "window_attention":
         raise ValueError(f"{op}: lepe.scope must be 'map' outside window_attention, got 'window'")
-    grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix", op=op)
+    if sequences is None:
+        grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix", op=op)
+    elif not _holds(lepe, sequences, v.shape[1]):
+        raise ValueError(
+            f"{op}: lepe.grid must be the sides (h, w) of the {sequences} sequences, which hold the {v.shape[1]} tokens of v "
+            f"with their prefixes, got {lepe.grid!r}"
+        )
     heads, width = v.shape[2:]
     shape = tuple(lepe.weight.shape)
     if (
@@ -120,6 +127,15 @@ def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
         )
     if lepe.bias is not None:
         _checks.shape(op, "lepe.bias", lepe.bias, shape[:1], "[channels of lepe.weight]")
+
+
+def _holds(lepe: DepthwiseValue, sequences: int, tokens: int) -> bool:
+    """Whether lepe.grid has the sides of so many maps, which hold so many tokens."""
+    sides: Any = lepe.grid
+    if not isinstance(sides, (list, tuple)) or len(sides) != sequences:
+        return False
+    pairs = all(isinstance(s, (list, tuple)) and len(s) == 2 and min(s) >= 0 for s in sides)
+    return pairs and sum(h * w + lepe.prefix_tokens for h, w in sides) == tokens
 
 
 def check_scale(scale: Any, cosine: Any, q: Tensor) -> Any:

@@ -23,6 +23,7 @@ from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
+from vitkern.ops._attention_named import batch_of_named
 from vitkern.ops._op import once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
@@ -64,6 +65,7 @@ class Packed:
     cu_q: Tensor
     cu_k: Tensor
     longest: tuple[Tensor, Tensor]
+    key_index: Tensor | None = None  # [Tq, K]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def slots(
     lowered: dict[str, Any], packed: Packed | None, backend: str | None, mapped: list[Any] | None = None
 ) -> dict[str, Any]:
     """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
-    whose slot is taken, or that meets further keys, takes its dense form. `mapped` receives them."""
+    whose slot is taken, or that meets further keys, takes its dense form. `mapped` receives them. Packed sequences whose queries
+    name keys become a padded batch."""
     q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
     acc = torch.promote_types(q.dtype, torch.float32)
     found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
@@ -182,6 +185,8 @@ def slots(
         found |= {"early_gain": joined(early["logit"], torch.mul), "early_weight": joined(early["prob"], torch.mul)}
     if "key_mean" in lowered["stats"]:
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
+    if packed is not None and packed.key_index is not None:
+        return batch_of_named(found, packed.key_index, 0 if extra is None else extra[0].shape[1])
     return found
 
 
@@ -296,15 +301,6 @@ def _place_masks(found: dict[str, Any], masks: Any, at: Place, backend: str | No
             _refuse_second(m, at.longest)
             seen.append(m if isinstance(m, Tensor) else at.dense(m))
     return seen
-
-
-def named_keys(index: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """How often each query names each key, [B|1, 1, Nq, Nk]; index [B|1, Nq, K], -1 names none."""
-    keys = k.shape[1]
-    places = torch.where(index < 0, keys, index.clamp(max=keys)).long()
-    acc = torch.promote_types(q.dtype, torch.float32)
-    found = q.new_zeros((len(index), q.shape[1], keys + 1), dtype=acc)
-    return found.scatter_add(2, places, found.new_ones(()).expand(places.shape))[:, None, :, :keys]
 
 
 def joined(parts: list[Tensor], join: Any) -> Tensor | None:

@@ -13,6 +13,7 @@ from vitkern.ops import _attention_definition as definition
 from vitkern.ops import _attention_modifier_checks as modifier_checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks
+from vitkern.ops._attention_named import named_keys
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.attention import attention as reference
@@ -175,7 +176,7 @@ def lower(
     modifier_checks.check_policy(modulations, sink, extra_kv, stats)
     if key_index is not None:
         checks.check_key_index(key_index, q, k, normalizer, stats, topk)
-        named = slots.named_keys(key_index, q, k)
+        named = named_keys(key_index, q, k.shape[1])
         masks = (*masks, named > 0)
         if normalizer == "softmax":
             biases = (*biases, named.log())
