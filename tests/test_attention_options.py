@@ -11,7 +11,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkern
-from vitkern import DepthwiseValue
+from vitkern import DepthwiseValue, Rope
+from vitkern.bias import DecomposedRelativePosition, EuclideanDistance, KeyBias, PolylinePath
 from vitkern.modulation import ElementwiseMask, TalkingHeads
 from vitkern.ops._attention_definition import TENSORS
 from vitkern.ops.attention import OP
@@ -224,3 +225,30 @@ call(16)
 def test_a_repeated_bias_needs_no_map_for_each_sample_and_head():
     """Each of 64 maps of 768 x 768 scores would take 2.4 MB."""
     assert grown(REPEATED, "call(768)") < 60e6
+
+
+def fixed(*shape):
+    return torch.nn.Parameter(drawn(*shape).detach())
+
+
+FIXED = {
+    "tensor": lambda: {"bias": fixed(3, 9, 9)},
+    "keys": lambda: {"bias": KeyBias(fixed(2, 3, 9))},
+    "decomposed": lambda: {"bias": DecomposedRelativePosition(fixed(2, 9, 3, 3), fixed(2, 9, 3, 3), None, (3, 3))},
+    "distances": lambda: {"bias": EuclideanDistance(fixed(3), fixed(2, 9, 2), fixed(2, 9, 2))},
+    "path": lambda: {"bias": PolylinePath(fixed(2, 3, 3, 3), fixed(2, 3, 3, 3))},
+    "further keys": lambda: {"extra_kv": (fixed(2, 4, 3, 8), fixed(2, 4, 3, 8))},
+    "rotation": lambda: {"rope": Rope(fixed(2, 9, 3, 4), fixed(2, 9, 3, 4), "half")},
+    "scale": lambda: {"scale": fixed(3)},
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_parameters_of_fixed_sizes_meet_tokens_of_traced_ones(name):
+    """A traced size equals the number it has, but is in no tuple with it."""
+    options, q = FIXED[name](), drawn(2, 9, 3, 8).detach()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q: vitkern.attention(q, q, q, **options), fullgraph=True, dynamic=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(q), vitkern.attention(q, q, q, **options))
