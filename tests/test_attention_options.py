@@ -192,6 +192,21 @@ def test_biases_in_a_list_are_added_once_for_all_that_they_repeat_for():
         torch.testing.assert_close(a, b)
 
 
+def test_repeated_biases_under_transforms_and_in_forward_mode():
+    q, bias, step = drawn(2, 5, 3, 8).detach(), drawn(5, 5), drawn(5, 5, seed=1).detach()
+
+    def loss(bias, q=q):
+        return vitkern.attention(q, q, q, bias=[bias.expand(2, 3, 5, 5), bias]).square().sum()
+
+    (want,) = torch.autograd.grad(loss(bias), bias)
+    torch.testing.assert_close(torch.func.grad(loss)(bias), want)
+    torch.testing.assert_close(torch.func.jvp(loss, (bias,), (step,))[1], (want * step).sum())
+    torch.testing.assert_close(torch.vmap(loss)(torch.stack((bias, step))), torch.stack((loss(bias), loss(step))))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(bias, step)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual))[1], (want * step).sum())
+
+
 def test_compiled_code_sums_over_what_repeats_and_takes_biases_of_fixed_sizes():
     def call(q, bias):
         return vitkern.attention(q, q, q, bias=bias.expand(len(q), q.shape[2], -1, -1)).square().sum()
@@ -223,8 +238,12 @@ call(16)
 
 
 def test_a_repeated_bias_needs_no_map_for_each_sample_and_head():
-    """Each of 64 maps of 768 x 768 scores would take 2.4 MB."""
-    assert grown(REPEATED, "call(768)") < 60e6
+    """Each of 64 maps of 1024 x 1024 scores would take 4.2 MB."""
+    assert grown(REPEATED, "call(1024)") < 150e6
+    assert (
+        grown(REPEATED.replace("bias=bias.expand(8, 8, n, n)", "bias=[bias.expand(8, 8, n, n), bias]"), "call(1024)")
+        < 150e6
+    )
 
 
 def fixed(*shape):

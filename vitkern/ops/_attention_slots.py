@@ -24,7 +24,7 @@ from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
 from vitkern.ops._attention_named import batch_of_named
-from vitkern.ops._op import once_each
+from vitkern.ops._op import once, once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
@@ -309,7 +309,7 @@ def joined(parts: list[Tensor], join: Any) -> Tensor | None:
         return None
     parts = [t.clone(memory_format=torch.contiguous_format) if _own(t) else t for t in parts]
     if len(parts) > 1:
-        parts = [once_each(t, t.dim() - 2) for t in parts]
+        parts = [once(t, t.dim() - 2) for t in parts]
     if len(parts) > 1 and parts[0].is_floating_point():
         wide = torch.promote_types(functools.reduce(torch.promote_types, [t.dtype for t in parts]), torch.float32)
         parts = [t.to(wide) for t in parts]

@@ -8,7 +8,6 @@ The autograd kernels rest on private names of torch (`torch._C`), because `regis
 where a name is missing, `register_autograd` is used.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vitkern.ops._gpu import Gpu
 
@@ -107,12 +107,15 @@ class Op:
     def gradients(self, backward: Any, douts: Any, saved: Any, tensors: Any, options: Any, need: int) -> list[Any]:
         """What `backward`, of the schema of the op's, gives. A view that repeats its values (stride 0, of expand) is cut to one
         place for it, and each repetition gets an equal share of that sum, in a view again: the whole never exists."""
-        once = list(tensors)
+        cut = list(tensors)
         for position, axes in self.summed:
             if tensors[position] is not None:
-                once[position] = once_each(tensors[position], axes)
-        found = _as_tuple(backward(*douts, *saved, *once, *options, need))
-        return [_shared(grad, tensors[p]) for p, grad in zip(self.differentiable, found, strict=True)]
+                cut[position] = once_each(tensors[position], axes)
+        found = _as_tuple(backward(*douts, *saved, *cut, *options, need))
+        return [
+            None if grad is None else _shared(grad, tensors[p].shape)
+            for p, grad in zip(self.differentiable, found, strict=True)
+        ]
 
     def _fake_backward(self, *args: Any) -> Any:
         inputs, need = args[self.lead : -1], args[-1]
@@ -275,11 +278,30 @@ def once_each(t: Tensor, axes: int) -> Tensor:
     return t
 
 
-def _shared(grad: Tensor | None, like: Tensor) -> Tensor | None:
-    if grad is None or grad.shape == like.shape:
-        return grad
-    count = math.prod(n for n, one in zip(like.shape, grad.shape, strict=True) if n != one)
-    return (grad / count).expand(like.shape)
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, axes: int) -> Tensor:
+        ctx.shape = t.shape
+        return once_each(t, axes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return _shared(grad, ctx.shape), None
+
+
+def once(t: Tensor, axes: int) -> Tensor:
+    """`once_each`, whose gradient is one of equal shares too; under transforms it is that of slices, full of zeros."""
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if transformed or forward_ad._current_level >= 0 or not t.requires_grad:
+        return once_each(t, axes)
+    return _Once.apply(t, axes)
+
+
+def _shared(grad: Tensor, shape: torch.Size) -> Tensor:
+    count = 1
+    for n, one in zip(shape, grad.shape, strict=True):
+        count *= 1 if n == one else n
+    return grad if grad.shape == shape else (grad / count).expand(shape)
 
 
 def _one_or_all(values: Any) -> Any:
