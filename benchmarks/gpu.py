@@ -25,7 +25,7 @@ from vitkern import testing  # noqa: E402
 
 SECTIONS = {  # section -> the ops that it checks; those with a file in benchmarks/cases are timed
     "window": ("window_attention", "window_attention_qkvpacked", "window_attention_options", "depthwise_value"),
-    "attention": ("attention",),
+    "attention": ("attention", "mask_from_logits"),
     "linear": ("linear_attention", "feature_rows", "chain_sum", "grid_sum"),
     "channel": ("channel_attention",),
     "scan": ("selective_scan",),

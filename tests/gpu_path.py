@@ -15,7 +15,7 @@ from vitkern import Stats
 from vitkern.ops import _call
 from vitkern.ops import linear_attention as linear_file
 from vitkern.ops import window_attention as op_file
-from vitkern.ops._op import Op, PlainOp, _as_tuple
+from vitkern.ops._op import Op, PlainOp
 from vitkern.testing import Call
 
 
@@ -34,9 +34,9 @@ def apply(op: Op, *args: Any) -> Any:
             everything, count = ctx.saved_tensors, len(op.tensors)
             need = op.need(lambda i: ctx.needs_input_grad[i])
             gradient = op.composed or partial(op.gpu.backward, op)
-            found = gradient(*douts, *everything[count:], *everything[:count], *ctx.options, need)
+            found = op.gradients(gradient, douts, everything[count:], everything[:count], ctx.options, need)
             grads = [None] * (count + len(ctx.options))
-            for position, grad in zip(op.differentiable, _as_tuple(found), strict=True):
+            for position, grad in zip(op.differentiable, found, strict=True):
                 grads[position] = grad
             return tuple(grads)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vitkern
-from vitkern import bias, mask, modulation
+from vitkern import DepthwiseValue, bias, mask, modulation
 
 D = torch.float64
 FURTHER = torch.ones(1, 3, 2, 8, dtype=D)
@@ -33,6 +33,12 @@ def one_by_one(arguments, options=lambda s, rows, columns: {}, **shared):
         own = (q[None, rows], k[None, columns], v[None, columns])
         parts.append(vitkern.attention(*own, **shared, **options(s, rows, columns))[0])
     return torch.cat(parts)
+
+
+SECOND = torch.full((153, 2), -1).index_fill(0, torch.tensor(0), 1)  # of a sequence with one key
+FILTER = torch.ones(8, 1, 3, 3, dtype=D)
+NAMES = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+SELF = dict(zip(NAMES, packed(((6, 6), (5, 5))), strict=True))
 
 
 def test_every_sequence_is_as_if_alone():
@@ -161,6 +167,123 @@ def test_every_sequence_sees_the_further_keys(wide):
         torch.testing.assert_close(stats.key_mean[places], part)
 
 
+def of_own_keys(lengths, count, seed=6):
+    """Keys of the query's own sequence or -1, [Tq, count]."""
+    own = torch.tensor([m for n, m in lengths for _ in range(n)])[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(len(own), count, generator=generator) * (own + 1)).long() - 1
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "none", "argmax_k"])
+def test_every_query_names_keys_of_its_own_sequence(normalizer):
+    arguments = packed(grad=True)
+    q, k, _, _, _, most_q, most_k = arguments
+    index = of_own_keys(LENGTHS, 5)
+    generator = torch.Generator().manual_seed(7)
+    shared = torch.randn(4, most_q, most_k, generator=generator, dtype=D)
+    vector = torch.randn(1, 4, len(k), generator=generator, dtype=D)
+
+    def alone(s, rows, own):
+        n, m = rows.stop - rows.start, own.stop - own.start
+        return {"key_index": index[None, rows], "bias": [shared[:, :n, :m], bias.KeyBias(vector[..., own])]}
+
+    options = {"normalizer": normalizer, "mask": mask.Causal(20), "modulation": modulation.SoftCausal(0.4)}
+    options |= {"sink": torch.ones(4, dtype=D)} if normalizer == "softmax" else {}
+    got = vitkern.attention_varlen(*arguments, bias=[shared, bias.KeyBias(vector)], key_index=index, **options)
+    want = one_by_one(arguments, alone, **options)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(t.sin().sum(), arguments[:3]) for t in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_statistics_and_further_keys_beside_named_ones():
+    arguments = packed()
+    q, k, v, cu_q, cu_k, *_ = arguments
+    index = of_own_keys(LENGTHS, 3)
+    generator = torch.Generator().manual_seed(8)
+    more = [torch.randn(1, 2, 2, 8, generator=generator, dtype=D) for _ in range(2)]
+    weight = torch.rand(len(q), generator=generator, dtype=D)
+    options = {"extra_kv": tuple(more), "return_stats": ("lse", "key_mean", "row"), "stat_rows": (0,)}
+    out, stats = vitkern.attention_varlen(*arguments, key_index=index, query_weight=weight, **options)
+    for s, (n, m) in enumerate(LENGTHS):
+        if not n:
+            continue
+        rows, own = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        one = (t[None, part] for t, part in zip((q, k, v), (rows, own, own), strict=True))
+        alone, found = vitkern.attention(*one, key_index=index[None, rows], query_weight=weight[None, rows], **options)
+        torch.testing.assert_close(out[rows], alone[0])
+        torch.testing.assert_close(stats.lse[rows], found.lse[0])
+        places = [*range(own.start, own.stop), len(k) + 2 * s, len(k) + 2 * s + 1]
+        torch.testing.assert_close(stats.key_mean[places], found.key_mean[0])
+        torch.testing.assert_close(stats.row[s, 0, :, 2 : 2 + m], found.row[0, :, 0, :m])
+        torch.testing.assert_close(stats.row[s, 0, :, :2], found.row[0, :, 0, m:])
+        assert not stats.row[s, 0, :, 2 + m :].any()
+
+
+def test_statistics_without_values():
+    arguments = packed(grad=True)
+    q, k, _, *rest = arguments
+    options = {"return_stats": ("lse", "key_mean", "row"), "stat_rows": (0, 4), "mask": mask.Causal(3)}
+    out, stats = vitkern.attention_varlen(q, k, None, *rest, **options)
+    whole = vitkern.attention_varlen(*arguments, **options)[1]
+    assert out is None
+    for name in options["return_stats"]:
+        pair = [getattr(s, name).masked_fill(getattr(s, name).isinf(), 0.0) for s in (stats, whole)]
+        torch.testing.assert_close(*pair)
+        for a, b in zip(*(torch.autograd.grad(t.sin().sum(), (q, k), retain_graph=True) for t in pair), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_sequence_is_a_map_of_its_own_for_the_convolution_of_the_values(shared, prefix):
+    """Maps of one size behind each other, others between, and one without a cell."""
+    sides = ((3, 4), (3, 4), (4, 3), (0, 3), (5, 2), (3, 4))
+    arguments = packed([(h * w + prefix,) * 2 for h, w in sides], grad=True)
+    generator = torch.Generator().manual_seed(9)
+    channels = 8 if shared else 16
+    weight, offset = (
+        torch.randn(s, generator=generator, dtype=D, requires_grad=True) for s in ((channels, 1, 3, 5), (channels,))
+    )
+    got = vitkern.attention_varlen(*arguments, lepe=DepthwiseValue(weight, offset, sides, prefix))
+    q, k, v, cu, *_ = arguments
+    want = []
+    for s, grid in enumerate(sides):
+        own = (t[None, cu[s] : cu[s + 1]] for t in (q, k, v))
+        lepe = DepthwiseValue(weight, offset, grid, prefix) if grid[0] else None
+        want.append(vitkern.attention(*own, lepe=lepe)[0])
+    want = torch.cat(want)
+    torch.testing.assert_close(got, want)
+    leaves = (*arguments[:3], weight, offset)
+    for a, b in zip(*(torch.autograd.grad(t.sin().sum(), leaves) for t in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_named_keys_and_convolutions_compile_and_are_explained():
+    lengths = ((6, 6), (8, 8))
+    q, k, v, *rest = packed(lengths, dtype=torch.float32)
+    index = of_own_keys(lengths, 3)
+    weight = torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+
+    def call(q, k, v, index, weight):
+        lepe = DepthwiseValue(weight, None, ((2, 3), (4, 2)))
+        return vitkern.attention_varlen(q, k, v, *rest, key_index=index, lepe=lepe)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, index, weight), call(q, k, v, index, weight))
+    text = vitkern.explain(vitkern.attention_varlen, q, k, None, *rest, key_index=index, return_stats=("lse",))
+    assert "attention_varlen runs on" in text
+
+
+def test_no_sequence_names_no_keys():
+    arguments = packed(((0, 0),))
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    out, stats = vitkern.attention_varlen(
+        *arguments[:3], bounds(()), bounds(()), 0, 0, key_index=none, return_stats=("key_mean",)
+    )
+    assert out.shape == (0, 4, 8) and stats.key_mean.shape == (0, 4)
+
+
 def test_a_longer_maximum_changes_nothing():
     *arguments, most_q, most_k = packed(dtype=torch.float32)
     exact = vitkern.attention_varlen(*arguments, most_q, most_k)
@@ -194,11 +317,32 @@ def test_no_sequence_at_all():
             lambda a: {"extra_kv": (FURTHER, FURTHER), "bias": bias.RowBias(torch.ones(1, 1, 153))},
             "RowBias has no form for packed sequences beside another modifier of its kind, or beside extra_kv",
         ),
+        (lambda a: {"key_index": torch.zeros(1, 153, 2, dtype=torch.int64)}, r"key_index must have shape \[Tq = 153, K\]"),
+        (lambda a: {"key_index": torch.zeros(153, 2)}, "key_index must hold integers"),
+        (lambda a: {"key_index": SECOND}, "key_index must be -1 or a key of the query's own sequence"),
+        (lambda a: {"key_index": torch.full((153, 2), -2)}, "key_index must be -1 or a key of the query's own sequence"),
+        (
+            lambda a: {"key_index": torch.full((153, 2), -1), "topk": 2},
+            "key_index goes neither with topk nor with statistics without softmax",
+        ),
+        (lambda a: {"v": None}, "v must be a tensor unless statistics are asked for"),
+        (lambda a: {"lepe": DepthwiseValue(FILTER, None, (3, 51))}, "lepe must go with values of the queries' own tokens"),
+        (
+            lambda a: {**SELF, "lepe": DepthwiseValue(FILTER, None, (2, 3))},
+            r"lepe.grid must be the sides \(h, w\) of the 2 sequences, which hold the 11 tokens of v",
+        ),
+        (
+            lambda a: {**SELF, "lepe": DepthwiseValue(FILTER, None, ((2, 3), (2, 2)))},
+            "lepe.grid must be the sides",
+        ),
+        (
+            lambda a: {**SELF, "lepe": DepthwiseValue(FILTER, None, ((1, 5), (2, 3)))},
+            r"cu_seqlens_q must be the bounds \[0, 5, 11\] of the maps of lepe, got \[0, 6, 11\]",
+        ),
         (lambda a: {"return_stats": ("probs",)}, "return_stats of packed sequences may be lse, key_mean"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_sentence(change, message):
-    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    arguments = dict(zip(names, packed(), strict=True))
+    arguments = dict(zip(NAMES, packed(), strict=True))
     with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
         vitkern.attention_varlen(**arguments | change(arguments))

@@ -14,9 +14,10 @@ from ._attention_host import UNSPECIALIZED, Call, arguments, folded, programs, r
 from ._attention_position_sums import add_values, pair_sums, values_gradient, with_given
 from ._attention_positions import looked_up, named_rows
 from ._attention_tables import entries
-from ._attention_terms import last_key, of_sample, places, row_factor, scores, stream
+from ._attention_terms import last_key, listed, of_sample, places, row_factor, scores, stream, visited
 from ._attention_tiles import add_weighted, clean_parts, load_parts, offsets, row_products, store_parts, zero_parts
 from ._attention_topk import surviving
+from ._attention_visits import lists
 from ._tiles import keep_keys
 
 
@@ -32,7 +33,8 @@ def _better(s, at, top, best, AXIS: tl.constexpr, NOBODY: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _choose(
-    q_ptr, k_ptr, chosen_ptr, terms, q_strides, k_strides, d_strides, term_strides, sizes, scale,
+    q_ptr, k_ptr, chosen_ptr, visit_ptr, count_ptr, terms, q_strides, k_strides, d_strides, term_strides, visit_strides, sizes,
+    scale,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     WIDTHS: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BY_KEYS: tl.constexpr,
@@ -56,7 +58,9 @@ def _choose(
     top = tl.full([OWN], float("-inf"), tl.float32)
     best = tl.full([OWN], -1, tl.int32)
     count = queries if BY_KEYS else last_key(terms, sizes, own, keys, offset, CAUSAL, BLOCK_M)
-    for other in tl.range(0, count, OTHER, num_stages=1):
+    begin, end, visits = listed(count_ptr, visit_strides, image, head, own // OWN, 0, count, OTHER)
+    for n in tl.range(begin, end, num_stages=1):
+        other = visited(visit_ptr, visits, n, OTHER)
         row = other if BY_KEYS else own
         start = own if BY_KEYS else other
         i = row + tl.arange(0, BLOCK_M)
@@ -290,7 +294,8 @@ def _chosen(call: Call) -> tuple[Tensor, dict, dict]:
              "FAR", "CAUSAL", "GROUP", "WIDTHS", "ALIGN")  # fmt: skip
     del blocks["STAGES"]
     if chosen.numel():
-        _choose[(programs(shared, tiles),)](**{n: shared[n] for n in names}, **blocks, chosen_ptr=chosen, BY_KEYS=by_keys)
+        _choose[(programs(shared, tiles),)](
+            **{n: shared[n] for n in names}, **blocks, **lists(shared, blocks, by_keys), chosen_ptr=chosen, BY_KEYS=by_keys)
     return chosen, shared, blocks
 
 

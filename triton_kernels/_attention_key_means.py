@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from ._attention_host import UNSPECIALIZED
-from ._attention_terms import of_sample, places, query_shares, row_factor, scores
+from ._attention_terms import listed, of_sample, places, query_shares, row_factor, scores, visited
 from ._attention_tiles import divided_weights, load_parts, offsets, row_products
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _key_means(
-    q_ptr, k_ptr, lse_ptr, low_ptr, mean_ptr, terms, q_strides, k_strides, d_strides, term_strides, sizes, scale,
+    q_ptr, k_ptr, lse_ptr, low_ptr, mean_ptr, visit_ptr, count_ptr, terms, q_strides, k_strides, d_strides, term_strides,
+    visit_strides, sizes, scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -34,7 +35,9 @@ def _key_means(
     first = 0
     if CAUSAL:
         first = tl.maximum(start - offset, 0) // BLOCK_M * BLOCK_M
-    for row in tl.range(first, queries, BLOCK_M, num_stages=STAGES):
+    begin, end, visits = listed(count_ptr, visit_strides, image, head, start // BLOCK_N, first, queries, BLOCK_M)
+    for n in tl.range(begin, end, num_stages=STAGES):
+        row = visited(visit_ptr, visits, n, BLOCK_M)
         i = row + tl.arange(0, BLOCK_M)
         real = i < queries
         q = load_parts(q_ptr, offsets(image, head, i + sizes[8], q_strides, ALIGN), real, d_strides[0], WIDTHS)

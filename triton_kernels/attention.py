@@ -283,5 +283,6 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
             blocks = tuned("backward_keys", shared)
             del shared["v_ptr"], shared["v_strides"], shared["WIDTHS_V"], shared["keep_scale"], shared["threshold"]
             _key_means[(programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"])),)](
-                **shared, **blocks, lse_ptr=top if softmax or call.policy is not None else None, low_ptr=rest, mean_ptr=key_mean)
+                **shared, **blocks, **lists(shared, blocks, of_keys=True), low_ptr=rest, mean_ptr=key_mean,
+                lse_ptr=top if softmax or call.policy is not None else None)
     return out.to(v.dtype), lse, key_mean

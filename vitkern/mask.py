@@ -110,9 +110,10 @@ def seen_cells(
 ) -> Tensor:  # [B, Q, height width]
     """Where the resized logits are on."""
     acc = torch.promote_types(logits.dtype, torch.float32)
-    resized = torch.nn.functional.interpolate(
-        logits.detach().to(acc), size=(height, width), mode="bilinear", align_corners=False
-    ).flatten(2)  # [B, Q, cells]
+    resized = logits.detach().to(acc)
+    if logits.shape[2:] != (height, width):  # interpolate would multiply by 0, on some devices infinities too
+        resized = torch.nn.functional.interpolate(resized, size=(height, width), mode="bilinear", align_corners=False)
+    resized = resized.flatten(2)  # [B, Q, cells]
     on = ~(resized < threshold) if inclusive else resized > threshold
     if full:
         on = on | ~on.any(-1, keepdim=True)

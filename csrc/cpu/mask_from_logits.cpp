@@ -27,22 +27,19 @@ struct Between {
       const Acc at = std::max(scale * (Acc(i) + Acc(0.5)) - Acc(0.5), Acc(0));
       const int64_t low = std::min(int64_t(at), from - 1);
       first.push_back(int32_t(low));
-      second.push_back(int32_t(std::min(low + 1, from - 1)));
+      second.push_back(int32_t(from == to ? low : std::min(low + 1, from - 1)));
       share.push_back(std::clamp(at - Acc(low), Acc(0), Acc(1)));
     }
   }
 };
 
-// A line of logits stretched to the cells of a row; returns whether one of them is on.
-template <typename Acc>
-bool compare(const Acc* line, const Between<Acc>& across, Acc limit, bool inclusive, uint8_t* to) {
-  const int32_t *first = across.first.data(), *second = across.second.data();
-  const Acc* share = across.share.data();
-  const int64_t width = int64_t(across.share.size());
+// The cells of a row, `at(x)` each, compared; returns whether one of them is on.
+template <typename Acc, typename At>
+bool compare(const At& at, int64_t width, Acc limit, bool inclusive, uint8_t* to) {
   int some = 0;
   for (int64_t x = 0; x < width; ++x) {
-    const Acc at = line[first[x]] * (1 - share[x]) + line[second[x]] * share[x];
-    const int on = inclusive ? !(at < limit) : at > limit;
+    const Acc logit = at(x);
+    const int on = inclusive ? !(logit < limit) : logit > limit;
     to[x] = uint8_t(on);
     some |= on;
   }
@@ -55,7 +52,9 @@ void resize(const Tensor& logits, const std::optional<Tensor>& open_rows, int64_
   const Dtype dtype = dtype_of(logits, kOp);
   const int64_t queries = logits.size(1), rows = logits.size(2), columns = logits.size(3), cells = height * width;
   const Between<Acc> down(rows, height), across(columns, width);
-  const Acc limit = Acc(threshold);
+  const int32_t *left = across.first.data(), *right = across.second.data();
+  const Acc *aside = across.share.data(), limit = Acc(threshold);
+  const bool same = rows == height && columns == width;  // nothing infinite is multiplied by 0
   const bool ready = logits.stride(3) == 1 && logits.stride(2) == columns;
   const char* data = static_cast<const char*>(logits.const_data_ptr());
   torch::stable::parallel_for(0, logits.size(0) * queries, 1, [&](int64_t begin, int64_t end) {
@@ -76,8 +75,13 @@ void resize(const Tensor& logits, const std::optional<Tensor>& open_rows, int64_
       for (int64_t y = 0; y < height; ++y) {
         const Acc *top = cells_in + down.first[size_t(y)] * columns, *below = cells_in + down.second[size_t(y)] * columns;
         const Acc share = down.share[size_t(y)];
+        if (same) {
+          some |= compare([top](int64_t x) { return top[x]; }, width, limit, inclusive, to + y * width);
+          continue;
+        }
         for (int64_t x = 0; x < columns; ++x) line[size_t(x)] = top[x] * (1 - share) + below[x] * share;
-        some |= compare(line.data(), across, limit, inclusive, to + y * width);
+        const auto stretched = [=, from = line.data()](int64_t x) { return from[left[x]] * (1 - aside[x]) + from[right[x]] * aside[x]; };
+        some |= compare(stretched, width, limit, inclusive, to + y * width);
       }
       const bool open = open_rows && static_cast<const uint8_t*>(open_rows->const_data_ptr())[b * open_rows->stride(0) + q * open_rows->stride(1)];
       if (open || (full && !some)) std::memset(to, 1, size_t(cells));

@@ -59,6 +59,25 @@ def test_tiles_that_are_wholly_hidden_are_not_visited(tuned, monkeypatch):
         tuned(16, 16)
 
 
+@pytest.mark.parametrize("normalizer", ["argmax_k", "argmax_q", "sigmoid"])
+def test_hidden_tiles_neither_choose_nor_count_for_the_means_of_keys(normalizer, tuned, monkeypatch):
+    """Of two samples; a sample's row of tiles and another's column see nothing."""
+    tuned(16, 32)
+    hard, means = (sys.modules[f"vitkern.triton_kernels._attention_{name}"] for name in ("hard", "key_means"))
+    seen = torch.rand(2, 1, 40, 70) < 0.5
+    seen[0, :, 16:32] = seen[1, :, :, 32:64] = False
+    args = arguments(2, 40, 70, 1, mask=seen, normalizer=normalizer)
+    args[Call._fields.index("query_weight")] = torch.rand(2, 40, 1)
+    check_op(args)
+    visits, module = [], hard if normalizer.startswith("argmax") else means
+    monkeypatch.setattr(module, "scores", lambda *x, inner=module.scores: visits.append(1) or inner(*x))
+    kernels.fwd(*args)
+    assert len(visits) == 2 * 3 + 3 * 2
+    args = arguments(1, 70, 40, 1, normalizer=normalizer)  # all visited, by tiles that are not square
+    args[Call._fields.index("query_weight")] = torch.rand(1, 70, 1)
+    check_op(args)
+
+
 def test_hidden_tiles_of_a_bias_and_of_packed_sequences_are_not_visited(tuned, monkeypatch):
     """Two samples that share a bias; two sequences of 40 and 20 queries, in which ids part three tiles of queries."""
     tuned(16, 16)

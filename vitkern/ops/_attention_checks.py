@@ -75,16 +75,16 @@ def check_rope(rope: Any, q: Tensor, k: Tensor) -> None:
                 f"got {[first, last]}"
             )
         heads = rope.cos.shape[2]
-        if rope.cos.shape[0] not in (1, of.shape[0]):
+        if not _checks.fits(rope.cos.shape[0], of.shape[0]):
             raise ValueError(f"{NAME}: rope.cos must have the batch of q ({of.shape[0]}) or 1, got {rope.cos.shape[0]}")
-        if heads not in (1, of.shape[2]):
+        if not _checks.fits(heads, of.shape[2]):
             raise ValueError(f"{NAME}: rope.cos must have 1 head or those it turns ({of.shape[2]}), got {heads}")
 
 
 def check_key_index(index: Any, q: Tensor, k: Tensor, normalizer: str, stats: Any, topk: Any) -> None:
     _checks.integers(NAME, "key_index", index)
     _checks.on_device(NAME, "key_index", index, "q", q.device)
-    if index.dim() != 3 or index.shape[0] not in (1, q.shape[0]) or index.shape[1] != q.shape[1]:
+    if index.dim() != 3 or not _checks.fits(index.shape[0], q.shape[0]) or index.shape[1] != q.shape[1]:
         raise ValueError(f"{NAME}: key_index must have shape [B or 1, Nq = {q.shape[1]}, K], got {list(index.shape)}")
     if backends.may_read(index) and index.numel() and not -1 <= int(index.min()) <= int(index.max()) < k.shape[1]:
         raise ValueError(
@@ -94,7 +94,8 @@ def check_key_index(index: Any, q: Tensor, k: Tensor, normalizer: str, stats: An
         raise NotImplementedError(f"{NAME}: key_index goes neither with topk nor with statistics without softmax")
 
 
-def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
+def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME, sequences: int | None = None) -> None:
+    """`sequences`: how many are packed in v, each a map of its own."""
     if lepe is None:
         return
     if not isinstance(lepe, DepthwiseValue):
@@ -106,7 +107,13 @@ def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
         raise ValueError(f"{op}: lepe.scope must be 'map' or 'window', got {lepe.scope!r}")
     if lepe.scope == "window" and op != "window_attention":
         raise ValueError(f"{op}: lepe.scope must be 'map' outside window_attention, got 'window'")
-    grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix", op=op)
+    if sequences is None:
+        grid("lepe", "DepthwiseValue", lepe.grid, v.shape[1] - lepe.prefix_tokens, "v without the prefix", op=op)
+    elif not _holds(lepe, sequences, v.shape[1]):
+        raise ValueError(
+            f"{op}: lepe.grid must be the sides (h, w) of the {sequences} sequences, which hold the {v.shape[1]} tokens of v "
+            f"with their prefixes, got {lepe.grid!r}"
+        )
     heads, width = v.shape[2:]
     shape = tuple(lepe.weight.shape)
     if (
@@ -120,6 +127,15 @@ def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME) -> None:
         )
     if lepe.bias is not None:
         _checks.shape(op, "lepe.bias", lepe.bias, shape[:1], "[channels of lepe.weight]")
+
+
+def _holds(lepe: DepthwiseValue, sequences: int, tokens: int) -> bool:
+    """Whether lepe.grid has the sides of so many maps, which hold so many tokens."""
+    sides: Any = lepe.grid
+    if not isinstance(sides, (list, tuple)) or len(sides) != sequences:
+        return False
+    pairs = all(isinstance(s, (list, tuple)) and len(s) == 2 and min(s) >= 0 for s in sides)
+    return pairs and sum(h * w + lepe.prefix_tokens for h, w in sides) == tokens
 
 
 def check_scale(scale: Any, cosine: Any, q: Tensor) -> Any:
@@ -138,7 +154,7 @@ def check_scale(scale: Any, cosine: Any, q: Tensor) -> Any:
         return 1.0
     if isinstance(scale, Tensor):
         _checks.parameter(NAME, "scale", scale, q.device)
-        if tuple(scale.shape) not in ((), (q.shape[2],)):
+        if scale.dim() > 1 or (scale.dim() == 1 and len(scale) != q.shape[2]):
             raise ValueError(
                 f"{NAME}: scale must be a number or have shape [] or [H = {q.shape[2]}], got {list(scale.shape)}"
             )
@@ -185,7 +201,7 @@ def check_rest(
                     raise ValueError(f"{NAME}: extra_kv must have values exactly where v is given")
                 continue
             _checks.parameter(NAME, name, t, q.device)
-            if t.dim() != 4 or t.shape[0] not in (1, q.shape[0]) or t.shape[2:] != like.shape[2:]:
+            if t.dim() != 4 or not _checks.fits(t.shape[0], q.shape[0]) or t.shape[2:] != like.shape[2:]:
                 want = ["B or 1", "E", *like.shape[2:]]
                 raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
         extra = extra_kv[0].shape[1]

@@ -26,6 +26,7 @@ OPTIONS = (
     "policy_eps", "policy_diagonal", "grid_height", "grid_width", "grid_prefix", "grid_step",
 )  # fmt: skip
 WHOLE = ("mask", "seed", "q_ids", "k_ids", "allow", "cu_q", "cu_k", "position_index")  # of no gradient
+REPEATED = {"bias": 4, "gain": 2, "weight": 2, "early_gain": 2, "early_weight": 2}  # kernels sum over these first axes
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 
 
@@ -68,9 +69,7 @@ def padded(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         i = torch.arange(longest, device=cu.device)
         real[side] = i < length  # [S, max]
         index = torch.where(real[side], first + i, tokens)  # of the blank behind the last token
-        token = torch.arange(tokens, device=cu.device)
-        s = torch.bucketize(token, cu[1:], right=True)
-        places[side] = s * longest + token - cu[s]
+        places[side] = places_in_batch(cu, tokens, longest)
         for name in names:
             t = found[name]
             if t is not None:
@@ -83,6 +82,13 @@ def padded(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     inside = real["q"][:, None, :, None] & real["k"][:, None, None, :]
     one["mask"] = inside if found["mask"] is None else found["mask"] & inside
     return one | {"cu_q": None, "cu_k": None}, places
+
+
+def places_in_batch(cu: Tensor, tokens: int, longest: int) -> Tensor:
+    """Where each token of packed sequences lies in a padded batch, whose samples lie one behind the other."""
+    token = torch.arange(tokens, device=cu.device)
+    s = torch.bucketize(token, cu[1:], right=True)
+    return s * longest + token - cu[s]
 
 
 def path_of(found: dict[str, Any]) -> PolylinePath:

@@ -51,9 +51,9 @@ def modifiers(name: str, given: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]
 def scores(name: str, t: Tensor, shape: tuple[int, ...], extra: int = 0) -> None:
     """t broadcasts to [B, H, Nq, Nk]; `extra` further columns are allowed."""
     sizes = list(zip(reversed(t.shape), reversed(shape), strict=False))
-    fits = t.dim() <= 4 and all(n in (1, want) for n, want in sizes)
+    fits = t.dim() <= 4 and all(_checks.fits(n, want) for n, want in sizes)
     if not fits and extra and 1 <= t.dim() <= 4 and t.shape[-1] == shape[-1] + extra:
-        fits = all(n in (1, want) for n, want in sizes[1:])
+        fits = all(_checks.fits(n, want) for n, want in sizes[1:])
     if not fits:
         raise ValueError(f"{NAME}: {name} must broadcast to [B, H, Nq, Nk] = {list(shape)}, got {list(t.shape)}")
 
@@ -84,7 +84,12 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def per_query(name: str, t: Tensor, q: Tensor, side: int) -> None:
-    fits = t.dim() == 4 and t.shape[0] in (1, q.shape[0]) and t.shape[1] == q.shape[1] and t.shape[2] in (1, q.shape[2])
+    fits = (
+        t.dim() == 4
+        and _checks.fits(t.shape[0], q.shape[0])
+        and t.shape[1] == q.shape[1]
+        and _checks.fits(t.shape[2], q.shape[2])
+    )
     if not fits or t.shape[3] != side:
         want = ["B or 1", q.shape[1], "H or 1", side]
         raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
@@ -130,11 +135,15 @@ def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys:
         _checks.shape(NAME, f"bias {kind}.slope", b.slope, (q.shape[2],), "[H]")
         for name, of in (("q_xy", q), ("k_xy", k)):
             t = getattr(b, name)
-            if t.dim() != 3 or t.shape[0] not in (1, q.shape[0]) or t.shape[1:] != (of.shape[1], 2):
+            if t.dim() != 3 or not _checks.fits(t.shape[0], q.shape[0]) or t.shape[1:] != (of.shape[1], 2):
                 want = ["B or 1", of.shape[1], 2]
                 raise ValueError(f"{NAME}: bias {kind}.{name} must have shape {want}, got {list(t.shape)}")
     if isinstance(b, bias.PolylinePath):
-        if b.row.dim() != 4 or b.row.shape[0] not in (1, q.shape[0]) or b.row.shape[3] not in (1, q.shape[2]):
+        if (
+            b.row.dim() != 4
+            or not _checks.fits(b.row.shape[0], q.shape[0])
+            or not _checks.fits(b.row.shape[3], q.shape[2])
+        ):
             raise ValueError(
                 f"{NAME}: bias {kind}.row must have shape [B or 1, Hs, Ws, H or 1], got {list(b.row.shape)}"
             )
@@ -147,8 +156,12 @@ def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys:
     if type(b) in vectors:
         of, text = vectors[type(b)]
         more = extra if isinstance(b, bias.KeyBias) else 0
-        fits = b.vector.dim() == 3 and b.vector.shape[0] in (1, q.shape[0]) and b.vector.shape[1] in (1, q.shape[2])
-        if not fits or b.vector.shape[2] not in (of.shape[1], of.shape[1] + more):
+        fits = (
+            b.vector.dim() == 3
+            and _checks.fits(b.vector.shape[0], q.shape[0])
+            and _checks.fits(b.vector.shape[1], q.shape[2])
+        )
+        if not fits or not (b.vector.shape[2] == of.shape[1] or b.vector.shape[2] == of.shape[1] + more):
             raise ValueError(
                 f"{NAME}: bias {kind}.vector must have shape [B or 1, H or 1, {text} = {of.shape[1]}], "
                 f"got {list(b.vector.shape)}"
@@ -158,11 +171,15 @@ def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys:
 def _contextual(b: Any, q: Tensor, k: Tensor, v: Tensor | None) -> None:
     for name, width in (("q_table", q.shape[3]), ("k_table", q.shape[3]), ("v_table", 0 if v is None else v.shape[3])):
         t = getattr(b, name)
-        if t is not None and (t.dim() != 3 or t.shape[1] not in (1, q.shape[2]) or t.shape[2] != (width or t.shape[2])):
+        if t is not None and (
+            t.dim() != 3 or not _checks.fits(t.shape[1], q.shape[2]) or t.shape[2] != (width or t.shape[2])
+        ):
             want = ["n", "H or 1", width]
             raise ValueError(f"{NAME}: bias ContextualPosition.{name} must have shape {want}, got {list(t.shape)}")
     shape = tuple(b.index.shape)
-    if shape[-2:] != (q.shape[1], k.shape[1]) or (len(shape) != 2 and shape[:-2] not in ((1,), (q.shape[0],))):
+    if shape[-2:] != (q.shape[1], k.shape[1]) or (
+        len(shape) != 2 and (len(shape) != 3 or not _checks.fits(shape[0], q.shape[0]))
+    ):
         want = [q.shape[1], k.shape[1]]
         raise ValueError(
             f"{NAME}: bias ContextualPosition.index must have shape {want} or {['B or 1', *want]}, got {list(shape)}"
@@ -220,7 +237,7 @@ def check_mask(m: Any, q: Tensor, k: Tensor) -> None:
     pairs = {mask.Segments: ("q_ids", "k_ids"), mask.BlockCausal: ("q_levels", "k_levels", "order")}.get(type(m), ())
     for name, of in zip(pairs, (q, k), strict=False):
         ids = getattr(m, name)
-        if ids.dim() != 2 or ids.shape[0] not in (1, q.shape[0]) or ids.shape[1] != of.shape[1]:
+        if ids.dim() != 2 or not _checks.fits(ids.shape[0], q.shape[0]) or ids.shape[1] != of.shape[1]:
             raise ValueError(
                 f"{NAME}: mask {kind}.{name} must have shape [B or 1, {of.shape[1]}], got {list(ids.shape)}"
             )
@@ -292,7 +309,7 @@ def check_modulation(m: Any, q: Tensor, k: Tensor, normalizer: str) -> None:
     if isinstance(m, modulation.Policy):
         if normalizer != "softmax":
             raise ValueError(f"{NAME}: modulation Policy must go with normalizer='softmax', got {normalizer!r}")
-        if m.keep.dim() != 2 or m.keep.shape[0] not in (1, q.shape[0]) or m.keep.shape[1] != k.shape[1]:
+        if m.keep.dim() != 2 or not _checks.fits(m.keep.shape[0], q.shape[0]) or m.keep.shape[1] != k.shape[1]:
             raise ValueError(
                 f"{NAME}: modulation Policy.keep must have shape [B or 1, Nk = {k.shape[1]}], got {list(m.keep.shape)}"
             )

@@ -23,6 +23,8 @@ from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
+from vitkern.ops._attention_named import batch_of_named
+from vitkern.ops._op import once, once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
@@ -63,6 +65,7 @@ class Packed:
     cu_q: Tensor
     cu_k: Tensor
     longest: tuple[Tensor, Tensor]
+    key_index: Tensor | None = None  # [Tq, K]
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def slots(
     lowered: dict[str, Any], packed: Packed | None, backend: str | None, mapped: list[Any] | None = None
 ) -> dict[str, Any]:
     """The op's arguments by name. Rotations, unit vectors and further keys are made here; a modifier that has no slot, or
-    whose slot is taken, or that meets further keys, takes its dense form. `mapped` receives them."""
+    whose slot is taken, or that meets further keys, takes its dense form. `mapped` receives them. Packed sequences whose queries
+    name keys become a padded batch."""
     q, k, v, scale = (lowered[name] for name in ("q", "k", "v", "scale"))
     acc = torch.promote_types(q.dtype, torch.float32)
     found: dict[str, Any] = dict.fromkeys((*TENSORS, *OPTIONS))
@@ -124,7 +128,7 @@ def slots(
     )  # q is what tables meet
     at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
     dense, of_keys, of_weights = _place_biases(found, biases, at)
-    seen = _place_masks(found, lowered["masks"], at)
+    seen = _place_masks(found, lowered["masks"], at, backend)
     factors: list[Tensor] = []
     early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
     mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
@@ -181,6 +185,8 @@ def slots(
         found |= {"early_gain": joined(early["logit"], torch.mul), "early_weight": joined(early["prob"], torch.mul)}
     if "key_mean" in lowered["stats"]:
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
+    if packed is not None and packed.key_index is not None:
+        return batch_of_named(found, packed.key_index, 0 if extra is None else extra[0].shape[1])
     return found
 
 
@@ -276,7 +282,7 @@ def _refuse_second(modifier: Any, longest: Any) -> None:
         )
 
 
-def _place_masks(found: dict[str, Any], masks: Any, at: Place) -> list[Tensor]:
+def _place_masks(found: dict[str, Any], masks: Any, at: Place, backend: str | None) -> list[Tensor]:
     """Fills the slots of the typed masks; returns the dense ones."""
     seen = []
     extended = at.extended
@@ -290,31 +296,30 @@ def _place_masks(found: dict[str, Any], masks: Any, at: Place) -> list[Tensor]:
         elif isinstance(m, BlockCausal) and found["rule"] == "none" and not extended:
             found |= {"q_ids": m.q_levels.to(torch.int32), "k_ids": m.k_levels.to(torch.int32), "rule": "upto"}
         elif isinstance(m, FromLogits):
-            seen.append(m.among(mask_from_logits(m), at.q, at.k))
+            seen.append(m.among(mask_from_logits(m, backend=backend), at.q, at.k))
         else:
             _refuse_second(m, at.longest)
             seen.append(m if isinstance(m, Tensor) else at.dense(m))
     return seen
 
 
-def named_keys(index: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """How often each query names each key, [B|1, 1, Nq, Nk]; index [B|1, Nq, K], -1 names none."""
-    keys = k.shape[1]
-    places = torch.where(index < 0, keys, index.clamp(max=keys)).long()
-    acc = torch.promote_types(q.dtype, torch.float32)
-    found = q.new_zeros((len(index), q.shape[1], keys + 1), dtype=acc)
-    return found.scatter_add(2, places, found.new_ones(()).expand(places.shape))[:, None, :, :keys]
-
-
 def joined(parts: list[Tensor], join: Any) -> Tensor | None:
-    """All parts in one tensor of four axes, None for no part."""
+    """All parts in one tensor of four axes, None for no part. What repeats itself along samples and heads is joined once."""
     if not parts:
         return None
+    parts = [t.clone(memory_format=torch.contiguous_format) if _own(t) else t for t in parts]
+    if len(parts) > 1:
+        parts = [once(t, t.dim() - 2) for t in parts]
     if len(parts) > 1 and parts[0].is_floating_point():
         wide = torch.promote_types(functools.reduce(torch.promote_types, [t.dtype for t in parts]), torch.float32)
         parts = [t.to(wide) for t in parts]
     whole = functools.reduce(join, parts)
     return whole[(None,) * (4 - whole.dim())]
+
+
+def _own(t: Tensor) -> bool:
+    """Whether t repeats itself and is a leaf, which gets a gradient for every place where a view gets equal shares of one."""
+    return t.requires_grad and t.is_leaf and once_each(t, t.dim()).shape != t.shape
 
 
 def shares(weight: Tensor | None, q: Tensor, cu: Tensor | None) -> Tensor:

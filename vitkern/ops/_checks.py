@@ -33,6 +33,11 @@ def on_device(op: str, name: str, value: Tensor, of: str, device: torch.device) 
         raise ValueError(f"{op}: {name} must be on the device of {of} ({device}), got {value.device}")
 
 
+def fits(n: Any, want: Any) -> bool:
+    """Whether a length broadcasts to `want`; while tracing, `in` does not find a size of its own graph in a tuple."""
+    return bool(n == 1 or n == want)
+
+
 def shape(op: str, name: str, value: Tensor, want: tuple[int, ...], text: str) -> None:
     if tuple(value.shape) != tuple(want):
         raise ValueError(f"{op}: {name} must have shape {text} = {list(want)}, got {list(value.shape)}")

@@ -319,7 +319,11 @@ def _tables(rope: Rope, q: Tensor, k: Tensor, packed: bool) -> tuple[Tensor, Ten
         tokens, sequences_of = x.shape[2] * x.shape[4], x.shape[0] * x.shape[1] * x.shape[3]
         first, last = among or (0, tokens)
         for table, rest in ((rope.cos, 1.0), (rope.sin, 0.0)):
-            if table.dim() != 4 or table.shape[0] not in (1, sequences_of) or table.shape[2] not in (1, x.shape[5]):
+            if (
+                table.dim() != 4
+                or not _checks.fits(table.shape[0], sequences_of)
+                or not _checks.fits(table.shape[2], x.shape[5])
+            ):
                 raise ValueError(
                     f"{NAME}: the tables of rope must have shape [B|1, n, H|1, R/2] with B = {sequences_of} and H = {x.shape[5]}, "
                     f"got {list(table.shape)}"

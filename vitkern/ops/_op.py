@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vitkern.ops._gpu import Gpu
 
@@ -47,6 +48,7 @@ class Op:
     autocast: bool = True  # whether autocast casts the batched tensors
     gradient_like: Callable[[Tensor], Tensor] = lambda t: t.new_empty(t.shape)  # an empty gradient of an argument
     composed: Callable[..., Any] | None = None  # the backward in terms of the op's own forward, where it is one
+    summed: tuple[tuple[int, int], ...] = ()  # arguments whose first axes, so many, may have length 1: position, axes
 
     def register(self) -> None:
         """Defines the schemas and everything that is not a compiled kernel."""
@@ -97,10 +99,23 @@ class Op:
         need = self.need(lambda i: ctx.needs_input_grad[i])
         everything = ctx.saved_tensors  # read once: a checkpoint recomputes what is read
         tensors, saved = everything[:count], everything[count:]
-        found = self.overload("_bwd")(*douts, *saved, *tensors, *ctx.options, need)
-        for position, grad in zip(self.differentiable, _as_tuple(found), strict=True):
+        found = self.gradients(self.overload("_bwd"), douts, saved, tensors, ctx.options, need)
+        for position, grad in zip(self.differentiable, found, strict=True):
             grads[position] = grad
         return tuple(grads)
+
+    def gradients(self, backward: Any, douts: Any, saved: Any, tensors: Any, options: Any, need: int) -> list[Any]:
+        """What `backward`, of the schema of the op's, gives. A view that repeats its values (stride 0, of expand) is cut to one
+        place for it, and each repetition gets an equal share of that sum, in a view again: the whole never exists."""
+        cut = list(tensors)
+        for position, axes in self.summed:
+            if tensors[position] is not None:
+                cut[position] = once_each(tensors[position], axes)
+        found = _as_tuple(backward(*douts, *saved, *cut, *options, need))
+        return [
+            None if grad is None else _shared(grad, tensors[p].shape)
+            for p, grad in zip(self.differentiable, found, strict=True)
+        ]
 
     def _fake_backward(self, *args: Any) -> Any:
         inputs, need = args[self.lead : -1], args[-1]
@@ -253,6 +268,40 @@ def _vmap_rule(name: str, count: int, batched: int) -> Callable[..., Any]:
 
 def _as_tuple(outputs: Any) -> tuple[Any, ...]:
     return (outputs,) if outputs is None or isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def once_each(t: Tensor, axes: int) -> Tensor:
+    """One place of the first `axes` axes along which t repeats itself."""
+    for a in range(axes):
+        if t.shape[a] > 1 and t.stride(a) == 0:
+            t = t.narrow(a, 0, 1)
+    return t
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, axes: int) -> Tensor:
+        ctx.shape = t.shape
+        return once_each(t, axes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return _shared(grad, ctx.shape), None
+
+
+def once(t: Tensor, axes: int) -> Tensor:
+    """`once_each`, whose gradient is one of equal shares too; under transforms it is that of slices, full of zeros."""
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if transformed or forward_ad._current_level >= 0 or not t.requires_grad:
+        return once_each(t, axes)
+    return _Once.apply(t, axes)
+
+
+def _shared(grad: Tensor, shape: torch.Size) -> Tensor:
+    count = 1
+    for n, one in zip(shape, grad.shape, strict=True):
+        count *= 1 if n == one else n
+    return grad if grad.shape == shape else (grad / count).expand(shape)
 
 
 def _one_or_all(values: Any) -> Any:

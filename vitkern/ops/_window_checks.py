@@ -132,7 +132,9 @@ def check_bias(op: str, bias: Any, q: Tensor, window: tuple[int, ...], keys: int
         raise TypeError(f"{op}: bias must be a tensor, RelativePosition or None, got {type(bias).__name__}")
     _checks.parameter(op, "bias", bias, q.device)
     want = (heads, n, keys)
-    fits = bias.dim() <= 3 and all(b in (1, w) for b, w in zip(reversed(bias.shape), reversed(want), strict=False))
+    fits = bias.dim() <= 3 and all(
+        _checks.fits(b, w) for b, w in zip(reversed(bias.shape), reversed(want), strict=False)
+    )
     if not fits:
         raise ValueError(f"{op}: bias must broadcast to [heads, {text[1:]} = {list(want)}, got {list(bias.shape)}")
 

@@ -47,7 +47,7 @@ def options(
             raise ValueError(f"{NAME}: extra_kv must be a pair (k, v), got {type(extra_kv).__name__}")
         for name, t, like in (("extra_kv k", extra_kv[0], k), ("extra_kv v", extra_kv[1], v)):
             _checks.parameter(NAME, name, t, k.device)
-            if t.dim() != 4 or t.shape[0] not in (1, len(k)) or t.shape[2:] != like.shape[-2:]:
+            if t.dim() != 4 or not _checks.fits(t.shape[0], len(k)) or t.shape[2:] != like.shape[-2:]:
                 want = ["B or 1", "E", *like.shape[-2:]]
                 raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
     if key_mask is not None:

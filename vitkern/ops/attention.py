@@ -13,6 +13,7 @@ from vitkern.ops import _attention_definition as definition
 from vitkern.ops import _attention_modifier_checks as modifier_checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _dropout
+from vitkern.ops._attention_named import named_keys
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.attention import attention as reference
@@ -56,7 +57,8 @@ def attention(
         q: ``[B, Nq, H, D]``; k: ``[B, Nk, Hk, D]``; v: ``[B, Nk, Hk, Dv]`` or None where only statistics are wanted. Any
             strides, head sizes 1 to 256, Hk divides H. float32, float64, bfloat16 or float16.
         bias: a tensor that broadcasts to ``[B, H, Nq, Nk]``, a modifier of :mod:`vitkern.bias`, or a list of these, which
-            is their sum. ``-inf`` hides.
+            is their sum. ``-inf`` hides. The gradient of a view that repeats itself (stride 0, made by expand) is summed in
+            the kernel; the view itself gets equal shares of that sum.
         mask: bool, True may attend; a tensor, a modifier of :mod:`vitkern.mask`, or a list, which is their intersection.
         modulation: of :mod:`vitkern.modulation`, or a list, in its order.
         normalizer: ``"softmax"``, ``"sigmoid"``, ``"relu"``, ``"none"``; ``"argmax_k"``: the first largest key of a row has
@@ -173,7 +175,7 @@ def lower(
     modifier_checks.check_policy(modulations, sink, extra_kv, stats)
     if key_index is not None:
         checks.check_key_index(key_index, q, k, normalizer, stats, topk)
-        named = slots.named_keys(key_index, q, k)
+        named = named_keys(key_index, q, k.shape[1])
         masks = (*masks, named > 0)
         if normalizer == "softmax":
             biases = (*biases, named.log())
@@ -220,6 +222,7 @@ OP = Op(
     gpu=Gpu(_triton),
     outputs=("out", "lse", "key_mean"),
     autocast=False,
+    summed=tuple((definition.TENSORS.index(name), axes) for name, axes in definition.REPEATED.items()),
 )
 OP.register()
 attention.explain = _explain  # type: ignore[attr-defined]

@@ -154,7 +154,11 @@ def _segments(segments: Any, metric: Tensor) -> Tensor:
     _checks.integers(NAME, "segments", segments)
     if segments.dim() == 1:
         segments = segments[None]
-    if segments.dim() != 2 or segments.shape[0] not in (1, metric.shape[0]) or segments.shape[1] != metric.shape[1]:
+    if (
+        segments.dim() != 2
+        or not _checks.fits(segments.shape[0], metric.shape[0])
+        or segments.shape[1] != metric.shape[1]
+    ):
         want = list(metric.shape[:2])
         raise ValueError(f"{NAME}: segments must have shape [B, N] = {want} or [N], got {list(segments.shape)}")
     _checks.on_device(NAME, "segments", segments, "metric", metric.device)
@@ -195,7 +199,7 @@ def _index(index: Any, metric: Tensor) -> Tensor:
     _checks.integers(NAME, "partition", index)
     if index.dim() == 1:
         index = index[None]
-    if index.dim() != 2 or index.shape[0] not in (1, metric.shape[0]):
+    if index.dim() != 2 or not _checks.fits(index.shape[0], metric.shape[0]):
         raise ValueError(f"{NAME}: partition must have shape [n] or [B, n], got {list(index.shape)}")
     _checks.on_device(NAME, "partition", index, "metric", metric.device)
     if backends.may_read(index) and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < metric.shape[1]:

@@ -247,7 +247,12 @@ def _check_centers(x: Tensor, centers: Any) -> None:
         raise TypeError(f"{NAME}: centers must have the dtype of x ({x.dtype}), got {centers.dtype}")
     _checks.on_device(NAME, "centers", centers, "x", x.device)
     batch, _, width = x.shape
-    fits = centers.dim() == 3 and centers.shape[0] in (1, batch) and centers.shape[1] >= 1 and centers.shape[2] == width
+    fits = (
+        centers.dim() == 3
+        and _checks.fits(centers.shape[0], batch)
+        and centers.shape[1] >= 1
+        and centers.shape[2] == width
+    )
     if not fits:
         raise ValueError(
             f"{NAME}: centers must have shape [B or 1, k, C] with B = {batch}, k >= 1, C = {width}, got {list(centers.shape)}"

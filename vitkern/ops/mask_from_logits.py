@@ -6,17 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern import backends
 from vitkern.mask import FromLogits, seen_cells
 from vitkern.ops import _call
+from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import PlainOp
 
 
-def mask_from_logits(m: FromLogits) -> Tensor:
+def mask_from_logits(m: FromLogits, *, backend: str | None = None) -> Tensor:
     """bool ``[B, Q, cells]`` of ``size``: True where the query sees the cell."""
     args = (m.logits.detach(), m.open_rows, *m.size, float(m.threshold), m.empty == "full", m.inclusive)
-    by_reference = m.logits.device.type == "cuda" or backends.forced(None) == "reference"  # no GPU kernel yet
-    return _call.dispatch(OP, args, "reference" if by_reference else None)
+    return _call.run(OP, args, backend)
+
+
+def _triton() -> Any:
+    from vitkern.triton_kernels import mask_from_logits as kernels
+
+    return kernels
 
 
 def _fake(logits: Tensor, open_rows: Tensor | None, height: int, width: int, *rest: Any) -> Tensor:
@@ -31,5 +36,6 @@ OP = PlainOp(
     batched=2,
     definition=seen_cells,
     fake=_fake,
+    gpu=Gpu(_triton),
 )
 OP.register()

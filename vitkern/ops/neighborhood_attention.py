@@ -256,7 +256,7 @@ def _extras(extra_kv: Any, k: Tensor, v: Tensor) -> tuple[Any, Any]:
         raise TypeError(f"{NAME}: extra_kv must be None or a pair of tensors, got {type(extra_kv).__name__}")
     for name, t, like in (("extra_kv[0]", extra_kv[0], k), ("extra_kv[1]", extra_kv[1], v)):
         _checks.parameter(NAME, name, t, k.device)
-        if t.dim() != 4 or t.shape[0] not in (1, k.shape[0]) or t.shape[2:] != like.shape[-2:]:
+        if t.dim() != 4 or not _checks.fits(t.shape[0], k.shape[0]) or t.shape[2:] != like.shape[-2:]:
             want = f"[B|1, E, {like.shape[-2]}, {like.shape[-1]}] with B = {k.shape[0]}"
             raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
     if extra_kv[0].shape[:2] != extra_kv[1].shape[:2]:

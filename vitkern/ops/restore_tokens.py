@@ -73,7 +73,9 @@ def _fill(fill: Tensor, y: Tensor, n: int) -> tuple[Tensor | None, Tensor | None
     _checks.parameter(NAME, "fill", fill, y.device, "y")
     tail = tuple(y.shape[2:])
     shape = (1,) * (y.dim() - fill.dim()) + tuple(fill.shape)
-    wanted = len(shape) == y.dim() and shape[2:] == tail and shape[0] in (1, y.shape[0]) and shape[1] in (1, n)
+    wanted = (
+        len(shape) == y.dim() and shape[2:] == tail and _checks.fits(shape[0], y.shape[0]) and _checks.fits(shape[1], n)
+    )
     if not wanted:
         raise ValueError(
             f"{NAME}: fill must be a number, of y's trailing shape {list(tail)} or "

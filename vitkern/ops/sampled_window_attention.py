@@ -153,7 +153,12 @@ def _check_decomposed(bias: DecomposedRelativePosition, q: Tensor, n: int, sampl
         if bias.q_grid is not None:
             want = (2 * max(bias.q_grid[axis], side) - 1, q.shape[4])
             _checks.shape(NAME, f"bias.{name}", table, want, "[2 max(query, sample) - 1, D]")
-        elif table.dim() != 4 or table.shape[1] != n or table.shape[2] not in (1, q.shape[3]) or table.shape[3] != side:
+        elif (
+            table.dim() != 4
+            or table.shape[1] != n
+            or not _checks.fits(table.shape[2], q.shape[3])
+            or table.shape[3] != side
+        ):
             raise ValueError(
                 f"{NAME}: bias.{name} must have shape [B nW or 1, N, heads or 1, side] = "
                 f"{['B nW', n, q.shape[3], side]}, got {list(table.shape)}"

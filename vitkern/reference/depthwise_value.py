@@ -19,6 +19,8 @@ def depthwise_value(
 ) -> Tensor:
     """``out [B, N, H, D]`` in v's dtype, contiguous."""
     heads, width = v.shape[2:]
+    if v.shape[1] == 0:
+        return torch.zeros_like(v)
     acc = torch.promote_types(v.dtype, torch.float32)
     weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
     if len(weight) == width:

@@ -98,6 +98,7 @@ def make(
     sink: bool = False,
     extra: int = 0,
     beside: str = "",
+    repeated: bool = False,
     layout: str = "plain",
     expanded_gradient: bool = False,
     **options: Any,
@@ -105,7 +106,8 @@ def make(
     """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
     and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
     both; `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
-    `extra`: further keys; `beside`: NAMES of attention_options, joined by "+"; `layout` as of window_attention."""
+    `extra`: further keys; `beside`: NAMES of attention_options, joined by "+"; `repeated`: bias and factors are expanded to all
+    scores; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -177,6 +179,8 @@ def make(
 
     def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given: dict[str, Any] = dict(options)
+        if repeated:
+            t = {name: x.expand(full) if name in ("bias", "factors") else x for name, x in t.items()}
         q, k, v = (view(layout, t[name], 1, h) for name, _, h, _ in groups)
         biases = [t["bias"]] if bias is not None else []
         if "expanded" in names:
@@ -207,7 +211,7 @@ def make(
         return (q, k, v), given
 
     facts = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv, "bias": bias}
-    facts |= {"typed": typed, "grid": grid, "modulation": modulation, "weighed": weighed, "beside": beside}
+    facts |= {"typed": typed, "grid": grid, "modulation": modulation, "weighed": weighed, "beside": beside, "repeated": repeated}
     facts |= {"key_bias": key_bias, "masks": masks, "cosine": cosine, "scale": scale, "sink": sink, "extra": extra}
     text = label(seed, facts | {"layout": layout} | options)
     return Call(text, vitkern.attention, build, tensors, parameters, expanded_gradient, seed)
@@ -304,6 +308,9 @@ def small() -> list[Call]:
         make(22, 2, 6, 9, heads=2, normalizer="argmax_q", masks="dense", dropout_p=0.3, dropout_seed=8),
         *offsets(),
         *with_further_options(),
+        make(63, 2, 5, 6, heads=4, kv_heads=2, d=4, repeated=True, bias=(0, 0, 1, 1), modulation="gain+weight", masks="dense"),
+        make(64, 3, 4, 7, repeated=True, bias=(1, 0, 1, 0), key_bias=True, normalizer="sigmoid", dropout_p=0.3, dropout_seed=4),
+        make(65, 2, 5, 5, heads=4, d=4, repeated=True, bias=(0, 1, 0, 1), modulation="gain+heads+weight", return_stats=("lse",)),
         make(10, 0, 4, 5, heads=2, bias=(0, 1, 1, 1)),
         make(11, 2, 0, 5, bias=(0, 1, 1, 1)),
         make(12, 2, 4, 0, heads=2, sink=True, return_stats=("lse",)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import vitkern
-from vitkern import Rope
+from vitkern import DepthwiseValue, Rope
 from vitkern.bias import KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
 from vitkern.mask import Causal, NoSelf, Segments
 from vitkern.modulation import GaussianMixture
@@ -19,11 +19,13 @@ from vitkern.testing.window_attention import HEAD_SIZES
 
 def packed(
     seed: int, lengths: tuple[tuple[int, int], ...], *, heads: int = 2, kv_heads: int = 1, d: int = 8, bias: bool = True,
-    rows: bool = False, causal: bool = False, ids: bool = False, grid: tuple[int, int] | None = None, beside: str = "",
-    **options: Any,
+    rows: bool = False, causal: bool = False, ids: bool = False, grid: tuple[int, int] | None = None, named: int = 0,
+    values: bool = True, maps: tuple[tuple[int, int], ...] = (), beside: str = "", **options: Any,
 ) -> Call:  # fmt: skip
     """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key; `grid`: of
-    the longest sequence, for tables of offsets; `beside`: some of "expanded", "no self", "turned", joined by "+"."""
+    the longest sequence, for tables of offsets; `named`: so many keys of each query; `values`: whether there are any; `maps`: the
+    sides of every sequence, behind a prefix of one token, for a convolution of the values; `beside`: some of "expanded",
+    "no self", "turned", joined by "+"."""
     g = torch.Generator().manual_seed(seed)
     of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
     longest = (max(of_queries, default=0), max(of_keys, default=0))
@@ -35,7 +37,7 @@ def packed(
         return torch.tensor([0, *each]).cumsum(0).to(torch.int32)
 
     tensors = {"q": normal(sum(of_queries), heads, d)}
-    tensors |= {name: normal(sum(of_keys), kv_heads, d) for name in "kv"}
+    tensors |= {name: normal(sum(of_keys), kv_heads, d) for name in ("k", "v") if name == "k" or values}
     tensors |= {"cu_q": bounds(of_queries), "cu_k": bounds(of_keys)}
     tensors["vector"] = normal(1, heads, sum(of_queries)) if rows else normal(1, 1, sum(of_keys))
     if bias:
@@ -54,6 +56,11 @@ def packed(
     if "turned" in names:
         angle = normal(1, math.gcd(sum(of_queries), sum(of_keys)), 1, max(1, d // 2 - seed % 2))
         tensors |= {"cos": angle.cos(), "sin": angle.sin()}
+    if named:
+        own = torch.tensor([n[1] for n in lengths for _ in range(n[0])])[:, None]
+        tensors["index"] = (torch.rand(sum(of_queries), named, generator=g) * (own + 1)).long() - 1
+    if maps:
+        tensors |= {"filter": normal(d, 1, 3, 5), "offset": normal(d)}
 
     def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden: list[Any] = [Causal(1)] if causal else []
@@ -67,21 +74,20 @@ def packed(
             biases += [RelativePosition(t["table"].t(), None, grid), ManhattanDecay(t["rate"], grid)]
             biases += [ManhattanDecay(t["rate"], grid, "prob")]
         most = t["bias"].shape[1:] if bias and "expanded" not in names else longest
-        return (t["q"], t["k"], t["v"], t["cu_q"], t["cu_k"], *most), {
-            "bias": biases,
-            "mask": hidden,
-            "rope": rope,
-            **options,
-        }
+        given = {"bias": biases, "mask": hidden, "rope": rope, **options}
+        given |= {"key_index": t["index"]} if named else {}
+        given |= {"lepe": DepthwiseValue(t["filter"], t["offset"], maps, 1)} if maps else {}
+        return (t["q"], t["k"], t.get("v"), t["cu_q"], t["cu_k"], *most), given
 
     facts = {"lengths": lengths, "H": heads, "Hk": kv_heads, "D": d, "bias": bias, "rows": rows, "beside": beside}
+    facts |= {"named": named, "maps": maps}
     text = label(seed, facts | options)
     return Call(
         text,
         vitkern.attention_varlen,
         build,
         tensors,
-        frozenset(("vector", "bias", "table", "rate", "sigma", "alpha", "cos", "sin")),
+        frozenset(("vector", "bias", "table", "rate", "sigma", "alpha", "cos", "sin", "filter", "offset")),
         False,
         seed,
     )
@@ -98,6 +104,7 @@ def draw_packed(rng: random.Random) -> Call:
     made: dict[str, Any] = {
         "seed": rng.randrange(2**31), "heads": heads, "kv_heads": rng.choice((1, heads)), "d": rng.choice(HEAD_SIZES[:9]),
         "bias": rng.random() < 0.5, "rows": rng.random() < 0.3, "causal": rng.random() < 0.3, "ids": rng.random() < 0.3,
+        "named": rng.choice((0, 0, 0, 1, 20)),
     }  # fmt: skip
     beside = [name for name in ("expanded", "no self", "turned") if rng.random() < 0.2]
     if made["d"] == 1 or not all(map(sum, zip(*lengths, strict=True))):
@@ -114,9 +121,14 @@ def small_packed() -> list[Call]:
         packed(3, ((2, 9), (5, 5)), bias=False, scale=0.3, return_stats=("lse",)),
         packed(5, ((2, 9), (5, 5)), ids=True),
         packed(6, ((2, 9), (15, 15), (0, 3), (7, 7)), kv_heads=2, bias=False, grid=(3, 5)),
-        packed(7, ((5, 5), (0, 3), (7, 4)), kv_heads=2, beside="expanded+no self+turned", return_stats=("lse",)),
+        packed(11, ((5, 5), (0, 3), (7, 4)), kv_heads=2, beside="expanded+no self+turned", return_stats=("lse",)),
+        packed(7, ((3, 5), (0, 2), (1, 1), (4, 0), (2, 7)), named=4, return_stats=("key_mean",)),
+        packed(8, ((4, 6), (5, 3)), kv_heads=2, rows=True, causal=True, named=3, normalizer="sigmoid", dropout_p=0.3,
+               dropout_seed=4),
+        packed(9, ((2, 9), (5, 5)), ids=True, values=False, return_stats=("lse", "key_mean", "row"), stat_rows=(1,)),
+        packed(10, ((7, 7), (7, 7), (13, 13), (1, 1), (3, 3)), maps=((2, 3), (2, 3), (3, 4), (0, 2), (1, 2))),
         packed(4, ((0, 0),), bias=False),
-    ]
+    ]  # fmt: skip
 
 
 def sizes_packed() -> list[Call]:

@@ -75,6 +75,7 @@ def small() -> list[Call]:
         make(4, 2, (2, 3), 1, 3, sides=(7, 7), layout="channels"),
         make(5, 1, (3, 3), 2, 4, sides=(3, 1), expanded_gradient=True),
         make(6, 0, (2, 2)),
+        make(10, 2, (0, 3)),
         make(7, 1, (1, 1), shared=True, bias=False),
         make(8, 1, (19, 2), 1, 6, sides=(5, 5)),
         make(9, 2, (17, 3), 2, 3, layout="heads"),
