@@ -76,7 +76,7 @@ def test_groups_draw_one_seed():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sides, size, shift", [((7,), 3, 1), ((5, 6), (2, 3), (1, 2)), ((3, 4, 5), (2, 2, 3), (1, 0, 2))], ids=str)
+@pytest.mark.parametrize("sides, size, shift", [((7,), 3, 1), ((170,), 90, 40), ((5, 6), (2, 3), (1, 2)), ((3, 4, 5), (2, 2, 3), (1, 0, 2))], ids=str)
 def test_gathered_windows_drop_the_weights_of_the_images_tokens(sides, size, shift, backend):
     q, k, v = maps(*sides)
     further = (draw(1, 2, 2, 4, seed=7), draw(1, 2, 2, 4, seed=8))

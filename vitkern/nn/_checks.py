@@ -5,9 +5,14 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def side(module: nn.Module, name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{type(module).__name__}: {name} must be an int of at least 1, got {value!r}")
+
+
 def heads(module: nn.Module, dim: int, num_heads: int) -> int:
     """The channels of one head."""
-    if dim % num_heads:
+    if num_heads < 1 or dim % num_heads:
         raise ValueError(f"{type(module).__name__}: num_heads must divide dim ({dim}), got {num_heads}")
     return dim // num_heads
 

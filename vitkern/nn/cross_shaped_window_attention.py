@@ -52,6 +52,7 @@ class CrossShapedWindowAttention(nn.Module):
         last_stage: bool = False,
     ) -> None:
         super().__init__()
+        _checks.side(self, "split_size", split_size)
         self.head_dim = _checks.heads(self, dim, num_heads)
         self.dim, self.num_heads, self.split_size = dim, num_heads, split_size
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale

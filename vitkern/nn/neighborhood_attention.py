@@ -40,6 +40,7 @@ class NeighborhoodAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        _checks.side(self, "kernel_size", kernel_size)
         self.head_dim = _checks.heads(self, dim, num_heads)
         self.dim, self.num_heads, self.kernel_size, self.dilation = dim, num_heads, kernel_size, dilation
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

@@ -65,6 +65,7 @@ class VariedSizeWindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         out_dim = out_dim or dim
+        _checks.side(self, "window_size", window_size)
         head_dim = _checks.heads(self, dim, num_heads)
         self.head_dim = _checks.heads(self, out_dim, num_heads)
         _checks.one_of(self, "compat", compat, ("code", "paper"))
@@ -162,7 +163,7 @@ class VariedSizeWindowAttention(nn.Module):
         moved = local[:, None] * (1 + scale)[:, :, :, None]  # [B, nH, nW, w w, groups, 2]
         if self.rotated:
             angle = predicted("angles")[:, :, :, None, :, 0]  # [B, nH, nW, 1, groups]
-            shear = spans[0] / spans[1] if self.compat == "code" else 1.0
+            shear = offset.new_tensor(spans[0]) / offset.new_tensor(spans[1]) if self.compat == "code" else 1.0
             x, y = moved.unbind(-1)
             moved = torch.stack(
                 (x * angle.cos() - y * shear * angle.sin(), y * angle.cos() + x / shear * angle.sin()), -1

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitkern import backends
@@ -18,7 +17,7 @@ STATS = ("lse", "key_mean", "row", "logits_mean", "probs", "logits", "index")
 
 def tensors(q: Any, k: Any, v: Any) -> None:
     """q [B, Nq, H, D], k [B, Nk, Hk, D], v [B, Nk, Hk, Dv] or None."""
-    autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
+    autocast = isinstance(q, Tensor) and _checks.autocast(q.device.type)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if name == "v" and t is None:
             continue
@@ -118,7 +117,7 @@ def check_lepe(lepe: Any, q: Tensor, v: Any, op: str = NAME, sequences: int | No
     shape = tuple(lepe.weight.shape)
     if (
         len(shape) != 4
-        or shape[0] not in (width, heads * width)
+        or not (shape[0] == width or shape[0] == heads * width)
         or shape[1] != 1
         or not (shape[2] % 2 and shape[3] % 2)
     ):
@@ -205,6 +204,8 @@ def check_rest(
                 want = ["B or 1", "E", *like.shape[2:]]
                 raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
         extra = extra_kv[0].shape[1]
+        if extra_kv[1] is not None and extra_kv[1].shape[1] != extra:
+            raise ValueError(f"{NAME}: extra_kv must have a value for each key, got {extra} keys and {extra_kv[1].shape[1]} values")
     if topk is not None and not 1 <= _checks.integer(NAME, "topk", topk) <= k.shape[1] + extra:
         raise ValueError(f"{NAME}: topk must lie in [1, Nk] = [1, {k.shape[1] + extra}], got {topk}")
     if weight is not None:

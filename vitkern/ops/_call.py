@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from vitkern import backends
+from vitkern.ops import _checks
 from vitkern.ops._op import Op, PlainOp
 
 Found = tuple[str, dict[str, list[str]]]
@@ -41,7 +42,7 @@ def dispatch(op: Op | PlainOp, args: tuple[Any, ...], wanted: str | None) -> Any
 
 
 def _reference(op: Op | PlainOp, args: tuple[Any, ...], device: str) -> Any:
-    if not torch.is_autocast_enabled(device):
+    if not _checks.autocast(device):
         return op.definition(*args)
     with torch.autocast(device, enabled=False):
         return op.definition(*(op.cast(args, device) if isinstance(op, Op) and op.autocast else args))

@@ -33,6 +33,11 @@ def on_device(op: str, name: str, value: Tensor, of: str, device: torch.device) 
         raise ValueError(f"{op}: {name} must be on the device of {of} ({device}), got {value.device}")
 
 
+def autocast(device: str) -> bool:
+    """Whether autocast is on for a kind of device; meta tensors know none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def fits(n: Any, want: Any) -> bool:
     """Whether a length broadcasts to `want`; while tracing, `in` does not find a size of its own graph in a tuple."""
     return bool(n == 1 or n == want)
@@ -116,6 +121,8 @@ def seed(op: str, name: str, value: Any, device: torch.device) -> Tensor:
             )
         return value.reshape(1)
     integer(op, name, value, what="an int or an int64 tensor of one element")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
     return torch.tensor([value], dtype=torch.int64, device=device)
 
 

@@ -8,7 +8,7 @@ The autograd kernels rest on private names of torch (`torch._C`), because `regis
 where a name is missing, `register_autograd` is used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -212,7 +212,8 @@ class Op:
             library.impl(name, kernel, key)
 
     def _vmap_of(self, name: str) -> Callable[..., Any]:
-        return _vmap_rule(name, len(self.tensors), self.batched)
+        seeds = [i for i, text in enumerate(self.tensors) if text.endswith(" seed")]
+        return _vmap_rule(name, len(self.tensors), self.batched, seeds)
 
 
 @dataclass(frozen=True)
@@ -242,14 +243,15 @@ class PlainOp:
         return getattr(torch.ops.vitkern, self.name).default
 
 
-def _vmap_rule(name: str, count: int, batched: int) -> Callable[..., Any]:
-    """Folds the mapped axis into the batch where exactly the `batched` first of `count` tensors are mapped, else loops."""
+def _vmap_rule(name: str, count: int, batched: int, seeds: Sequence[int] = ()) -> Callable[..., Any]:
+    """Folds the mapped axis into the batch where exactly the `batched` first of `count` tensors are mapped, else loops: a seed
+    at `seeds` draws the same for every sample, and would count them as images of one batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         op = getattr(torch.ops.vitkern, name).default
         dims = [in_dims[i] if isinstance(in_dims[i], int) else None for i in range(count)]
         mapped = all(d is not None or args[i] is None for i, d in enumerate(dims[:batched]))
-        if mapped and all(d is None for d in dims[batched:]):
+        if mapped and all(d is None for d in dims[batched:]) and all(args[i] is None for i in seeds):
             folded = [
                 t if d is None else t.movedim(d, 0).flatten(0, 1) for t, d in zip(args, dims[:batched], strict=False)
             ]

@@ -48,7 +48,7 @@ def check(
     mask_value: Any,
 ) -> tuple[list[int], list[int], bool, float, float]:
     """window, shift, roll_first, scale and mask value; raises a sentence where an argument does not fit."""
-    autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
+    autocast = isinstance(q, Tensor) and _checks.autocast(q.device.type)
     _checks.maps(NAME, q, k, v, same_dtype=not autocast)
     window, shift = check_sides(window_size, shift_size, q.shape[1:-2])
     check_pad_order(pad_order)

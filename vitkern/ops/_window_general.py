@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitkern.bias import KeyBias, RelativePosition
 from vitkern.mask import Segments
-from vitkern.ops import _call
+from vitkern.ops import _call, _checks
 from vitkern.ops import _window_general_checks as checks
 from vitkern.ops import _window_places as where
 from vitkern.ops._dropout import Stream
@@ -101,7 +101,7 @@ def prepare(
     """The layout, the rows of q, k and v by `move`, and the other arguments of `attention`."""
     checks.tensors(q, k, v, shared_q)
     checks.options(k, v, partition, pad_order, pad_kv, mask_value, extra_kv, key_mask, return_stats, context_size)
-    if torch.is_autocast_enabled(q.device.type):
+    if _checks.autocast(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     lengths = k.shape[1:-2] if shared_q else q.shape[1:-2]

@@ -19,7 +19,7 @@ STATS = ("lse", "key_mean", "probs", "logits")
 
 def tensors(q: Any, k: Any, v: Any, shared_q: bool) -> None:
     """q [B, *Lq, H, D], or [B, *window, H, D] of shared queries; k and v [B, *Lk, Hk, D|Dv]."""
-    autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
+    autocast = isinstance(q, Tensor) and _checks.autocast(q.device.type)
     _checks.maps(NAME, q, k, v, same_dtype=not autocast, own_map=True)
     if not isinstance(shared_q, bool):
         raise TypeError(f"{NAME}: shared_q must be a bool, got {shared_q!r}")
@@ -50,6 +50,9 @@ def options(
             if t.dim() != 4 or not _checks.fits(t.shape[0], len(k)) or t.shape[2:] != like.shape[-2:]:
                 want = ["B or 1", "E", *like.shape[-2:]]
                 raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
+        counts = [t.shape[1] for t in extra_kv]
+        if counts[0] != counts[1]:
+            raise ValueError(f"{NAME}: extra_kv must have a value for each key, got {counts[0]} keys and {counts[1]} values")
     if key_mask is not None:
         _checks.tensor(NAME, "key_mask", key_mask)
         if key_mask.dtype != torch.bool:
@@ -198,7 +201,7 @@ def halo_table(b: RelativePosition, window: tuple[int, ...], keys: tuple[int, ..
         raise ValueError(f"{NAME}: bias must have an index where k has a grid of its own, got none")
     if b.sign not in ("query-key", "key-query") or b.grid is not None:
         raise ValueError(f"{NAME}: bias must have the sign 'query-key' or 'key-query' and no grid with context_size")
-    rows = math.prod(w + c - 1 for w, c in zip(window, keys, strict=True))
+    rows = math.prod([w + c - 1 for w, c in zip(window, keys, strict=True)])
     if len(b.table) != rows:
         raise ValueError(
             f"{NAME}: bias.table must have {rows} rows for windows {list(window)} in {list(keys)}, got {len(b.table)}"

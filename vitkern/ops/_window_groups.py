@@ -38,6 +38,8 @@ def grouped(
     shift_size: Any,
     *,
     bias: Any = None,
+    mask: Any = None,
+    scale: Any = None,
     cosine: Any = None,
     pad_kv: Any = None,
     extra_kv: Any = None,
@@ -51,6 +53,8 @@ def grouped(
         dropout_seed = drawn(q.device)
     own = {
         "bias": bias,
+        "mask": mask,
+        "scale": scale,
         "cosine": cosine,
         "pad_kv": pad_kv,
         "extra_kv": extra_kv,
@@ -68,7 +72,7 @@ def grouped(
     return torch.cat([out for out, _ in found], -2), Stats(**named)
 
 
-OF_HEADS = ("bias", "cosine", "pad_kv", "extra_kv", "lepe", "dropout_seed")
+OF_HEADS = ("bias", "mask", "scale", "cosine", "pad_kv", "extra_kv", "lepe", "dropout_seed")
 
 
 def first(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -85,9 +89,11 @@ def _groups(
     count = _count(q, k, window_size, shift_size, bias)
     options = {
         "bias": _biases(bias, q.shape[-2], count),
+        "mask": _masks(given["mask"], q.shape[-2], count),
+        "scale": _scales(given["scale"], q.shape[-2], count),
         "cosine": _cosines(given["cosine"], count),
-        "pad_kv": _pairs(given["pad_kv"], count),
-        "extra_kv": _pairs(given["extra_kv"], count),
+        "pad_kv": _pairs("pad_kv", given["pad_kv"], k.shape[-2], count),
+        "extra_kv": _pairs("extra_kv", given["extra_kv"], k.shape[-2], count),
         "lepe": _values(given["lepe"], v, count),
         "dropout_seed": _seeds(given["dropout_seed"], q, count),
     }
@@ -132,16 +138,38 @@ def _biases(bias: Any, heads: int, count: int) -> list[Any]:
     )
 
 
+def _masks(mask: Any, heads: int, count: int) -> list[Any]:
+    """Those of each group, of one or of a list."""
+    if isinstance(mask, (list, tuple)):
+        return [list(each) for each in zip(*(_masks(m, heads, count) for m in mask), strict=True)] if mask else [mask] * count
+    if not isinstance(mask, Tensor) or mask.dim() < 3 or mask.shape[-3] == 1:
+        return [mask] * count
+    if mask.shape[-3] != heads:
+        raise ValueError(f"{NAME}: mask must have the {heads} heads of q, or one, got {list(mask.shape)}")
+    return list(mask.chunk(count, -3))
+
+
+def _scales(scale: Any, heads: int, count: int) -> list[Any]:
+    if not isinstance(scale, Tensor) or scale.dim() != 1 or len(scale) == 1:
+        return [scale] * count
+    if len(scale) != heads:
+        raise ValueError(f"{NAME}: scale must have the {heads} heads of q, or one, got {list(scale.shape)}")
+    return list(scale.chunk(count))
+
+
 def _cosines(cosine: Any, count: int) -> list[Any]:
-    if not isinstance(cosine, CosineScore):
-        return [cosine] * count
+    if not isinstance(cosine, CosineScore) or cosine.logit_scale.numel() % count:
+        return [cosine] * count  # which no group takes
     return [dataclasses.replace(cosine, logit_scale=t) for t in cosine.logit_scale.reshape(count, -1)]
 
 
-def _pairs(pair: Any, count: int) -> list[Any]:
+def _pairs(name: str, pair: Any, heads: int, count: int) -> list[Any]:
     """A pair of tensors [..., heads, width], or what has no heads."""
     if not isinstance(pair, tuple):
         return [pair] * count
+    for t in pair:
+        if isinstance(t, Tensor) and (t.dim() < 2 or t.shape[-2] != heads):
+            raise ValueError(f"{NAME}: {name} must have the {heads} heads of k, got {list(t.shape)}")
     split = [[None] * count if t is None else t.unflatten(-2, (count, -1)).unbind(-3) for t in pair]
     return list(zip(*split, strict=True))
 
@@ -166,6 +194,7 @@ def added(
     v: Tensor,
     lepe: Any,
     heads: int,
+    q_sides: Any,
     window_size: Any,
     shift_size: Any,
     *,
@@ -183,7 +212,13 @@ def added(
     for name in ("context_size", "key_window_size"):
         if options.get(name) is not None:
             raise ValueError(f"{NAME}: lepe needs windows of the queries' own tokens, got {name}={options[name]!r}")
-    if isinstance(lepe, DepthwiseValue) and lepe.grid is None:
+    if sides != tuple(q_sides):
+        raise ValueError(f"{NAME}: lepe needs values of the queries' own map {list(q_sides)}, got {list(sides)}")
+    if isinstance(lepe, DepthwiseValue):
+        if lepe.prefix_tokens:
+            raise ValueError(f"{NAME}: lepe.prefix_tokens must be 0 on a map, got {lepe.prefix_tokens}")
+        if lepe.grid is not None and tuple(lepe.grid) != sides:
+            raise ValueError(f"{NAME}: lepe.grid must be None or the sides {list(sides)} of the map, got {lepe.grid!r}")
         lepe = dataclasses.replace(lepe, grid=sides)
     flat = v.flatten(1, 2)
     _attention_checks.check_lepe(lepe, flat, flat, NAME)

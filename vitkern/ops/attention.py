@@ -12,7 +12,7 @@ from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_definition as definition
 from vitkern.ops import _attention_modifier_checks as modifier_checks
 from vitkern.ops import _attention_slots as slots
-from vitkern.ops import _call, _dropout
+from vitkern.ops import _call, _checks, _dropout
 from vitkern.ops._attention_named import named_keys
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
@@ -106,7 +106,7 @@ def run(
 ) -> tuple[Tensor | None, Stats]:
     """The call by the op; by the reference where that is named or, as `why` says, no kernel serves it."""
     device = lowered["q"].device.type
-    if torch.is_autocast_enabled(device):
+    if _checks.autocast(device):
         dtype = torch.get_autocast_dtype(device)
         cast = {
             name: t if t is None or t.dtype == torch.float64 else t.to(dtype)
@@ -163,6 +163,8 @@ def lower(
     checks.tensors(q, k, v)
     stats = checks.names_of_stats(return_stats)
     extra = checks.check_rest(q, k, v, normalizer, sink, extra_kv, topk, stats, stat_rows, query_weight)
+    if extra_kv is not None:  # parameters of float32 beside tokens of bfloat16
+        extra_kv = (extra_kv[0].to(k.dtype), None if v is None else extra_kv[1].to(v.dtype))
     biases = modifier_checks.modifiers("bias", bias, modifier_checks.BIASES)
     masks = modifier_checks.modifiers("mask", mask, modifier_checks.MASKS)
     modulations = modifier_checks.modifiers("modulation", modulation, modifier_checks.MODULATIONS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.feature_map import Polar
-from vitkern.ops import _call, _linear_decay, _linear_pairs
+from vitkern.ops import _call, _checks, _linear_decay, _linear_pairs
 from vitkern.ops._linear_gpu import GPU
 from vitkern.ops._linear_lowering import NAME, Lowered, lower
 from vitkern.ops._linear_maps import apply_map, features_in_front, fused
@@ -106,7 +106,7 @@ def _run(
     lowered: Lowered, custom: Any, placed: _linear_decay.Placed | None, return_state: bool, backend: str | None
 ) -> tuple[Tensor, Any]:
     device = lowered.q.device.type
-    if torch.is_autocast_enabled(device):
+    if _checks.autocast(device):
         if lowered.q.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
             lowered.q, lowered.k, lowered.v = (t.to(dtype) for t in (lowered.q, lowered.k, lowered.v))

@@ -133,7 +133,7 @@ def _lower(
     return_stats: Any = (),
 ) -> tuple[Any, ...]:
     """The arguments of the op: maps of three axes."""
-    autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
+    autocast = isinstance(q, Tensor) and _checks.autocast(q.device.type)
     _checks.maps(NAME, q, k, v, same_dtype=not autocast)
     sizes = _sizes(NAME, q, kernel_size, dilation, stride, is_causal, border)
     if tuple(return_stats) not in ((), ("lse",)):
@@ -163,7 +163,7 @@ def _lower_qk(
     scale: Any = None,
     border: Any = "shift",
 ) -> tuple[Any, ...]:
-    autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
+    autocast = isinstance(q, Tensor) and _checks.autocast(q.device.type)
     _checks.maps(QK_NAME, q, k, k, same_dtype=not autocast)
     sizes = _sizes(QK_NAME, q, kernel_size, dilation, stride, is_causal, border)
     bias = _bias(QK_NAME, rpb, q, kernel_size)
@@ -182,7 +182,7 @@ def _lower_av(
 ) -> tuple[Any, ...]:
     for name, t in (("attention", a), ("v", v)):
         _checks.tensor(AV_NAME, name, t)
-    autocast = torch.is_autocast_enabled(a.device.type)
+    autocast = _checks.autocast(a.device.type)
     _checks.maps(AV_NAME, v, v, v, same_dtype=True)
     _checks.floating(AV_NAME, "attention", a)
     _checks.on_device(AV_NAME, "attention", a, "v", v.device)

@@ -80,7 +80,7 @@ def _lower(
     coords_v: Any = None,
 ) -> tuple[Any, ...]:
     """The arguments of the op."""
-    autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
+    autocast = isinstance(q, Tensor) and _checks.autocast(q.device.type)
     _checks.maps(NAME, q, k, v, same_dtype=not autocast, own_map=True)
     if q.dim() != 5:
         raise ValueError(f"{NAME}: q must have shape [B, H, W, heads, D], got {list(q.shape)}")

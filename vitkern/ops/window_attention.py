@@ -185,7 +185,9 @@ def _run(
             out, lse = (_window_views.joined(t, k.dim() - 3) for t in (out, lse))
         found = Stats(lse=lse)
     if lepe is not None:
-        out = out + _window_groups.added(v.to(out.dtype), lepe, out.shape[-2], window, shift, backend=backend, **options)
+        sides, heads = out.shape[1:-2], out.shape[-2]
+        values = v.to(out.dtype)
+        out = out + _window_groups.added(values, lepe, heads, sides, window, shift, backend=backend, **options)
     return (out, found) if stats else out
 
 

@@ -89,6 +89,8 @@ def _coordinates(grid: Any, window_size: Any, device: Any) -> tuple[Tensor, Tens
         if grid.dim() != 2 or not 1 <= grid.shape[1] <= len(AXES) + 1:
             raise ValueError(f"{NAME}: grid must be coordinates [T, axes] of 1 to 4 axes, got {list(grid.shape)}")
         coords = grid.long()
+        if not isinstance(window_size, (int, list, tuple)):
+            raise TypeError(f"{NAME}: window_size must be an int or one for each axis, got {window_size!r}")
         axes = coords.shape[1] if isinstance(window_size, int) else len(window_size)
         if axes not in (coords.shape[1], coords.shape[1] - 1) or axes > len(AXES):
             raise ValueError(

@@ -20,7 +20,7 @@ def depthwise_value(
     """``out [B, N, H, D]`` in v's dtype, contiguous."""
     heads, width = v.shape[2:]
     if v.shape[1] == 0:
-        return torch.zeros_like(v)
+        return v.clone()
     acc = torch.promote_types(v.dtype, torch.float32)
     weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
     if len(weight) == width:

@@ -121,7 +121,7 @@ def small_packed() -> list[Call]:
         packed(3, ((2, 9), (5, 5)), bias=False, scale=0.3, return_stats=("lse",)),
         packed(5, ((2, 9), (5, 5)), ids=True),
         packed(6, ((2, 9), (15, 15), (0, 3), (7, 7)), kv_heads=2, bias=False, grid=(3, 5)),
-        packed(11, ((5, 5), (0, 3), (7, 4)), kv_heads=2, beside="expanded+no self+turned", return_stats=("lse",)),
+        packed(12, ((5, 5), (0, 3), (7, 4)), kv_heads=2, beside="expanded+no self+turned", return_stats=("lse",)),
         packed(7, ((3, 5), (0, 2), (1, 1), (4, 0), (2, 7)), named=4, return_stats=("key_mean",)),
         packed(8, ((4, 6), (5, 3)), kv_heads=2, rows=True, causal=True, named=3, normalizer="sigmoid", dropout_p=0.3,
                dropout_seed=4),
