@@ -75,8 +75,11 @@ def test_groups_draw_one_seed():
     assert torch.equal(found, vitkern.window_attention(q, k, v, (2, 3), dropout_p=0.5))
 
 
+SHAPES = [((7,), 3, 1), ((170,), 90, 40), ((5, 6), (2, 3), (1, 2)), ((3, 4, 5), (2, 2, 3), (1, 0, 2))]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sides, size, shift", [((7,), 3, 1), ((170,), 90, 40), ((5, 6), (2, 3), (1, 2)), ((3, 4, 5), (2, 2, 3), (1, 0, 2))], ids=str)
+@pytest.mark.parametrize("sides, size, shift", SHAPES, ids=str)
 def test_gathered_windows_drop_the_weights_of_the_images_tokens(sides, size, shift, backend):
     q, k, v = maps(*sides)
     further = (draw(1, 2, 2, 4, seed=7), draw(1, 2, 2, 4, seed=8))
