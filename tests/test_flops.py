@@ -1,7 +1,5 @@
 """vitkern.flops: what torch's counter counts of every op."""
 
-import math
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -61,5 +59,5 @@ def test_small_calls_of_every_op_are_counted(name):
     entry = testing.entries()[name]
     call = entry.small()[0]
     tensors = call.leaves(torch.float32, grad=entry.gradient)
-    found = counted(lambda: call.run(tensors))
-    assert found >= 0 and math.isfinite(found)
+    copies = {op for op, (_, factor) in vitkern.flops.FORMULAS.items() if factor == 0} | {"drop_tokens"}
+    assert (counted(lambda: call.run(tensors)) > 0) == (name not in copies)
