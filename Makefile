@@ -1,8 +1,8 @@
-# make demo · make test · make bench · make gpu · make asan · make compat · make lint
+# make demo · make test · make docs · make bench · make gpu · make asan · make compat · make lint
 PYTHON ?= python3
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-full bench gpu asan compat lint wheel clean
+.PHONY: demo test test-full docs bench gpu asan compat lint wheel clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv/%/installed
 
@@ -32,6 +32,13 @@ test: export OMP_NUM_THREADS ?= 1
 test: .venv/test/built
 	.venv/test/bin/ruff check .
 	.venv/test/bin/python -m pytest -q -n auto --dist worksteal
+
+# The figures are drawn by the definitions, so the pages need no compiler.
+docs: export VITKERN_BUILD_CPU = 0
+docs: CUDA ?= 0
+docs: .venv/docs/built
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --quiet
+	@echo "The site is in build/site: open build/site/index.html"
 
 test-full: CUDA ?= auto
 test-full: export OMP_NUM_THREADS ?= 1

@@ -106,35 +106,6 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
                 writer.writerow([r["case"], r["dtype"], r["pass"], name, seconds, r["floor"]])
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time over the floor, per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    good = [r for r in rows if "seconds" in r]
-    names = list(dict.fromkeys(n for r in good for n in r["seconds"]))
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(good) + 1.5))
-    for i, name in enumerate(names):
-        places = [y + 0.8 * i / len(names) for y, r in enumerate(good) if name in r["seconds"]]
-        axes.barh(
-            places,
-            [r["seconds"][name] / r["floor"] for r in good if name in r["seconds"]],
-            0.8 / len(names),
-            label=name,
-        )
-    axes.set_yticks(
-        [y + 0.4 for y in range(len(good))], [f"{r['case']}, {r['dtype']}, {r['pass']}" for r in good], fontsize=7
-    )
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("time ÷ floor (1 is the machine's limit)")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def compare(base: str, argv: list[str]) -> None:
     """The same benchmark at another commit and here, in turn, three times; prints the ratio of medians per case."""
     folder = Path(tempfile.mkdtemp(prefix="vitkern-base-"))
@@ -176,6 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write results as JSON")
     parser.add_argument("--csv", type=Path, help="write results as CSV")
     parser.add_argument("--plot", type=Path, help="write a picture of time over floor")
+    parser.add_argument("--ratios", type=Path, help="write a picture of the ratios to the best baseline")
+    parser.add_argument(
+        "--roofline", type=Path, help="write a picture of operations a second under the machine's ceilings"
+    )
     parser.add_argument("--markdown", type=Path, help="write the table as Markdown")
     options = parser.parse_args(argv)
     if options.base:
@@ -215,8 +190,11 @@ def main(argv: list[str] | None = None) -> int:
         options.markdown.write_text(tables.markdown(result))
     if options.csv:
         write_csv(rows, options.csv)
-    if options.plot:
-        plot(rows, options.plot)
+    for draw, path in (("over_floor", options.plot), ("ratios", options.ratios), ("roofline", options.roofline)):
+        if path:
+            from . import plots
+
+            getattr(plots, draw)(result, path)
     return 1 if any("wrong" in r for r in rows) else 0
 
 

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import libraries  # noqa: F401
 import pytest
@@ -25,6 +26,34 @@ def test_the_code_of_the_readme_runs(code, capsys):
     exec(code, {"model": model, "torch": torch, "vitkern": vitkern})
     if "print(report)" in code:
         assert "SwinLayer" in capsys.readouterr().out
+
+
+PAGES = [
+    p
+    for p in sorted((ROOT / "docs").glob("*.md"))
+    if p.name != "cuda-without-a-gpu.md" and "```python" in p.read_text()
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page):
+    pytest.importorskip("transformers.models.swin.modeling_swin")
+    known: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(code, known)
+
+
+def test_the_reference_page_has_every_public_name():
+    listed = set(re.findall(r"^::: vitkern\.(?:patch\.)?(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.M))
+    modules = {name for name in vitkern.__all__ if isinstance(getattr(vitkern, name), types.ModuleType)}
+    assert not set(vitkern.__all__) - modules - listed
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0 and (tmp_path / "figures" / "windows.svg").exists(), built.stdout + built.stderr
 
 
 def test_the_first_kernel_of_the_page_runs(tmp_path):

@@ -97,9 +97,7 @@ class Flex(Masked):
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + rpb[h, offset[i // n, j // n], offset[i % n, j % n]]
 
-        return self.finished(
-            self.flex(q, k, v, score_mod=None if rpb is None else score_mod, block_mask=self.blocks)
-        )
+        return self.finished(self.flex(q, k, v, score_mod=None if rpb is None else score_mod, block_mask=self.blocks))
 
 
 class Natten:

@@ -65,6 +65,8 @@ CASES = [
 GPU_CASES = [
     *(Case(f"NAT-T stage {stage}", 128, 112 >> stage, 1 << stage, 32) for stage in (1, 2, 3)),
     Case("DiNAT-T stage 1, dilation 8", 128, 56, 2, 32, dilation=8),
-    Case("NAT-T stage 1 without positions", 128, 56, 2, 32, bias=False),  # the only kind that NATTEN's kernels still take
+    Case(
+        "NAT-T stage 1 without positions", 128, 56, 2, 32, bias=False
+    ),  # the only kind that NATTEN's kernels still take
     Case("DiNAT-T stage 1, dilation 8, without positions", 128, 56, 2, 32, dilation=8, bias=False),
 ]
