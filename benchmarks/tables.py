@@ -1,10 +1,11 @@
-"""python -m benchmarks.tables: writes the Markdown tables of the committed results, the one in the README, and that of the models
-that are served, anew.
+"""python -m benchmarks.tables: writes the Markdown tables of the committed results, their index, the one in the README, and that
+of the models that are served, anew.
 
 A table is made from its JSON alone, so that no number in a document is typed by hand; tests/test_documents.py compares.
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from . import merging
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-IN_README = "cpu-avx2/window_attention"
+IN_README = "cpu-avx512"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -43,6 +44,45 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def index(machine: Path, links: str) -> str:
+    """A line for every op that was measured on a machine; its table is found behind `links`."""
+    heads = ["op", "cases", "forward", "forward + backward", "time ÷ floor", "torch", "commit"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|"]
+    for path in sorted(machine.glob("*.json")):
+        result = json.loads(path.read_text())
+        rows, env = [r for r in result["rows"] if r.get("ratio")], result["environment"]
+        spread = [_spread([r["ratio"] for r in rows if r["pass"] == kind]) for kind in ("fwd", "fwd+bwd")]
+        over = _spread([r["over_floor"] for r in rows])
+        cells = [f"[{path.stem}]({links}{path.stem}.md)", str(len({r["case"] for r in rows})), *spread, over]
+        lines.append("| " + " | ".join([*cells, env["torch"], f"`{env['commit']}`"]) + " |")
+    env = json.loads(next(machine.glob("*.json")).read_text())["environment"]
+    return f"{env['cpu']}, {env['threads']} threads, {env['instruction set']}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _spread(numbers: list[float]) -> str:
+    return f"{min(numbers):.1f} – **{statistics.median(numbers):.1f}** – {max(numbers):.1f}" if numbers else "–"
+
+
+def results_page() -> str:
+    """benchmarks/results/README.md."""
+    lines = [
+        "# Results",
+        "",
+        "How many times as fast as the best baseline a user could pick instead (eager PyTorch, `torch.compile`, SDPA, FlexAttention,",
+        "and what else stands in a table), over all cases in float32 and bfloat16: the least, the **median** and the greatest. Every",
+        "case agreed with the float64 oracle in the run that timed it. The floor is the largest of bytes, operations and exponentials",
+        "over the machine's measured ceilings. `python -m benchmarks.tables` makes this page from the JSON files beside it;",
+        "`STATUS.md` says which kernels a GPU has never run.",
+    ]
+    for machine in sorted({p.parent for p in RESULTS.glob("cpu-*/*.json")}):
+        lines += ["", f"## {machine.name}", "", index(machine, f"{machine.name}/").rstrip()]
+        pages = sorted(machine.glob("models/*.md"))
+        if pages:
+            named = ", ".join(f"[{p.stem}]({machine.name}/models/{p.name})" for p in pages)
+            lines += ["", f"Whole models and lengths: {named}."]
+    return "\n".join(lines) + "\n"
+
+
 def generated() -> dict[Path, str]:
     """Every file with a table, and what it must hold."""
     files = {p.with_suffix(".md"): markdown(json.loads(p.read_text())) for p in sorted(RESULTS.glob("cpu-*/*.json"))}
@@ -51,8 +91,8 @@ def generated() -> dict[Path, str]:
     files[ROOT / "docs" / "models.md"] = models.markdown()
     begin, end = f"<!-- {IN_README} -->\n", "<!-- end -->"
     before, rest = README.read_text().split(begin)
-    table = files[RESULTS / f"{IN_README}.md"]
-    return files | {README: before + begin + table + rest[rest.index(end) :]}
+    table = index(RESULTS / IN_README, f"benchmarks/results/{IN_README}/")
+    return files | {RESULTS / "README.md": results_page(), README: before + begin + table + rest[rest.index(end) :]}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What mkdocs calls: figures are drawn and tables of speed put in as the site is built, so that neither is ever stale."""
 
+import csv
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ import figures  # noqa: E402
 from benchmarks import plots  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+SYSTEMS = re.compile(r"<!-- systems: (\w+) -->")
 ROLE = re.compile(r":(?:func|class|mod|math):(?=<code>)")  # of docstrings, which Markdown does not know
 SPEED = re.compile(r"<!-- speed: (\w+) -->")
 
@@ -38,6 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    markdown = SYSTEMS.sub(lambda found: systems(found[1]), markdown)
     return SPEED.sub(lambda found: speed(found[1]), markdown)
 
 
@@ -63,3 +66,20 @@ def speed(op: str) -> str:
     if not parts:
         raise ValueError(f"no committed result of {op}")
     return "\n\n".join(parts)
+
+
+def systems(family: str) -> str:
+    """The rows of docs/systems.csv of one family as a table."""
+    with open(ROOT / "docs" / "systems.csv", newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["family"] == family]
+    lines = ["| system | computes | call | tested |", "|---|---|---|---|"]
+    for r in rows:
+        also = f"<br><small>{r['also']}</small>" if r["also"] else ""
+        call = "" if r["state"].startswith("no") else f"`{r['call']}`"
+        module = f"<br>`nn.{r['module']}`" if r["module"] else ""
+        file, _, name = r["test"].partition("::")
+        words = name.removeprefix("test_").replace("_", " ")
+        state = f"<small>{file.removeprefix('test_')}: {words}</small>" if file else f"*{r['state']}*"
+        cells = (f"**{r['system']}**{also}", r["operator"], call + module, state)
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(lines)
