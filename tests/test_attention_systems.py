@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import agree
-from biased_systems import SYSTEMS
+from composed_systems import SYSTEMS
 from masked_systems import System, normal, qkv, scores, weigh
 from module_cases import Applied
 
