@@ -43,6 +43,10 @@ REFUSALS = [
     ("shape of the key mask", ValueError, r"key_mask must have shape", Q, 3,
      {"key_mask": torch.ones(2, 6, dtype=torch.bool)}),
     ("order of a map", ValueError, r"order needs one map of one axis", Q, 3, {"order": torch.arange(6)}),
+    (
+        "order with a halo", ValueError, r"got lengths \[6\], with further keys around the windows",
+        Q[:, 0], 3, {"order": torch.arange(6), "context_size": 5},
+    ),
     ("order twice", ValueError, r"order must be a permutation of the 6 tokens", LINE, 3,
      {"order": torch.tensor([0, 1, 2, 3, 4, 4])}),
     ("short order", ValueError, r"order must have shape \[L\] or \[B, L\] with L = 6, got \[5\]", LINE, 3,

@@ -159,7 +159,8 @@ def order(value: Any, batch: int, lengths: list[int], same: bool, device: torch.
     _checks.integers(NAME, "order", value)
     _checks.on_device(NAME, "order", value, "q", device)
     if len(lengths) != 1 or not same:
-        raise ValueError(f"{NAME}: order needs one map of one axis, got lengths {lengths}")
+        alike = "" if same else ", with further keys around the windows or a map of its own for k"
+        raise ValueError(f"{NAME}: order needs one map of one axis for q, k and v, got lengths {lengths}{alike}")
     if tuple(value.shape) not in ((lengths[0],), (batch, lengths[0])):
         raise ValueError(f"{NAME}: order must have shape [L] or [B, L] with L = {lengths[0]}, got {list(value.shape)}")
     if backends.may_read(value):
