@@ -71,14 +71,16 @@ asan: .venv/test/built
 	../../.venv/test/bin/python -m pytest -q $(ASAN_TESTS:%=../../tests/test_%.py) \
 	  -k "not gradcheck and not compile and not beyond_32 and not memory and not no_matrix"
 
+# A source distribution, and from it, in isolation, the one wheel; torch for the build is that for CPUs.
 wheel: CUDA ?= auto
 wheel: .venv/test/installed
-	.venv/test/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	PIP_CONSTRAINT=$(CURDIR)/constraints-cpu.txt VITKERN_BUILD_CUDA=$(CUDA) .venv/test/bin/python -m build --outdir dist
+	ls -l dist
 
-# The built wheel on the oldest and the newest torch: large downloads, so not part of make test.
+# The built wheel on the oldest and the newest torch and Python: large downloads, so not part of make test.
 compat: wheel
-	for version in 2.10.0 $(or $(NEWEST),2.15.0); do \
-	  $(PYTHON) -m venv build/compat-$$version && \
+	for pair in 3.10:2.10.0 3.13:$(or $(NEWEST),2.15.0); do \
+	  version=$${pair#*:}; python$${pair%:*} -m venv build/compat-$$version && \
 	  build/compat-$$version/bin/pip install --quiet torch==$$version numpy && \
 	  build/compat-$$version/bin/pip install --quiet --force-reinstall --no-deps dist/vitkern-*.whl && \
 	  (cd build && compat-$$version/bin/python ../tests/compat.py) || exit 1; \

@@ -7,6 +7,8 @@ VITKERN_CXXFLAGS (tests).
 """
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -167,11 +169,31 @@ class Build(build_ext):
         subprocess.run(command, check=True, cwd=ROOT)
 
 
+# The newest symbols of libstdc++ that a platform tag allows (PEP 600's policies), by glibc.
+GLIBCXX = {(2, 17): (3, 4, 19), (2, 28): (3, 4, 25), (2, 34): (3, 4, 29), (2, 35): (3, 4, 30), (2, 39): (3, 4, 33)}
+
+
+def platform_tag(libraries, machine):
+    """manylinux of the oldest glibc that has every symbol the libraries ask for."""
+    newest = {"GLIBC": (2, 17), "GLIBCXX": (3, 4, 19)}
+    for library in libraries:
+        symbols = subprocess.run(["objdump", "-T", library], check=True, capture_output=True, text=True).stdout
+        for name, version in re.findall(r"\b(GLIBC|GLIBCXX)_([\d.]+)", symbols):
+            newest[name] = max(newest[name], tuple(map(int, version.split("."))))
+    fits = [glibc for glibc, cxx in GLIBCXX.items() if newest["GLIBCXX"] <= cxx]
+    if not fits:
+        return f"linux_{machine}"
+    major, minor = max(newest["GLIBC"], min(fits))
+    return f"manylinux_{major}_{minor}_{machine}"
+
+
 class Wheel(bdist_wheel):
-    """The libraries hold no Python symbol: one wheel for every Python 3."""
+    """The libraries hold no Python symbol: one wheel for every Python 3, on every Linux whose glibc is new enough."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        tag = super().get_tag()[2]
+        built = sorted(Path(self.bdist_dir).glob("vitkern/*.so"))
+        return "py3", "none", platform_tag(built, platform.machine()) if built and tag.startswith("linux") else tag
 
 
 extensions = []

@@ -246,7 +246,7 @@ def _bias(op: str, rpb: Any, q: Tensor, kernel_size: Any) -> Tensor | None:
     axes = q.dim() - 3
     sides = tuple(2 * size - 1 for size in _checks.per_axis(op, "kernel_size", kernel_size, axes))
     _checks.shape(op, "rpb", rpb, (q.shape[-2], *sides), "[H, 2 K - 1 per axis]")
-    return rpb[(slice(None), *(None,) * (3 - axes))]
+    return rpb[(slice(None),) + (None,) * (3 - axes)]
 
 
 def _extras(extra_kv: Any, k: Tensor, v: Tensor) -> tuple[Any, Any]:
