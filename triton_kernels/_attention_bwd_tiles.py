@@ -239,7 +239,7 @@ def _backward_keys(
             if dk_ptr is not None:
                 ds = product_gradient(
                     ds, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
-                dk = add_weighted(dk, tl.trans(ds * factor), q, WIDTHS)
+                dk = add_weighted(dk, tl.trans(ds * factor), clean_parts(q, WIDTHS), WIDTHS)
         at = (places(terms, image, j, keys, sizes[9]) + part.to(tl.int64) * total) * heads + head
         if dcolumn_ptr is not None:
             tl.store(dcolumn_ptr + at, dcolumn, mask=j < keys)

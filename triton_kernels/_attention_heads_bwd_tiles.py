@@ -238,7 +238,7 @@ def _heads_keys(
             q = load_heads(q_ptr, q_strides, d_strides[0], image, i + sizes[8], inside, column, heads, WIDTH, BLOCK_D, 1, ALIGN)
             dx = tl.where(a == a, mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N) * factor, 0.0)
             dx = times_factors(dx, terms, term_strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
-            dk = tl.dot(tl.permute(dx, (0, 2, 1)).to(q.dtype), q, dk, input_precision="ieee")
+            dk = tl.dot(tl.permute(dx, (0, 2, 1)).to(q.dtype), clean(q).to(q.dtype), dk, input_precision="ieee")
     flat, real = row_places(terms, image, start + tl.arange(0, BLOCK_N), sizes[2], sizes[9], heads)
     if dk_ptr is not None:
         store_heads(dk_ptr, flat, real, column, dk, WIDTH, BLOCK_D)

@@ -1,0 +1,37 @@
+"""attention in Triton, interpreted on the CPU: masks in pairs, and NaN behind every kind of mask. Run by tests/test_triton.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from attention_op import FULL, HALF, small_tiles
+from gpu_path import tokens_on_gpu
+from hidden_cases import HIDING, KEYS, PAIRS, QUERIES, check, hidden, masks_of
+from masked_systems import qkv
+
+from vitkern.triton_kernels import _host
+
+
+@pytest.fixture(autouse=True)
+def tuned(monkeypatch):
+    use = small_tiles(monkeypatch)
+    use(16, 16)
+    yield
+    _host.config.cache_clear()
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+def test_two_masks_in_a_list_are_their_intersection(pair):
+    tensors = qkv(QUERIES, KEYS, heads=2, kv=1)
+    with tokens_on_gpu("triton"):
+        check(
+            "pair", tensors, lambda t: {"mask": masks_of(pair)}, (FULL, HALF)[PAIRS.index(pair) % 2], backend="triton"
+        )
+
+
+@pytest.mark.parametrize("kind", HIDING)
+def test_nothing_around_the_inputs_nor_behind_a_mask_is_seen(kind):
+    with tokens_on_gpu("triton"):
+        hidden(kind, (FULL, HALF)[len(kind) % 2], "triton")
