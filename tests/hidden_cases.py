@@ -8,8 +8,9 @@ from masked_systems import normal, qkv
 
 import vitkern
 from vitkern import testing
-from vitkern.bias import KeyBias, RelativePosition
+from vitkern.bias import ContextualPosition, DecomposedRelativePosition, EuclideanDistance, KeyBias, RelativePosition
 from vitkern.mask import BlockCausal, Causal, FromLogits, NoSelf, Segments
+from vitkern.modulation import ElementwiseMask, Policy, TalkingHeads
 from vitkern.testing.registry import Call
 
 ENTRY = testing.entries()["attention"]
@@ -120,3 +121,71 @@ def hidden(kind, dtype, backend="cpu"):
     if "extra_kv" not in found:
         tensors["q"][blind] = math.nan
     check(kind, tensors, HIDING[kind], dtype, {"bias", "rows", "sink", "weight"}, backend)
+
+
+def axes_tables(q_grid, k_grid):
+    return {f"rel_{n}": normal(2 * max(a, b) - 1, 8, seed=5) for n, a, b in zip("hw", q_grid, k_grid, strict=True)}
+
+
+CELLS = (2, 3)
+LEARNED = {  # what learns beside q, k and v: its tensors, and the options that they make
+    "rope": (
+        {"cos": normal(1, 6, 1, 4, seed=5), "sin": normal(1, 6, 1, 4, seed=6)},
+        lambda t: {"rope": vitkern.Rope(t["cos"], t["sin"])},
+    ),
+    "half of the channels turned": (
+        {"cos": normal(1, 6, 1, 2, seed=5), "sin": normal(1, 6, 1, 2, seed=6)},
+        lambda t: {"rope": vitkern.Rope(t["cos"], t["sin"], "half")},
+    ),
+    "contextual": (
+        {f"{n}_table": normal(4, 1, 8, seed=i) for i, n in enumerate("qkv")},
+        lambda t: {"bias": ContextualPosition(*(t[f"{n}_table"] for n in "qkv"), torch.arange(36).view(6, 6) % 4)},
+    ),
+    "axes": (
+        axes_tables(CELLS, CELLS),
+        lambda t: {"bias": DecomposedRelativePosition(t["rel_h"], t["rel_w"], CELLS, CELLS)},
+    ),
+    "axes of another grid": (
+        axes_tables((6, 1), CELLS),
+        lambda t: {"bias": DecomposedRelativePosition(t["rel_h"], t["rel_w"], (6, 1), CELLS)},
+    ),
+    "scale": ({"scale": normal(2, seed=5).abs()}, lambda t: {"scale": t["scale"]}),
+    "cosine": ({"tau": normal(2, seed=5).abs()}, lambda t: {"cosine": vitkern.CosineScore(t["tau"])}),
+    "distance": (
+        {"slope": normal(2, seed=5).abs(), "q_xy": normal(1, 6, 2, seed=6), "k_xy": normal(1, 6, 2, seed=7)},
+        lambda t: {"bias": EuclideanDistance(t["slope"], t["q_xy"], t["k_xy"])},
+    ),
+    "factor": ({"factor": normal(1, 1, 6, 6, seed=5)}, lambda t: {"modulation": ElementwiseMask(t["factor"])}),
+    "factor of weights": (
+        {"factor": normal(1, 1, 6, 6, seed=5)},
+        lambda t: {"modulation": ElementwiseMask(t["factor"], "prob")},
+    ),
+    "factor in front of heads that talk": (
+        {"factor": normal(1, 2, 6, 6, seed=5), "pre": normal(2, 2, seed=6), "post": normal(2, 2, seed=7)},
+        lambda t: {"modulation": [ElementwiseMask(t["factor"]), TalkingHeads(t["pre"], None, t["post"])]},
+    ),
+    "policy": ({"keep": normal(1, 6, seed=5).sigmoid()}, lambda t: {"modulation": Policy(t["keep"])}),
+}
+OF_TOKENS = {"q_xy": ("query", 1), "k_xy": ("key", 1), "keep": ("key", 1)}
+
+
+def learned(kind, backend, dtype=torch.float64):
+    """Every gradient where token 3 is hidden and query 2 sees nothing, both NaN with all that is theirs, against zeros there."""
+    parameters, options = LEARNED[kind]
+    seen = torch.ones(6, 6, dtype=torch.bool)
+    seen[:, 3], seen[2] = False, False
+    found = []
+    for blank in (math.nan, 0.0):
+        t = {n: x.to(dtype).clone() for n, x in (qkv(6, 6) | parameters).items()}
+        t["q"][:, 2], t["k"][:, 3], t["v"][:, 3] = blank, blank, blank
+        for name, (of, axis) in OF_TOKENS.items():
+            if name in t:
+                t[name].select(axis, 2 if of == "query" else 3).fill_(blank)
+        if "factor" in t:
+            t["factor"].masked_fill_(~seen, blank)
+        t = {n: framed(x).detach().requires_grad_() for n, x in t.items()}
+        out = vitkern.attention(t["q"], t["k"], t["v"], mask=seen, **options(t), backend=backend)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), [*t.values()])])
+    for name, got, want in zip(["out", *t], *found, strict=True):
+        assert got.isfinite().all(), f"{kind}: {name} is not finite"
+        torch.testing.assert_close(got, want, msg=f"{kind}: {name}")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hidden_cases import HIDING, KEYS, PAIRS, QUERIES, check, framed, hidden, masks_of
+from hidden_cases import HIDING, KEYS, LEARNED, PAIRS, QUERIES, check, framed, hidden, learned, masks_of
 from masked_systems import qkv
 
 import vitkern
@@ -60,3 +60,9 @@ def test_packed_sequences_see_nothing_hidden_nor_of_each_other(kind, dtype):
 
     call = Call(kind, vitkern.attention_varlen, build, tensors, frozenset({"low"}), seed=3)
     testing.assert_matches(testing.entries()["attention_varlen"], call, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", LEARNED)
+def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind, backend):
+    learned(kind, backend)

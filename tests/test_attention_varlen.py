@@ -311,6 +311,8 @@ def test_no_sequence_at_all():
         (lambda a: {"mask": torch.zeros(64, 64)}, "mask must be bool"),
         (lambda a: {"modulation": modulation.Policy(torch.ones(1, 106))}, "Policy has no form for packed sequences"),
         (lambda a: {"return_stats": "row", "stat_rows": (64,)}, r"stat_rows must be queries of \[0, 64\), got 64"),
+        (lambda a: {"topk": 65}, "topk must be at most max_seqlen_k = 64, got 65"),
+        (lambda a: {"return_stats": "row", "stat_rows": 0}, "stat_rows must be a tuple of ints, got int"),
         (lambda a: {"return_stats": "row", "stat_rows": (-1,)}, r"stat_rows must be queries of \[0, 64\), got -1"),
         (lambda a: {"extra_kv": (FURTHER, FURTHER), "topk": 2}, "extra_kv goes neither with topk nor with argmax"),
         (

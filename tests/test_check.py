@@ -32,7 +32,9 @@ def test_a_directory_of_transformers(folder, capsys):
 def test_a_picture_of_another_size_in_bfloat16(folder, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (60, 40), (200, 10, 90)).save(tmp_path / "one.png")
-    assert main(["check", folder, "--image", str(tmp_path / "one.png"), "--size", "24", "40", "--dtype", "bfloat16"]) == 0
+    assert (
+        main(["check", folder, "--image", str(tmp_path / "one.png"), "--size", "24", "40", "--dtype", "bfloat16"]) == 0
+    )
     assert "2 modules replaced" in capsys.readouterr().out
 
 

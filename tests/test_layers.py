@@ -89,5 +89,7 @@ def test_every_module_of_vitkern_nn_is_a_layer(name):
 
 
 def test_an_unknown_layer_is_a_sentence():
-    with pytest.raises(AttributeError, match="vitkern.layers has no SwinLayer: neither vitkern.nn nor patch serves a class"):
+    with pytest.raises(
+        AttributeError, match="vitkern.layers has no SwinLayer: neither vitkern.nn nor patch serves a class"
+    ):
         layers.SwinLayer  # noqa: B018

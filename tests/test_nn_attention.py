@@ -19,6 +19,7 @@ from vitkern.nn import (
     LevitAttention,
     LevitAttentionDownsample,
     MaskedCrossAttention,
+    MultiScaleAttention,
     SigmoidAttention,
     TalkingHeadAttention,
 )
@@ -98,7 +99,35 @@ def test_beit_is_timms(window, shared):
     def call(attn, x):
         return attn(x, x[:1, :, :7].expand(1, 3, 7, 7) if shared else None)
 
-    compare(BeitAttention(12, window, 3), theirs, call, (7,), mine=call)
+    compare(BeitAttention(12, window, 3), theirs, call, (7,), strict=True, mine=call)
+
+
+POOLS = [
+    {},
+    {"kernel_q": (3, 3), "stride_q": (2, 2), "kernel_kv": (3, 3), "stride_kv": (4, 4)},
+    {"kernel_kv": (3, 3), "stride_kv": (2, 2), "residual_pooling": False},
+]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["class token", "map"])
+@pytest.mark.parametrize("pools", POOLS, ids=["nothing pooled", "all pooled", "keys pooled"])
+def test_mvit_v2_is_timms(pools, first):
+    module = pytest.importorskip("timm.models.mvitv2")
+    options = pools | {"num_heads": 2, "has_cls_token": first}
+    theirs = spread(module.MultiScaleAttention(12, 16, (8, 8), **options))
+
+    def call(attn, x):
+        return attn(x, (8, 8))[0]
+
+    compare(MultiScaleAttention(12, 16, (8, 8), **options), theirs, call, (64 + first,), strict=True, mine=call)
+
+
+def test_mvit_v2_takes_maps_of_other_sizes():
+    ours = MultiScaleAttention(12, 16, (8, 8), 2, kernel_q=(3, 3), stride_q=(2, 2), kernel_kv=(3, 3), stride_kv=(4, 4))
+    out, size = ours(torch.randn(2, 1 + 9 * 13, 12), (9, 13))
+    assert size == (5, 7) and out.shape == (2, 36, 16)
+    with pytest.raises(ValueError, match=r"MultiScaleAttention: x must have shape \[B, 118, 12\]"):
+        ours(torch.randn(2, 117, 12), (9, 13))
 
 
 def test_a_beit_checkpoint_loads_strictly_and_its_index_is_ours():

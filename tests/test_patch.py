@@ -56,7 +56,9 @@ def test_a_part_may_be_served_where_what_is_around_it_is_left_out():
 
 
 def test_a_name_that_no_module_has_is_an_error(swin):
-    with pytest.raises(ValueError, match=r"patch: only='encoder.layer.0' names no module; among those .* encoder.layers"):
+    with pytest.raises(
+        ValueError, match=r"patch: only='encoder.layer.0' names no module; among those .* encoder.layers"
+    ):
         vitkern.patch(swin, only="encoder.layer.0")
     with pytest.raises(ValueError, match=r"patch: skip='blocks' names no module"):
         vitkern.patch(swin, skip=("encoder", "blocks"))

@@ -9,7 +9,7 @@ from torch import nn
 import vitkern
 
 timm = pytest.importorskip("timm")
-from timm.models import beit, cait, levit, vision_transformer_sam  # noqa: E402
+from timm.models import beit, cait, levit, mvitv2, vision_transformer_sam  # noqa: E402
 
 VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "patch_size": 8}
 SPLIT = pytest.mark.parametrize("fused", [False, True])
@@ -164,6 +164,45 @@ class Last(nn.Module):
 
     def forward(self, x):
         return x.permute(0, 2, 3, 1)
+
+
+# MViTv2 --------------------------------------------------------------------------------------------------------------------
+
+
+def pooled(**options):
+    given = {"depths": (1, 1), "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1.0, "stride_kv_adaptive": (2, 2)} | options
+    config = mvitv2.MultiScaleVitCfg(**given)
+    return random(mvitv2.MultiScaleVit(config, img_size=(64, 64), num_classes=5, drop_path_rate=0.0))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["map", "class token"])
+def test_mvit_v2_matches(first):
+    patch_cases.check(pooled(use_cls_token=first), (64, 64), replaced=2)
+
+
+def test_mvit_v2_reads_the_first_rows_of_its_tables_on_a_smaller_map():
+    module = random(
+        mvitv2.MultiScaleAttention(8, 8, (8, 8), 2, kernel_kv=(3, 3), stride_kv=(2, 2), has_cls_token=False)
+    )
+    patch_cases.check(OnMap(module, (6, 4)), (24, 8), channels=1, replaced=1)
+
+
+class OnMap(nn.Module):
+    """An attention of MViTv2 on the tokens of a map."""
+
+    def __init__(self, attn, size):
+        super().__init__()
+        self.attn, self.size = attn, size
+
+    def forward(self, x):
+        return self.attn(x[:, 0], self.size)[0]
+
+
+def test_what_of_mvit_v2_is_kept_says_why():
+    kept = vitkern.patch(mvitv2.MultiScaleAttention(8, 8, (8, 8), 2, mode="conv_unshared")).kept[0].reason
+    assert kept == "its pools are not shared by the heads"
+    kept = vitkern.patch(mvitv2.MultiScaleAttention(8, 8, (8, 8), 2, rel_pos_type="")).kept[0].reason
+    assert kept == "its scores have no decomposed positions"
 
 
 # all -----------------------------------------------------------------------------------------------------------------------

@@ -37,11 +37,17 @@ def test_masks_of_every_shape(shape, kind):
     agree(vitkern.scaled_dot_product_attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask), leaves)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"is_causal": True, "scale": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"is_causal": True, "scale": 2.0}], ids=str
+)
 @pytest.mark.parametrize("lead", [(2,), (2, 3), (1, 2, 2), ()], ids=str)
 def test_options_and_leading_axes(options, lead):
     q, k, v = tensors(*lead)  # without a leading axis: [H, L, E] is [N, L, E]
-    agree(vitkern.scaled_dot_product_attention(q, k, v, **options), F.scaled_dot_product_attention(q, k, v, **options), (q, k, v))
+    agree(
+        vitkern.scaled_dot_product_attention(q, k, v, **options),
+        F.scaled_dot_product_attention(q, k, v, **options),
+        (q, k, v),
+    )
 
 
 SEVERAL = [(3, 1, 5, 7), (2, 3, 4, 5, 7), (4, 5, 7)]
@@ -51,7 +57,11 @@ SEVERAL = [(3, 1, 5, 7), (2, 3, 4, 5, 7), (4, 5, 7)]
 def test_masks_of_maps_with_fewer_and_more_axes(lead, shape):
     q, k, v = tensors(*lead)
     mask = draw(*shape, seed=3)
-    agree(vitkern.scaled_dot_product_attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask), (q, k, v, mask))
+    agree(
+        vitkern.scaled_dot_product_attention(q, k, v, mask),
+        F.scaled_dot_product_attention(q, k, v, mask),
+        (q, k, v, mask),
+    )
 
 
 def test_shared_heads_are_asked_for():
@@ -81,5 +91,7 @@ def test_what_does_not_fit_is_a_sentence():
 
 def test_it_stands_in_for_torchs_in_a_compiled_graph():
     q, k, v = (t.detach().float() for t in tensors(2))
-    run = torch.compile(lambda *t: vitkern.scaled_dot_product_attention(*t, is_causal=True), fullgraph=True, backend="aot_eager")
+    run = torch.compile(
+        lambda *t: vitkern.scaled_dot_product_attention(*t, is_causal=True), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(run(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))

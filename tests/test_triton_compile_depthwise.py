@@ -18,4 +18,8 @@ def test_depthwise_value_compiles_without_spills(capability, dtype, sides, bias)
     args = v, weight, torch.zeros(96) if bias else None, (56, 56)
     with caught(f"sm{capability}", depthwise_value, _reduce) as launches:
         depthwise_value.bwd(depthwise_value.fwd(*args), *args, 7)
-    assert compile_all(launches, f"{sides}, sm_{capability}, {dtype}", capability) == {"_slide", "_weights", "_add_parts"}
+    assert compile_all(launches, f"{sides}, sm_{capability}, {dtype}", capability) == {
+        "_slide",
+        "_weights",
+        "_add_parts",
+    }

@@ -31,19 +31,37 @@ def test_groups_take_their_heads_of_masks_and_factors(backend):
     shared, scale = torch.ones(6, 6, dtype=torch.bool).tril(), draw(4, seed=9).requires_grad_()
     for mask in (seen, [seen, shared], shared):
         want = vitkern.window_attention(q, k, v, (2, 3), mask=mask, scale=scale, backend="reference")
-        agree(vitkern.window_attention(q, k, v, GROUPS, mask=mask, scale=scale, backend=backend), want, (q, k, v, scale))
+        agree(
+            vitkern.window_attention(q, k, v, GROUPS, mask=mask, scale=scale, backend=backend), want, (q, k, v, scale)
+        )
 
 
 SENTENCES = [
-    (GROUPS, {"mask": torch.ones(2, 6, 6, dtype=torch.bool)}, r"mask must have the 4 heads of q, or one, got \[2, 6, 6\]"),
+    (
+        GROUPS,
+        {"mask": torch.ones(2, 6, 6, dtype=torch.bool)},
+        r"mask must have the 4 heads of q, or one, got \[2, 6, 6\]",
+    ),
     (GROUPS, {"scale": torch.ones(2)}, r"scale must have the 4 heads of q, or one, got \[2\]"),
     (GROUPS, {"cosine": CosineScore(torch.zeros(3))}, "logit_scale must have"),
     (GROUPS, {"pad_kv": (torch.zeros(3, 4), torch.zeros(3, 4))}, r"pad_kv must have the 4 heads of k, got \[3, 4\]"),
     (GROUPS, {"extra_kv": (torch.zeros(1, 2, 3, 4),) * 2}, "extra_kv must have the 4 heads of k"),
-    ((2, 3), {"extra_kv": (torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 4, 4))}, "a value for each key, got 2 keys and 3 values"),
+    (
+        (2, 3),
+        {"extra_kv": (torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 4, 4))},
+        "a value for each key, got 2 keys and 3 values",
+    ),
     ((2, 3), {"dropout_p": 0.5, "dropout_seed": 2**63}, "dropout_seed must fit in 64 bits"),
-    ((2, 3), {"lepe": DepthwiseValue(torch.zeros(16, 1, 3, 3), grid=(3, 8))}, r"lepe.grid must be None or the sides \[4, 6\]"),
-    ((2, 3), {"lepe": DepthwiseValue(torch.zeros(16, 1, 3, 3), prefix_tokens=1)}, "lepe.prefix_tokens must be 0 on a map, got 1"),
+    (
+        (2, 3),
+        {"lepe": DepthwiseValue(torch.zeros(16, 1, 3, 3), grid=(3, 8))},
+        r"lepe.grid must be None or the sides \[4, 6\]",
+    ),
+    (
+        (2, 3),
+        {"lepe": DepthwiseValue(torch.zeros(16, 1, 3, 3), prefix_tokens=1)},
+        "lepe.prefix_tokens must be 0 on a map, got 1",
+    ),
 ]
 
 

@@ -136,7 +136,9 @@ def _of_slot(tokens, size, shift, slot):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kernel, dilation, stride", [(3, 2, 1), (4, 1, 1), (5, 1, 2), ((3, 4), (2, 1), (1, 2))], ids=str)
+@pytest.mark.parametrize(
+    "kernel, dilation, stride", [(3, 2, 1), (4, 1, 1), (5, 1, 2), ((3, 4), (2, 1), (1, 2))], ids=str
+)
 def test_borders_of_zeros_are_those_of_unfold(kernel, dilation, stride, backend):
     """Slots beyond the map, or beyond the tokens of the query's own residue, have keys and values of 0."""
     q, k, v = maps(8, 12)
@@ -150,7 +152,9 @@ def test_borders_of_zeros_are_those_of_unfold(kernel, dilation, stride, backend)
         cells = list(itertools.product(*places))
         real = [0 <= a < 8 and 0 <= b < 12 for a, b in cells]
         keys, vals = (
-            torch.stack([t[:, a, b] if ok else torch.zeros_like(t[:, 0, 0]) for (a, b), ok in zip(cells, real, strict=True)], 1)
+            torch.stack(
+                [t[:, a, b] if ok else torch.zeros_like(t[:, 0, 0]) for (a, b), ok in zip(cells, real, strict=True)], 1
+            )
             for t in (k, v)
         )
         scores.append(torch.einsum("bhd,bnhd->bhn", q[:, y, x], keys) * 0.5)

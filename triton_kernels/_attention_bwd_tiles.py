@@ -9,7 +9,7 @@ import triton.language as tl
 from ._attention_bwd_sums import key_side, query_side, sums_of
 from ._attention_host import UNSPECIALIZED
 from ._attention_terms import (
-    distances,
+    finite_distances,
     last_key,
     listed,
     mean_gradient,
@@ -136,7 +136,7 @@ def _backward_queries(
                     BLOCK_M, BLOCK_N)
                 dratio += tl.sum(tl.where(j[None, :] > i[:, None], later, 0.0), 1)
             if dslope_ptr is not None or dxy_ptr is not None:
-                y, x, length = distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+                y, x, length = finite_distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
                 dslope -= tl.sum(ds * length, 1)
                 pull = ds / tl.where(length == 0.0, 1.0, length)                       # the steps are 0 there
                 dy -= tl.sum(pull * y, 1)
@@ -230,7 +230,7 @@ def _backward_keys(
                 moved = (i[:, None] != j[None, :]) | (sizes[12] == 0)
                 dpolicy += tl.sum(tl.where(moved, bare * (dp - delta[:, None]), 0.0), 0)
             if dxy_ptr is not None:
-                y, x, length = distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+                y, x, length = finite_distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
                 pull = ds / tl.where(length == 0.0, 1.0, length)
                 dy += tl.sum(pull * y, 0)
                 dx += tl.sum(pull * x, 0)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from ._attention_positions import position_term
 from ._attention_tables import ratio_tile, table_term
+from ._tiles import clean
 
 NO_RULE = tl.constexpr(0)                                   # RULE
 EQUAL = tl.constexpr(1)
@@ -218,6 +219,13 @@ def distances(terms, strides, image, row, start, sizes, BLOCK_M: tl.constexpr, B
     y = q[0][:, None] - k[0][None, :]
     x = q[1][:, None] - k[1][None, :]
     return y, x, tl.sqrt(y * y + x * x)
+
+
+@triton.jit
+def finite_distances(terms, strides, image, row, start, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`distances` of pairs that have a gradient, 0 where a token stands nowhere: it is hidden, or the gradient is NaN anyway."""
+    y, x, length = distances(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+    return clean(y), clean(x), clean(length)
 
 
 @triton.jit

@@ -137,6 +137,7 @@ def divided_weights(
     if NORM == POLICY:
         e = tl.where(s == float("-inf"), 0.0, tl.exp2((s - lse[:, None]) * LOG2E))
         kept = e * policy_tile(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
+        kept = tl.where(s == float("-inf"), 0.0, kept)                                 # whatever the policy is there
         p = tl.where(s == float("-inf"), 0.0, (kept + terms[23]) / low[:, None])       # 1 where there is one key
         inverse = 1.0 / low[:, None]
         slope = kept * inverse

@@ -142,7 +142,8 @@ class DecomposedRelativePosition:
         acc = torch.promote_types(q.dtype, torch.float32)
         if self.q_grid is None:
             return self.rel_h.to(acc), self.rel_w.to(acc)
-        queries = q.to(acc).unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
+        learns = self.rel_h.requires_grad or self.rel_w.requires_grad
+        queries = finite(q.to(acc), learns).unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
         tables = [
             torch.nn.functional.embedding(_axis_rows(a, b, q.device), table.to(acc))  # [qh, kh, D] or [qw, kw, D]
             for table, a, b in zip((self.rel_h, self.rel_w), self.q_grid, self.k_grid, strict=True)
@@ -221,11 +222,14 @@ class EuclideanDistance:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B|1, H, Nq, Nk]``."""
-        square = (self.q_xy[:, :, None] - self.k_xy[:, None, :]).square().sum(-1)  # [B|1, Nq, Nk]
+        nowhere = [~xy.isfinite().all(-1) for xy in (self.q_xy, self.k_xy)]  # [B|1, N]
+        q_xy, k_xy = (finite(xy, True) for xy in (self.q_xy, self.k_xy))
+        square = (q_xy[:, :, None] - k_xy[:, None, :]).square().sum(-1)  # [B|1, Nq, Nk]
         distance = (
             square.masked_fill(square == 0, 1.0).sqrt().masked_fill(square == 0, 0.0)
         )  # never differentiated at 0
-        return -self.slope[:, None, None] * distance[:, None]
+        none = nowhere[0][:, None, :, None] | nowhere[1][:, None, None, :]
+        return (-self.slope[:, None, None] * distance[:, None]).masked_fill(none, math.nan)
 
 
 @exportable
@@ -282,7 +286,8 @@ class ContextualPosition:
             (self.k_table, keys, "bjhd,bijhd->bhij"),
         ):
             if table is not None:
-                total = total + torch.einsum(equation, x.to(acc), self._looked_up(table, heads, len(q)).to(acc))
+                rows = self._looked_up(table, heads, len(q)).to(acc)
+                total = total + torch.einsum(equation, finite(x.to(acc), table.requires_grad), rows)
         return total
 
     def value(self, p: Tensor) -> Tensor:
@@ -293,6 +298,12 @@ class ContextualPosition:
     def _looked_up(self, table: Tensor, heads: int, batch: int) -> Tensor:
         """``[B, Nq, Nk, H, D]``."""
         return table.expand(-1, heads, -1)[self.index.long()].expand(batch, -1, -1, -1, -1)
+
+
+def finite(x: Tensor, learns: bool) -> Tensor:
+    """Where something that multiplies x learns: x, and 0 where it is not finite, for 0 times a NaN that a mask hides would be
+    its gradient. The scores of such a token are NaN without it too."""
+    return torch.where(x.isfinite(), x, 0.0) if learns else x
 
 
 def coordinates(grid: tuple[int, int], device: torch.device) -> Tensor:

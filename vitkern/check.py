@@ -66,7 +66,9 @@ def _timm(name: str, folder: Path | None = None) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise SystemExit(f"vitkern check: {name!r} is no architecture of transformers, and timm is not installed") from error
+        raise SystemExit(
+            f"vitkern check: {name!r} is no architecture of transformers, and timm is not installed"
+        ) from error
     if name not in timm.list_models():
         raise SystemExit(f"vitkern check: {name!r} is neither a directory nor an architecture of transformers or timm")
     model = timm.create_model(name)
@@ -93,7 +95,9 @@ def pixels(model: nn.Module, image: str | None, size: list[int] | None) -> Tenso
 def _own_size(model: Any) -> list[int]:
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
-    found = getattr(config, "image_size", None) or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
+    found = (
+        getattr(config, "image_size", None) or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
+    )
     return [found, found] if isinstance(found, int) else list(found)
 
 
@@ -163,7 +167,9 @@ def _error(found: list[Tensor], oracle: list[Tensor]) -> float:
     pairs = [(g.double(), o) for g, o in zip(found, oracle, strict=True) if o.numel()]
     largest = [o.abs().max().item() for _, o in pairs]
     least = max([1e-300, *(1e-3 * x for x in largest)])
-    return max(((g - o).abs().max().item() / max(x, least) for (g, o), x in zip(pairs, largest, strict=True)), default=0.0)
+    return max(
+        ((g - o).abs().max().item() / max(x, least) for (g, o), x in zip(pairs, largest, strict=True)), default=0.0
+    )
 
 
 # the command ------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,9 @@ def write_repository(folder: str | Path) -> Path:
     for device in DEVICES:
         variant = Path(folder) / f"torch-{device}"
         variant.mkdir(parents=True, exist_ok=True)
-        (variant / "__init__.py").write_text('"""The layers of the installed vitkern."""\n\nfrom vitkern import layers\n')
+        (variant / "__init__.py").write_text(
+            '"""The layers of the installed vitkern."""\n\nfrom vitkern import layers\n'
+        )
         metadata = {
             "id": f"vitkern_{device}",
             "name": "vitkern",

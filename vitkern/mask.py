@@ -48,7 +48,11 @@ class Segments:
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B|1, 1, Nq, Nk]``."""
         a, b = self.q_ids[:, None, :, None], self.k_ids[:, None, None, :]
-        same = a == b if self.allow is None else self.allow[a.clamp(min=0).long(), b.clamp(min=0).long()]
+        if self.allow is None:
+            same = a == b
+        else:
+            table = torch.nn.functional.pad(self.allow, (0, 1, 0, 1))  # what padding reads, also of an empty table
+            same = table[a.clamp(min=0).long(), b.clamp(min=0).long()]
         return same & (a >= 0) & (b >= 0)
 
 

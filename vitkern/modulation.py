@@ -111,9 +111,10 @@ class Policy:
     eps: float = 1e-6
     keep_diagonal: bool = True
 
-    def apply(self, e: Tensor) -> Tensor:
-        """The weights for ``e = exp(s - max)`` of ``[B, H, Nq, Nk]``, 0 where hidden."""
+    def apply(self, e: Tensor, visible: Tensor) -> Tensor:
+        """The weights for ``e = exp(s - max)`` of ``[B, H, Nq, Nk]``, before what is hidden gets none."""
         m = self.keep.to(e.dtype)[:, None, None, :]  # [B|1, 1, 1, Nk]
+        m = m.masked_fill(~visible & m.isnan(), 0.0)
         if self.keep_diagonal:
             m = m + (1 - m) * torch.eye(e.shape[2], e.shape[3], dtype=e.dtype, device=e.device)
         e = e * m

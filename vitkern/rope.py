@@ -1,5 +1,6 @@
 """Rotary position embedding."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,13 @@ class Rope:
             a, b = inside[..., 0::2], inside[..., 1::2]
         else:
             a, b = inside[..., :half], inside[..., half:]
+        lost = None
+        if cos.requires_grad or sin.requires_grad:  # 0 times a NaN that a mask hides would be their gradient
+            lost = ~(a.isfinite() & b.isfinite())
+            a, b = a.masked_fill(lost, 0.0), b.masked_fill(lost, 0.0)
         pair = (a * cos - b * sin, b * cos + a * sin)  # [B, n, H, R/2]
+        if lost is not None:
+            pair = (pair[0].masked_fill(lost, math.nan), pair[1].masked_fill(lost, math.nan))
         turned = torch.stack(pair, -1).flatten(-2) if self.layout == "interleaved" else torch.cat(pair, -1)
         turned = torch.cat((turned.to(x.dtype), x[:, first:last, :, 2 * half :]), -1)
         return torch.cat((x[:, :first], turned, x[:, last:]), 1)

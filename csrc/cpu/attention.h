@@ -61,6 +61,7 @@ struct AttentionProblem {
   int64_t allow_row, allow_column;
   int32_t allow_columns;
   const double* factor;          // [heads]: of the products
+  bool learns_factor;            // its gradient is wanted
   const double* sink;            // [heads] or null
   const double* slope;           // [heads] or null: of the distance
   const double* later_ratio;     // one or null: the factor of the weights of keys behind the query's own place

@@ -180,6 +180,7 @@ Gradients backward(AttentionCall& c, const AttentionOptions& o, int64_t tokens_q
   p.dk = heads_view(dk);
   p.dv = heads_view(dv);
   const auto wants = [&](Wanted bit, const OptTensor& t) { return bool(need >> bit & 1) && t.has_value(); };
+  p.learns_factor = wants(kFactor, o.factor);
   SharedSums<Acc> bias, gain, weight;
   bias.measure(o.bias, wants(kBias, o.bias), p.padded, true);
   gain.measure(o.gain, wants(kGain, o.gain), p.padded, true);

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention_op import FULL, HALF, small_tiles
 from gpu_path import tokens_on_gpu
-from hidden_cases import HIDING, KEYS, PAIRS, QUERIES, check, hidden, masks_of
+from hidden_cases import HIDING, KEYS, LEARNED, PAIRS, QUERIES, check, hidden, learned, masks_of
 from masked_systems import qkv
 
 from vitkern.triton_kernels import _host
@@ -35,3 +35,9 @@ def test_two_masks_in_a_list_are_their_intersection(pair):
 def test_nothing_around_the_inputs_nor_behind_a_mask_is_seen(kind):
     with tokens_on_gpu("triton"):
         hidden(kind, (FULL, HALF)[len(kind) % 2], "triton")
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind):
+    with tokens_on_gpu("triton"):
+        learned(kind, "triton", FULL)

@@ -14,6 +14,7 @@ from vitkern.nn.lite_mla import LiteMLA
 from vitkern.nn.masked_cross_attention import MaskedCrossAttention
 from vitkern.nn.mdta import MDTA
 from vitkern.nn.multi_axis_attention import MultiAxisAttention
+from vitkern.nn.multi_scale_attention import MultiScaleAttention
 from vitkern.nn.multi_scale_deformable_attention import MultiScaleDeformableAttention, multi_scale_deformable_attn
 from vitkern.nn.neighborhood_attention import DilatedNeighborhoodAttention, NeighborhoodAttention
 from vitkern.nn.overlapping_cross_attention import OverlappingCrossAttention
@@ -47,6 +48,7 @@ __all__ = [
     "LinearAttention",
     "LiteMLA",
     "MaskedCrossAttention",
+    "MultiScaleAttention",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention",
     "PolylinePathAttention",

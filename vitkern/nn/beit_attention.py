@@ -14,10 +14,10 @@ class BeitAttention(Attention):
     """Attention of BEiT (Bao et al. 2022) of a class token and the patches of a grid, ``[B, 1 + H W, C]``; returns tokens of
     the same shape.
 
-    Parameters and buffers are those of ``Attention`` in microsoft/unilm, ``beit/modeling_finetune.py`` (2021 to 2024), and
+    Parameters are those of ``Attention`` in microsoft/unilm, ``beit/modeling_finetune.py`` (2021 to 2024), and
     timm: ``qkv`` without bias, ``q_bias``, ``v_bias``, ``relative_position_bias_table [(2 H - 1)(2 W - 1) + 3, heads]``, zero at
-    first, whose last rows are class to patch, patch to class, class to class, ``relative_position_index [N, N]`` int64,
-    ``proj``.
+    first, whose last rows are class to patch, patch to class, class to class, ``proj``. The constant
+    ``relative_position_index`` of checkpoints of the former is passed over.
 
     Args:
         dim: channels C.
@@ -48,7 +48,8 @@ class BeitAttention(Attention):
             rows = table_rows(self.window_size, "query-key", prefix_tokens=1)
             self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
             index = offset_index(self.window_size, "query-key", torch.device("cpu"), prefix_tokens=1).long()
-            self.register_buffer("relative_position_index", index)  # of the checkpoint: the op computes the same
+            self.register_buffer("relative_position_index", index, persistent=False)  # the op computes the same
+            self.register_load_state_dict_pre_hook(_without_index)
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """``rel_pos_bias``: a bias ``[1, heads, N, N]`` that the blocks of a model share; it is added to the module's own."""
@@ -64,3 +65,7 @@ class BeitAttention(Attention):
             return self.qkv(x)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         return nn.functional.linear(x, self.qkv.weight, bias)
+
+
+def _without_index(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}relative_position_index", None)

@@ -16,7 +16,7 @@ class GaussianMixtureAttention(nn.Module):
 
     ``softmax(G scale q k^T) v`` with ``G = sum_k alpha_kh exp(-d^2 / (2 (sigma_kh^2 + 1e-5)))``, d the distance of two patches.
     Parameters are those of ``Attention`` in CatworldLee/Gaussian-Mixture-Mask-Attention, ``models/vit.py`` (2023): ``to_qkv``
-    without bias, ``to_out.0``, ``mask.sigma`` and ``mask.alpha`` ``[kernels, heads, 1, 1]``. The constant ``mask.mask`` of its
+    without bias, ``to_out.0`` (none for one head of dim channels), ``mask.sigma`` and ``mask.alpha`` ``[kernels, heads, 1, 1]``. The constant ``mask.mask`` of its
     checkpoints is passed over: the op computes it.
 
     Args:
@@ -48,7 +48,9 @@ class GaussianMixtureAttention(nn.Module):
         self.dim, self.grid, self.num_heads = dim, (grid[0], grid[1]), num_heads
         self.mode = "exact" if compat == "paper" else "published"
         self.to_qkv = nn.Linear(dim, 3 * num_heads * head_dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(num_heads * head_dim, dim), nn.Dropout(proj_drop))
+        plain = num_heads == 1 and head_dim == dim  # the code then has no projection
+        project = nn.Sequential(nn.Linear(num_heads * head_dim, dim), nn.Dropout(proj_drop))
+        self.to_out: nn.Module = nn.Identity() if plain else project
         self.mask = nn.Module()
         self.mask.sigma = nn.Parameter(torch.randn(num_kernels, num_heads, 1, 1) * 10 + 10)
         self.mask.alpha = nn.Parameter(torch.randn(num_kernels, num_heads, 1, 1) * 2)

@@ -7,7 +7,7 @@ from torch import Tensor
 from vitkern import backends
 from vitkern.cosine import CosineScore
 from vitkern.ops import _checks
-from vitkern.ops._attention_modifier_checks import NAME, fields, grid
+from vitkern.ops._attention_modifier_checks import NAME, fields, grid, pair
 from vitkern.rope import LAYOUTS, Rope
 from vitkern.value import DepthwiseValue
 
@@ -61,13 +61,14 @@ def check_rope(rope: Any, q: Tensor, k: Tensor) -> None:
     fields("rope", rope, q.device)
     if rope.layout not in LAYOUTS:
         raise ValueError(f"{NAME}: rope.layout must be 'interleaved' or 'half', got {rope.layout!r}")
-    if rope.cos.dim() != 4 or rope.cos.shape != rope.sin.shape or 2 * rope.cos.shape[3] > q.shape[3]:
+    whole = rope.cos.dim() == 4 and rope.cos.shape == rope.sin.shape and rope.cos.shape[1] > 0
+    if not whole or 2 * rope.cos.shape[3] > q.shape[3]:
         raise ValueError(
             f"{NAME}: rope.cos and rope.sin must have one shape [B or 1, n, H or 1, R/2] with R at most {q.shape[3]}, "
             f"got {list(rope.cos.shape)} and {list(rope.sin.shape)}"
         )
     for name, among, of in (("q_range", rope.q_range, q), ("k_range", rope.k_range, k)):
-        first, last = among or (0, of.shape[1])
+        first, last = pair(f"rope.{name}", (0, of.shape[1]) if among is None else among)
         if not 0 <= first <= last <= of.shape[1] or (last - first) % max(rope.cos.shape[1], 1):
             raise ValueError(
                 f"{NAME}: rope.{name} must be tokens of [0, {of.shape[1]}), a multiple of the {rope.cos.shape[1]} angles, "
@@ -145,6 +146,8 @@ def check_scale(scale: Any, cosine: Any, q: Tensor) -> Any:
         if scale is not None:
             raise ValueError(f"{NAME}: scale must be None with cosine (the factor is exp(logit_scale)), got {scale!r}")
         _checks.parameter(NAME, "cosine.logit_scale", cosine.logit_scale, q.device)
+        _checks.number(NAME, "cosine.max", cosine.max)
+        _checks.number(NAME, "cosine.eps", cosine.eps, 0.0)
         if cosine.logit_scale.numel() != q.shape[2]:
             raise ValueError(
                 f"{NAME}: cosine.logit_scale must have one element per head ({q.shape[2]}), "
@@ -159,6 +162,14 @@ def check_scale(scale: Any, cosine: Any, q: Tensor) -> Any:
             )
         return scale
     return q.shape[3] ** -0.5 if scale is None else _checks.number(NAME, "scale", scale, what="a number or a tensor")
+
+
+def check_rows(rows: Any, least: int, count: int, op: str = NAME) -> None:
+    if rows is not None and not isinstance(rows, (tuple, list, range)):
+        raise TypeError(f"{op}: stat_rows must be a tuple of ints, got {type(rows).__name__}")
+    for row in rows or ():
+        if not least <= _checks.integer(op, "stat_rows", row, what="ints") < count:
+            raise ValueError(f"{op}: stat_rows must be queries of [0, {count}), got {row}")
 
 
 def check_rest(
@@ -182,9 +193,7 @@ def check_rest(
         raise ValueError(f"{NAME}: return_stats 'index' must go with normalizer='argmax_k', got {normalizer!r}")
     if ("row" in stats) != (rows is not None):
         raise ValueError(f"{NAME}: stat_rows must be given with return_stats 'row', and only then, got {rows!r}")
-    for row in rows or ():
-        if not -q.shape[1] <= _checks.integer(NAME, "stat_rows", row, what="ints") < q.shape[1]:
-            raise ValueError(f"{NAME}: stat_rows must be queries of [0, {q.shape[1]}), got {row}")
+    check_rows(rows, -q.shape[1], q.shape[1])
     if sink is not None:
         if normalizer != "softmax":
             raise ValueError(f"{NAME}: sink must go with normalizer='softmax', got {normalizer!r}")
@@ -205,7 +214,9 @@ def check_rest(
                 raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
         extra = extra_kv[0].shape[1]
         if extra_kv[1] is not None and extra_kv[1].shape[1] != extra:
-            raise ValueError(f"{NAME}: extra_kv must have a value for each key, got {extra} keys and {extra_kv[1].shape[1]} values")
+            raise ValueError(
+                f"{NAME}: extra_kv must have a value for each key, got {extra} keys and {extra_kv[1].shape[1]} values"
+            )
     if topk is not None and not 1 <= _checks.integer(NAME, "topk", topk) <= k.shape[1] + extra:
         raise ValueError(f"{NAME}: topk must lie in [1, Nk] = [1, {k.shape[1] + extra}], got {topk}")
     if weight is not None:

@@ -45,6 +45,8 @@ def modifiers(name: str, given: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]
             raise TypeError(
                 f"{NAME}: {name} must be a tensor, one of {wanted}, or a list of these, got {type(entry).__name__}"
             )
+        if isinstance(entry, Tensor):
+            _checks.tensor(NAME, name, entry)
     return each
 
 
@@ -73,7 +75,9 @@ def fields(name: str, modifier: Any, device: torch.device, op: str = NAME) -> No
         elif field.type is float or field.type == float | Tensor:
             _checks.number(op, what, value, what="a float" if field.type is float else "a float or a tensor")
         elif field.type is int:
-            _checks.integer(op, what, value)
+            _checks.integer(op, what, value, 0 if field.name == "prefix_tokens" else None)
+        elif field.type is bool and not isinstance(value, bool):
+            raise TypeError(f"{op}: {what} must be True or False, got {value!r}")
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
@@ -231,6 +235,8 @@ def check_mask(m: Any, q: Tensor, k: Tensor) -> None:
         scores("mask", m, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
         return
     kind = type(m).__name__
+    if isinstance(m, mask.Causal) and isinstance(m.offset, Tensor):
+        raise TypeError(f"{NAME}: mask Causal.offset must be an int, got a tensor")
     fields("mask", m, q.device)
     if isinstance(m, mask.Causal) and not -LARGEST <= _checks.integer(NAME, "mask Causal.offset", m.offset) <= LARGEST:
         raise ValueError(f"{NAME}: mask Causal.offset must lie in [-2^31, 2^31), got {m.offset}")
@@ -262,7 +268,8 @@ def check_mask(m: Any, q: Tensor, k: Tensor) -> None:
 def _from_logits(m: Any, q: Tensor, k: Tensor) -> None:
     if m.empty not in mask.EMPTY:
         raise ValueError(f"{NAME}: mask FromLogits.empty must be 'full' or 'none', got {m.empty!r}")
-    pair("mask FromLogits.size", m.size)
+    for side in pair("mask FromLogits.size", m.size):
+        _checks.integer(NAME, "mask FromLogits.size", side, 0, "two ints")
     first, last = pair("mask FromLogits.rows", m.rows or (0, q.shape[1]))
     left, right = pair("mask FromLogits.cols", m.cols or (0, k.shape[1]))
     inside = 0 <= first <= last <= q.shape[1] and 0 <= left <= right <= k.shape[1]
@@ -275,6 +282,8 @@ def _from_logits(m: Any, q: Tensor, k: Tensor) -> None:
             f"{NAME}: mask FromLogits.logits must have shape [B, Q, h, w] = {[q.shape[0], last - first, 'h', 'w']}, "
             f"got {list(m.logits.shape)}"
         )
+    if math.prod(m.size) and not math.prod(m.logits.shape[2:]):
+        raise ValueError(f"{NAME}: mask FromLogits.logits must have at least one cell, got {list(m.logits.shape)}")
     if m.open_rows is not None:
         _checks.flags(NAME, "mask FromLogits.open_rows", m.open_rows, tuple(m.logits.shape[:2]), "q", q.device)
 
@@ -309,6 +318,7 @@ def check_modulation(m: Any, q: Tensor, k: Tensor, normalizer: str) -> None:
     if isinstance(m, modulation.Policy):
         if normalizer != "softmax":
             raise ValueError(f"{NAME}: modulation Policy must go with normalizer='softmax', got {normalizer!r}")
+        _checks.number(NAME, "modulation Policy.eps", m.eps, 0.0)
         if m.keep.dim() != 2 or not _checks.fits(m.keep.shape[0], q.shape[0]) or m.keep.shape[1] != k.shape[1]:
             raise ValueError(
                 f"{NAME}: modulation Policy.keep must have shape [B or 1, Nk = {k.shape[1]}], got {list(m.keep.shape)}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkern.bias import ContextualPosition
+from vitkern.bias import ContextualPosition, finite
 
 
 def chosen(biases: tuple[Any, ...]) -> ContextualPosition | None:
@@ -33,7 +33,7 @@ def place(found: dict[str, Any], b: ContextualPosition, q: Tensor, k: Tensor, va
     for name, x in (("q", q), ("k", keys)):
         if tables[name] is not None:
             table = tables[name].to(acc).expand(-1, heads, -1)
-            found[f"position_{name}"] = torch.einsum("bihd,nhd->bihn", x.to(acc), table)
+            found[f"position_{name}"] = torch.einsum("bihd,nhd->bihn", finite(x.to(acc), table.requires_grad), table)
     if tables["v"] is not None and values:
         found["position_v"] = tables["v"].transpose(0, 1)[None]  # [1, H|1, n, Dv]
 

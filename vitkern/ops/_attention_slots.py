@@ -129,6 +129,10 @@ def slots(
     at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
     dense, of_keys, of_weights = _place_biases(found, biases, at)
     seen = _place_masks(found, lowered["masks"], at, backend)
+    if packed is None:
+        dense, apart = _keys_apart(dense)
+        seen, hidden = _keys_apart(seen)
+        of_keys += apart + [torch.zeros_like(t, dtype=acc).masked_fill(~t, -math.inf) for t in hidden]
     factors: list[Tensor] = []
     early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
     mixtures = next((m for m in lowered["modulations"] if isinstance(m, TalkingHeads)), None)
@@ -242,6 +246,16 @@ def _place_biases(found: dict[str, Any], biases: Any, at: Place) -> tuple[list[T
             _refuse_second(b, longest)
             dense.append(at.dense(b))
     return dense, of_keys, of_weights
+
+
+def _keys_apart(parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of several tensors those that differ between queries, and those of the keys alone, with four axes: together they would be
+    a map of every sample and head."""
+    if len(parts) < 2:
+        return parts, []
+    alone = [t.dim() > 0 and t.shape[-1] > 1 and (t.dim() == 1 or t.shape[-2] == 1) for t in parts]
+    apart = [t[(None,) * (4 - t.dim())] for t, of_keys in zip(parts, alone, strict=True) if of_keys]
+    return [t for t, of_keys in zip(parts, alone, strict=True) if not of_keys], apart
 
 
 def _place_axes(found: dict[str, Any], b: DecomposedRelativePosition) -> bool:

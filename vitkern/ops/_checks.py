@@ -13,6 +13,8 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
 
 
 def floating(op: str, name: str, value: Tensor) -> None:

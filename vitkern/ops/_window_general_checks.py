@@ -52,7 +52,9 @@ def options(
                 raise ValueError(f"{NAME}: {name} must have shape {want}, got {list(t.shape)}")
         counts = [t.shape[1] for t in extra_kv]
         if counts[0] != counts[1]:
-            raise ValueError(f"{NAME}: extra_kv must have a value for each key, got {counts[0]} keys and {counts[1]} values")
+            raise ValueError(
+                f"{NAME}: extra_kv must have a value for each key, got {counts[0]} keys and {counts[1]} values"
+            )
     if key_mask is not None:
         _checks.tensor(NAME, "key_mask", key_mask)
         if key_mask.dtype != torch.bool:

@@ -141,7 +141,11 @@ def _biases(bias: Any, heads: int, count: int) -> list[Any]:
 def _masks(mask: Any, heads: int, count: int) -> list[Any]:
     """Those of each group, of one or of a list."""
     if isinstance(mask, (list, tuple)):
-        return [list(each) for each in zip(*(_masks(m, heads, count) for m in mask), strict=True)] if mask else [mask] * count
+        return (
+            [list(each) for each in zip(*(_masks(m, heads, count) for m in mask), strict=True)]
+            if mask
+            else [mask] * count
+        )
     if not isinstance(mask, Tensor) or mask.dim() < 3 or mask.shape[-3] == 1:
         return [mask] * count
     if mask.shape[-3] != heads:

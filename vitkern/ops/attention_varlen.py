@@ -99,7 +99,9 @@ def attention_varlen(
         found = found._replace(key_mean=found.key_mean[:, places.clamp(max=len(k)).argsort(stable=True)])
     out = None if out is None else out[0]
     if lepe is not None and v is not None and out is not None:
-        out = out + lepe.of_packed(v.to(out.dtype), backend=_call.beside(backend)).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        out = out + lepe.of_packed(v.to(out.dtype), backend=_call.beside(backend)).repeat_interleave(
+            q.shape[1] // k.shape[1], 1
+        )
     return (out, Stats(*(t if t is None else t[0] for t in found))) if return_stats else out
 
 
@@ -154,9 +156,9 @@ def _lower(
     )
     weight = query_weight[None] if isinstance(query_weight, Tensor) else query_weight
     _refuse_unpacked(options)
-    for row in options.get("stat_rows") or ():
-        if not 0 <= _checks.integer(NAME, "stat_rows", row, what="ints") < lengths[0]:
-            raise ValueError(f"{NAME}: stat_rows must be queries of [0, {lengths[0]}), got {row}")
+    checks.check_rows(options.get("stat_rows"), 0, lengths[0], NAME)
+    if options.get("topk") is not None and _checks.integer(NAME, "topk", options["topk"]) > lengths[1]:
+        raise ValueError(f"{NAME}: topk must be at most max_seqlen_k = {lengths[1]}, got {options['topk']}")
     lowered = lower(q[None], k[None], None if v is None else v[None], **options, query_weight=weight, longest=longest)
     why = slots.unserved(lowered, None)
     if why:

@@ -25,6 +25,9 @@ def merge_lse(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
     Raises:
         ValueError, TypeError: there is no part, their numbers differ, or a shape does not fit.
     """
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, (list, tuple, Tensor)):
+            raise TypeError(f"{NAME}: {name} must be a list of tensors, got {type(given).__name__}")
     outs, lses = list(outs), list(lses)
     if len(outs) != len(lses) or not outs:
         raise ValueError(

@@ -41,7 +41,9 @@ def scaled_dot_product_attention(
     for name, t in (("query", query), ("key", key), ("value", value)):
         _checks.tensor(NAME, name, t)
         if t.dim() < 3 or t.dim() != query.dim():
-            raise ValueError(f"{NAME}: query, key and value must be [..., H, N, E] or [N, L, E], {name} is {list(t.shape)}")
+            raise ValueError(
+                f"{NAME}: query, key and value must be [..., H, N, E] or [N, L, E], {name} is {list(t.shape)}"
+            )
     if is_causal and attn_mask is not None:
         raise ValueError(f"{NAME}: is_causal must be False where attn_mask is given")
     if not enable_gqa and query.dim() > 3 and key.shape[-3] != query.shape[-3]:

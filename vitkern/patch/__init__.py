@@ -75,7 +75,7 @@ def patch(
     swinv2, swinv2_cr, tiny_vit, efficientvit_msra, maxxvit, gcvit, hiera, davit and twins of timm; swin, swin_v2, swin3d and
     maxvit of torchvision; SwinUNETR of MONAI. On ``attention``: SAM, SAM-HQ, SAM 2, GOT-OCR2, ViTDet, BEiT, Data2Vec-vision, LeViT,
     Mask2Former, MaskFormer, EoMT, DETR, ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and the vision towers of Qwen2-VL, Qwen2.5-VL
-    and Qwen3-VL of transformers; beit, cait, levit and vision_transformer_sam of timm. On ``linear_attention``:
+    and Qwen3-VL of transformers; beit, cait, levit, mvitv2 and vision_transformer_sam of timm. On ``linear_attention``:
     efficientvit_mit of timm; the transformer and the autoencoder of SANA of diffusers. On ``channel_attention``: xcit,
     edgenext and davit of timm. On ``soft_merge``: mobilevitv2 of timm. On ``deformable_attention``: Deformable DETR,
     Grounding DINO, MM Grounding DINO, OmDet-Turbo, LW-DETR, RF-DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, PP-DocLayout v2 to

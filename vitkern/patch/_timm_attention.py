@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vitkern.bias import DecomposedRelativePosition, RelativePosition, offset_index
 from vitkern.modulation import TalkingHeads
+from vitkern.nn.multi_scale_attention import pooled_attention
 from vitkern.ops.attention import attention
 from vitkern.ops.window_attention import window_attention
 from vitkern.patch._attention import index_refusal, merged, relative_on_grid, split_heads
@@ -171,6 +172,27 @@ def _sam_block(block: Any) -> Any:
     )
 
 
+# MViTv2: pooled queries and keys ------------------------------------------------------------------------------------------
+
+
+def _pooling(module: Any) -> Any:
+    def forward(self: Any, x: Tensor, feat_size: Any) -> Any:
+        out, size = pooled_attention(self, x, (feat_size[0], feat_size[1]), _first_rows)
+        return out, list(size)
+
+    if module.rel_pos_type != "spatial":
+        return "its scores have no decomposed positions"
+    return _refusal() or ("its pools are not shared by the heads" if module.unshared else forward)
+
+
+def _first_rows(
+    rel_h: Tensor, rel_w: Tensor, q_size: tuple[int, int], k_size: tuple[int, int]
+) -> DecomposedRelativePosition:
+    """On a smaller map timm reads the first rows of its tables."""
+    tables = [t[: 2 * max(a, b) - 1] for t, a, b in zip((rel_h, rel_w), q_size, k_size, strict=True)]
+    return DecomposedRelativePosition(tables[0], tables[1], q_size, k_size)
+
+
 _MODELS = "timm.models"
 TABLE = {
     f"{_MODELS}.beit.Attention": (_beit, "attention"),
@@ -178,6 +200,7 @@ TABLE = {
     f"{_MODELS}.cait.ClassAttn": (_class_attention, "attention"),
     f"{_MODELS}.levit.Attention": (_levit, "attention"),
     f"{_MODELS}.levit.AttentionDownsample": (_levit_downsample, "attention"),
+    f"{_MODELS}.mvitv2.MultiScaleAttention": (_pooling, "attention"),
     f"{_MODELS}.vision_transformer_sam.Attention": (_sam, "attention"),
     f"{_MODELS}.vision_transformer_sam.Block": (_sam_block, "window_attention, attention"),
 }

@@ -20,6 +20,7 @@ biased, linear and channel attention, at the attention module.
 | efficientvit_mit.LiteMLA | 1.0.29 to 1.0.x | linear_attention | features other than ReLU |
 | mobilevit.LinearSelfAttention | 1.0.29 to 1.0.x | soft_merge | dropout of the weights in training; keys of another map |
 | vision_transformer_sam.Block | 1.0.29 to 1.0.x | window_attention, attention | a replaced attention |
+| mvitv2.MultiScaleAttention | 1.0.29 to 1.0.x | attention, decomposed positions | pools that heads do not share |
 | vision_transformer_sam.Attention | 1.0.29 to 1.0.x | attention, decomposed positions or rope | |
 | xcit.XCA, edgenext.CrossCovarianceAttn | 1.0.29 to 1.0.x | channel_attention | dropout of the weights in training |
 | davit.ChannelAttention, davit.ChannelAttentionV2 | 1.0.29 to 1.0.x | channel_attention | |

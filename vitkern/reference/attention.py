@@ -71,7 +71,10 @@ def attention(
     given = s
     s = torch.where(visible | ~s.isnan(), s, 0.0)  # a NaN that nobody sees meets no factor
     for factor in before:
-        s = factor.apply(s, "logit") if isinstance(factor, TalkingHeads) else s * factor
+        if isinstance(factor, TalkingHeads):
+            s = factor.apply(s, "logit")
+        else:
+            s = s * factor.masked_fill(~visible & factor.isnan(), 1.0)
     for term in terms:
         s = s + term.masked_fill(term == -math.inf, 0.0)
     visible = visible.expand(s.shape)
@@ -85,7 +88,10 @@ def attention(
     if v is None:
         return None, found
     for factor in after:
-        p = factor.apply(p, "prob") if isinstance(factor, TalkingHeads) else p * factor
+        if isinstance(factor, TalkingHeads):
+            p = factor.apply(p, "prob")
+        else:
+            p = p * factor.masked_fill(~visible & factor.isnan(), 1.0)
         p = p.masked_fill(~visible, 0.0)
     if dropout_p > 0.0:
         token = torch.arange(queries, device=q.device)[None]
@@ -169,7 +175,7 @@ def _softmax(
     top = torch.cat((s, bottom), -1).detach().amax(-1, keepdim=True).masked_fill(empty, 0.0)
     e = (s - top).exp()
     if policy is not None:
-        return policy.apply(e).masked_fill(~visible, 0.0), None, None
+        return policy.apply(e, visible).masked_fill(~visible, 0.0), None, None
     z = e.sum(-1, keepdim=True) + (bottom - top).exp()
     z = z.masked_fill(empty, 1.0)  # never 0: finite gradients
     lse = (top + z.log()).masked_fill(empty, -math.inf)

@@ -24,7 +24,10 @@ def depthwise_value(
     acc = torch.promote_types(v.dtype, torch.float32)
     weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
     if len(weight) == width:
-        weight, bias = weight.repeat(heads, 1, 1, 1), None if bias is None else bias.repeat(heads)  # [H D, 1, kh, kw], [H D]
+        weight, bias = (
+            weight.repeat(heads, 1, 1, 1),
+            None if bias is None else bias.repeat(heads),
+        )  # [H D, 1, kh, kw], [H D]
     maps = v.to(acc).flatten(2).mT.reshape(v.shape[0], heads * width, *grid)  # [B, H D, h, w]
     padding = int(weight.shape[2]) // 2, int(weight.shape[3]) // 2
     found = torch.nn.functional.conv2d(maps, weight, bias, padding=padding, groups=int(heads * width))  # [B, H D, h, w]

@@ -211,7 +211,14 @@ def make(
         return (q, k, v), given
 
     facts = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv, "bias": bias}
-    facts |= {"typed": typed, "grid": grid, "modulation": modulation, "weighed": weighed, "beside": beside, "repeated": repeated}
+    facts |= {
+        "typed": typed,
+        "grid": grid,
+        "modulation": modulation,
+        "weighed": weighed,
+        "beside": beside,
+        "repeated": repeated,
+    }
     facts |= {"key_bias": key_bias, "masks": masks, "cosine": cosine, "scale": scale, "sink": sink, "extra": extra}
     text = label(seed, facts | {"layout": layout} | options)
     return Call(text, vitkern.attention, build, tensors, parameters, expanded_gradient, seed)
