@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitkern._export import exportable
+from vitkern.ops._sharded import like
 
 SIGNS = ("query-key", "key-query", "abs")
 
@@ -143,8 +144,8 @@ class DecomposedRelativePosition:
         if self.q_grid is None:
             return self.rel_h.to(acc), self.rel_w.to(acc)
         queries = q.to(acc).unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
-        tables = [
-            torch.nn.functional.embedding(_axis_rows(a, b, q.device), table.to(acc))  # [qh, kh, D] or [qw, kw, D]
+        tables = [  # [qh, kh, D] and [qw, kw, D]
+            like(torch.nn.functional.embedding(_axis_rows(a, b, q.device), table.to(acc)), q)
             for table, a, b in zip((self.rel_h, self.rel_w), self.q_grid, self.k_grid, strict=True)
         ]
         rows = torch.einsum("byxhd,yud->byxhu", queries, tables[0]).flatten(1, 2)  # [B, Nq, H, kh]

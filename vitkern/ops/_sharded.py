@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops._op import Op, PlainOp
-
 PLAIN = (Tensor, torch.nn.Parameter)  # the types that are known to be no DTensor
+MEETING = ("Rope", "ContextualPosition")  # modifiers whose tensors are multiplied with q in front of the op
 mesh: Any = None  # of the DTensors of the public call that runs
 
 
@@ -41,38 +40,49 @@ def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
             options[name] = given[name]
         else:
             args.append(given[name])
-    of = _first(args).device_mesh
+    of = args[0].device_mesh
     mesh = of
     try:
-        args, options = _spread(args, of), _spread(options, of)
+        args = [replicated(t, of) if isinstance(t, Tensor) else _prepared(t, of) for t in args]
+        options = {n: _prepared(value, of, n == "extra_kv") for n, value in options.items()}
         with implicit_replication():
             return function(*args, **options)
     finally:
         mesh = None
 
 
-def _first(args: list[Any]) -> Any:
-    for value in args:
-        first = value[0] if isinstance(value, (list, tuple)) and value else value
-        if hasattr(first, "device_mesh"):
-            return first
-    raise AssertionError("a call on DTensors begins with one")
-
-
-def _spread(value: Any, of: Any) -> Any:
-    """Lists, tuples and dataclasses with their plain tensors replicated over a mesh."""
+def _prepared(value: Any, of: Any, meets: bool = False) -> Any:
+    """Options whose tensors meet q are spread over the mesh; the others, which meet constants of the lowering, become plain where
+    every process has the whole. What goes into an op is spread in front of it."""
     if isinstance(value, Tensor):
-        return replicated(value, of)
-    if isinstance(value, dict):
-        return {name: _spread(each, of) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        each = [_spread(v, of) for v in value]
-        return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        changed = {name: _spread(v, of) for name, v in fields.items()}
-        return dataclasses.replace(value, **{n: v for n, v in changed.items() if v is not fields[n]})
-    return value
+        return replicated(value, of) if meets else value
+    if isinstance(value, list):
+        return [_prepared(v, of, meets) for v in value]
+    if type(value) is tuple:
+        return tuple(_prepared(v, of, meets) for v in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    meets = type(value).__name__ in MEETING or type(value).__module__ == "vitkern.feature_map"
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    changed = {n: replicated(t, of) if meets else _plain(t) for n, t in fields.items() if isinstance(t, Tensor)}
+    changed = {n: t for n, t in changed.items() if t is not fields[n]}
+    return dataclasses.replace(value, **changed) if changed else value
+
+
+def _plain(t: Any) -> Any:
+    """The local tensor of one that is the same on every process."""
+    return t.to_local() if hasattr(t, "placements") and all(p.is_replicate() for p in t.placements) else t
+
+
+def like(t: Tensor, q: Tensor) -> Tensor:
+    """t as a DTensor where q is one."""
+    return t if type(q) in PLAIN or not hasattr(q, "device_mesh") else replicated(t, q.device_mesh)
+
+
+def alike(parts: list[Tensor]) -> list[Tensor]:
+    """All as DTensors where one is."""
+    first = next((t for t in parts if type(t) not in PLAIN), None)
+    return parts if first is None else [like(t, first) for t in parts]
 
 
 def replicated(t: Tensor, of: Any) -> Any:
@@ -90,7 +100,7 @@ def agreed(seed: Tensor) -> Tensor:
     return seed
 
 
-def arguments(op: Op | PlainOp, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def arguments(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of an op with plain tensors beside DTensors replicated."""
     module = sys.modules.get("torch.distributed.tensor")
     first = (

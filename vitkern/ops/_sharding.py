@@ -171,6 +171,10 @@ class Rule:
         return [found] if found is None or isinstance(found, Tensor) else list(found)
 
 
+def like_without_values(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
 def moved(t: DTensor, wanted: Sequence[Placement]) -> int:
     """Bytes that a tensor's new placement sends, as far as a choice needs to know."""
     cost = 0
@@ -233,14 +237,14 @@ def handle(op: Op | PlainOp, backward: bool, overload: Any, args: tuple[Any, ...
 
 def _placements(op: Op | PlainOp, backward: bool, overload: Any, tensors: Any, options: Any, mesh: Any) -> Any:
     """Those of the tensors and of the results, the results without values, and the positions of the first tensor and the seed."""
-    key: Any = (overload, mesh, *(None if t is None else (t.shape, t.dtype, t.placements) for t in tensors))
+    key: Any = (overload, mesh, *(None if t is None else (t.shape, t.stride(), t.dtype, t.placements) for t in tensors))
     key += tuple(tuple(o) if isinstance(o, (list, tuple)) else o for o in options)
     symbolic = torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None
     if not symbolic and key in _chosen:
         return _chosen[key]
     names = [a.name for a in overload._schema.arguments][len(tensors) :]
     rule = Rule(op, backward, [None if t is None else t.shape for t in tensors], dict(zip(names, options, strict=True)))
-    made = rule.made([None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors])
+    made = rule.made([None if t is None else like_without_values(t) for t in tensors])
     sizes = [mesh.size(i) for i in range(mesh.ndim)]
 
     def stays(choice: Any) -> Any:

@@ -124,6 +124,8 @@ def run(
     if why or (packed is None and backends.forced(backend) == "reference"):
         return reference(*lowered.values())
     found = slots.slots(lowered, packed, backend)
+    if type(found["q"]) not in _sharded.PLAIN:
+        found = {n: _sharded.like(t, found["q"]) if isinstance(t, Tensor) else t for n, t in found.items()}
     wanted, result = lowered["stats"], {}
     if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted or "index" in wanted:
         out, lse, key_mean = _call.run(OP, tuple(found.values()), backend)
