@@ -71,8 +71,8 @@ def window_attention(
             and ``backend`` of :func:`vitkern.window_attention`.
 
     Returns:
-        ``[B, rows, ..., H, Dv]``, this process's stripe of the output. The gradient of a tensor that every process has whole (a table
-        of biases, a scale, pads) is this process's part: the sum over the group is that of the whole map.
+        ``[B, rows, ..., H, Dv]``, this process's stripe of the output. The gradient of a tensor that every process has whole (a
+        table of biases, a scale, pads) is this process's part: the sum over the group is that of the whole map.
 
     Raises:
         ValueError: a stripe does not hold whole windows, or an option is not among these.
