@@ -174,9 +174,7 @@ def shard_op(op, args, kinds, mesh):
     with CommDebugMode() as comm:
         got = op.overload("_bwd")(*placed(behind, texts, thin, kinds, mesh))
     scattered = {k: v for k, v in comm.get_comm_counts().items() if v}
-    assert not any("gather" in str(k) or "reduce" in str(k) for k in scattered), (
-        f"{title} backward: {scattered}"
-    )
+    assert not any("gather" in str(k) or "reduce" in str(k) for k in scattered), f"{title} backward: {scattered}"
     compare(f"{title} backward", got, want, eager, True)
     return True
 
