@@ -421,6 +421,20 @@ def few_key_heads_stay_whole(mesh):
 
 
 @check
+def cuts_that_would_be_wrong_are_not_made(mesh):
+    focused = vitkern.feature_map.Focused(torch.ones(4, 8), norm="width")
+    for function, heads, batch, cut, options in (
+        (vitkern.attention, (6, 3), 2, 2, {}),
+        (vitkern.linear_attention, (4, 4), 3, 0, {}),
+        (vitkern.linear_attention, (4, 4), 2, 2, {"feature_map": focused}),
+    ):
+        q, k, v = (normal(batch, 9, h, 8, seed=i) for i, h in enumerate((heads[0], *heads[1:] * 2)))
+        want, _ = trained(function, q, k, v, **options)
+        found, _ = trained(function, q, k, v, mesh, [Shard(cut)] * mesh.ndim, **options)
+        assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True)), (function.__name__, cut)
+
+
+@check
 def a_plain_tensor_beside_a_shard_raises(mesh):
     q = scattered(normal(4, 9, 4, 8), mesh, [Shard(0)] * mesh.ndim)
     plain = normal(4, 9, 4, 8)
@@ -573,7 +587,7 @@ FLAT = {
     name
     for name in CHECKS
     if name.startswith(
-        ("public", "every_op_over_the", "every_op_over_its", "windows_over", "matches", "tensor", "fully")
+        ("cuts", "public", "every_op_over_the", "every_op_over_its", "windows_over", "matches", "tensor", "fully")
     )
 }
 DEEP = {"every_op_over_batch_and_heads"}
