@@ -29,13 +29,15 @@ def store_rows(ptr, rows, real, d_stride, x, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def counted(stream, image, head, tokens, queries):
-    """The image, the head and the tokens that dropout counts. `stream`: pointers to its seed; to the number of head 0, or None;
-    to image 2^32 + token of each query [B, queries], or None where they are the queries' own."""
+    """The image, the head and the tokens that dropout counts. `stream`: pointers to its seed; to the number of head 0, plus 2^32
+    times that of image 0, or None; to image 2^32 + token of each query [B, queries], or None where they are the queries' own."""
     if stream[1] is not None:
         head += tl.load(stream[1]).to(tl.int32)
     if stream[2] is not None:
         named = tl.load(stream[2] + (image.to(tl.int64) * queries + tl.minimum(tokens, queries - 1)))
         image, tokens = (named >> 32).to(tl.int32), named.to(tl.int32)
+    elif stream[1] is not None:
+        image += (tl.load(stream[1]) >> 32).to(tl.int32)
     return image, head, tokens
 
 

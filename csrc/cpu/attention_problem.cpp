@@ -113,6 +113,7 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, 
           kOp, "seed must be int64 [1], [2] or [2 + B Nq] and contiguous");
     p.seed = uint64_t(stream[0]);
     if (count > 1) p.first_head = uint32_t(stream[1]);
+    if (count == 2) first_image_ = uint32_t(uint64_t(stream[1]) >> 32);
     if (count > 2) p.places = stream + 2;
   }
   read_scores(o);
@@ -358,7 +359,7 @@ AttentionProblem AttentionCall::sample(int64_t s) const {
   one.queries = int32_t(t.queries);
   one.keys = int32_t(t.keys);
   one.padded = (one.keys + lanes - 1) / lanes * lanes;
-  one.sample = uint32_t(s);
+  one.sample = first_image_ + uint32_t(s);
   for (HeadsView* v : {&one.q, &one.out, &one.lse, &one.dout, &one.dlse, &one.dq, &one.rel_y, &one.rel_x, &one.query_weight, &one.position_q})
     shift(*v, b, t.first_query);
   for (HeadsView* v : {&one.k, &one.v, &one.dk, &one.dv, &one.path_row, &one.path_col, &one.dkey_mean, &one.position_k}) shift(*v, b, t.first_key);

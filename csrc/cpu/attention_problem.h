@@ -60,6 +60,7 @@ class AttentionCall {
  private:
   std::vector<double> factor_, sink_, slope_, later_ratio_, mixtures_[4];
   int64_t tokens_q_, tokens_k_;
+  uint32_t first_image_ = 0;  // of the random numbers
 
   void read_scores(const AttentionOptions& o);
   void read_positions(const AttentionOptions& o);

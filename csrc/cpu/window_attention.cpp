@@ -157,7 +157,7 @@ void set_options(Prepared& c, const Options& o) {
           kOp, "seed must be int64 [1] or [2] and contiguous");
     const auto* stream = static_cast<const int64_t*>(o.seed->const_data_ptr());
     p.seed = uint64_t(stream[0]);
-    if (count == 2) p.first_head = uint32_t(stream[1]);
+    if (count == 2) p.first_head = uint32_t(stream[1]), p.first_image = uint32_t(uint64_t(stream[1]) >> 32);
   }
 }
 

@@ -38,7 +38,7 @@ struct WindowProblem {
   const double* temperature;       // [heads]: the factor of cosine scores, or null for plain scores
   double scale, mask_value, eps, dropout_p;
   uint64_t seed;
-  uint32_t first_head;  // of the random numbers
+  uint32_t first_head, first_image;  // of the random numbers
 };
 
 // Sums over the windows of one chunk that backward leaves behind; a null pointer is not wanted.

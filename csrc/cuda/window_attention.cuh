@@ -230,13 +230,14 @@ template <class S>
 __device__ __forceinline__ uint32_t dropout_bits(const WindowParams& p, int32_t image, int head,
                                                  const uint32_t (&tokens)[2], const Lane& me) {
   const uint64_t seed = uint64_t(*p.seed);
-  const uint32_t counted = uint32_t(head) + (p.first_head ? uint32_t(*p.first_head) : 0);
+  const uint64_t first = p.first_head ? uint64_t(*p.first_head) : 0;
+  const uint32_t counted = uint32_t(head) + uint32_t(first), sample = uint32_t(image) + uint32_t(first >> 32);
   uint32_t keep = 0;
 #pragma unroll 1
   for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const PhiloxWords r = philox(seed, uint32_t(image), counted, tokens[half],
+      const PhiloxWords r = philox(seed, sample, counted, tokens[half],
                                    uint32_t(n * 2 + (me.t >> 1)));
       const uint32_t first = me.t & 1 ? r.lane[2] : r.lane[0], second = me.t & 1 ? r.lane[3] : r.lane[1];
       if (first >= p.dropout_threshold) keep |= 1u << (n * 4 + half * 2);

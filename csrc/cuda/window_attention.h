@@ -35,7 +35,7 @@ struct WindowParams {
   const float* logit_scale;   // [H]
   const void *k_pad, *v_pad;  // [Hk, D], [Hk, Dv], contiguous
   const int64_t* seed;
-  const int64_t* first_head;  // the number of head 0 in dropout, or null
+  const int64_t* first_head;  // the number of head 0 in dropout, and times 2^32 that of image 0, or null
   uint64_t dropout_threshold; // 0: no dropout
   float dropout_scale;        // 1 / (1 - p)
   float scale, mask_value, cosine_max, cosine_eps;

@@ -22,6 +22,7 @@ from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
 from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
+from vitkern.ops import _sharded
 from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
 from vitkern.ops._attention_named import batch_of_named
 from vitkern.ops._op import once, once_each
@@ -321,6 +322,7 @@ def joined(parts: list[Tensor], join: Any) -> Tensor | None:
     """All parts in one tensor of four axes, None for no part. What repeats itself along samples and heads is joined once."""
     if not parts:
         return None
+    parts = _sharded.alike(parts)
     parts = [t.clone(memory_format=torch.contiguous_format) if _own(t) else t for t in parts]
     if len(parts) > 1:
         parts = [once(t, t.dim() - 2) for t in parts]
@@ -391,7 +393,7 @@ def mean_logits(found: dict[str, Any]) -> Tensor:
     q, k, factor = found["q"], found["k"], found["factor"]
     acc = torch.promote_types(q.dtype, torch.float32)
     a, b = (t.to(acc).masked_fill(~t.isfinite().all(-1, keepdim=True), 0.0) for t in (q, k))
-    a = a * (found["scale"] if factor is None else factor.to(acc)[:, None]) / q.shape[2]
+    a = a * (found["scale"] if factor is None else _sharded.like(factor, q).to(acc)[:, None]) / q.shape[2]
     mean = a.flatten(2) @ b.repeat_interleave(q.shape[2] // k.shape[2], 2).flatten(2).mT
     whole = [t.isfinite().flatten(2).all(-1) for t in (q, k)]  # [B, N]: a head that is NaN makes the mean so
     return mean.masked_fill(~(whole[0][:, :, None] & whole[1][:, None]), math.nan)

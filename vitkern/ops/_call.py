@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from vitkern import backends
-from vitkern.ops import _checks
+from vitkern.ops import _checks, _sharded
 from vitkern.ops._op import Op, PlainOp
 
 Found = tuple[str, dict[str, list[str]]]
@@ -28,6 +28,8 @@ def beside(backend: str | None) -> str | None:
 
 def dispatch(op: Op | PlainOp, args: tuple[Any, ...], wanted: str | None) -> Any:
     """As `run`, with a back-end that is known to be able to."""
+    if type(args[0]) not in _sharded.PLAIN:
+        args = _sharded.arguments(op, args)
     device, gpu = args[0].device.type, ""
     if device == "cuda":
         gpu = wanted = wanted or op.gpu.choose(args)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitkern.ops import _checks
+from vitkern.ops import _checks, _sharded
 
 
 class Stream(NamedTuple):
@@ -18,8 +18,8 @@ class Stream(NamedTuple):
 
 
 def stream(op: str, p: Any, value: Any, device: torch.device) -> Tensor | None:
-    """Dropout with probability p as kernels take it, int64: the seed; of a Stream also the first head, and the places. None where
-    p is 0."""
+    """Dropout with probability p as kernels take it, int64: the seed; of a Stream also the first head, and the places. To the
+    first head a shard adds 2^32 times its first image. None where p is 0."""
     if not _checks.number(op, "dropout_p", p):
         return None
     if not 0.0 <= p < 1.0:
@@ -32,4 +32,4 @@ def stream(op: str, p: Any, value: Any, device: torch.device) -> Tensor | None:
 
 
 def drawn(device: torch.device) -> Tensor:
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return _sharded.agreed(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device))

@@ -21,6 +21,7 @@ from vitkern.ops._gpu import Gpu
 
 _C = torch._C
 library = torch.library.Library("vitkern", "FRAGMENT")
+registered: list["Op | PlainOp"] = []  # every op, in the order of its definition
 _OWN_KERNEL = all(
     hasattr(_C, name)
     for name in (
@@ -52,6 +53,7 @@ class Op:
 
     def register(self) -> None:
         """Defines the schemas and everything that is not a compiled kernel."""
+        registered.append(self)
         arguments = ", ".join((*self.tensors, self.options))
         gradients = ", ".join(["Tensor?"] * len(self.differentiable))
         for name in (self.name, f"{self.name}_fwd"):
@@ -230,6 +232,7 @@ class PlainOp:
     gpu: Gpu = Gpu()
 
     def register(self) -> None:
+        registered.append(self)
         arguments = ", ".join((*self.tensors, self.options))
         library.define(f"{self.name}({arguments}) -> ({', '.join(['Tensor'] * self.outputs)})")
         library.impl(self.name, self.definition, "CompositeExplicitAutograd")

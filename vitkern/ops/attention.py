@@ -12,7 +12,7 @@ from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_definition as definition
 from vitkern.ops import _attention_modifier_checks as modifier_checks
 from vitkern.ops import _attention_slots as slots
-from vitkern.ops import _call, _checks, _dropout
+from vitkern.ops import _call, _checks, _dropout, _sharded
 from vitkern.ops._attention_named import named_keys
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
@@ -89,6 +89,8 @@ def attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(attention, locals())
     lowered = lower(
         q, k, v, bias, mask, modulation, normalizer, cosine, rope, scale, sink, extra_kv, dropout_p, dropout_seed, topk,
         return_stats, stat_rows, query_weight, key_index=key_index,
@@ -122,6 +124,8 @@ def run(
     if why or (packed is None and backends.forced(backend) == "reference"):
         return reference(*lowered.values())
     found = slots.slots(lowered, packed, backend)
+    if type(found["q"]) not in _sharded.PLAIN:
+        found = {n: _sharded.like(t, found["q"]) if isinstance(t, Tensor) else t for n, t in found.items()}
     wanted, result = lowered["stats"], {}
     if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted or "index" in wanted:
         out, lse, key_mean = _call.run(OP, tuple(found.values()), backend)

@@ -12,7 +12,7 @@ from vitkern import modulation as modulations
 from vitkern.cosine import CosineScore
 from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_slots as slots
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._attention_definition import places_in_batch
 from vitkern.ops.attention import OP, lower, run
 from vitkern.rope import Rope
@@ -84,6 +84,8 @@ def attention_varlen(
         ValueError, TypeError: as attention; NotImplementedError: PolylinePath, ContextualPosition, FromLogits,
             Policy, two modifiers of one kind that belong to tokens, and the other statistics have no form for packed sequences.
     """
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(attention_varlen, locals())
     lowered, packed = _lower(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query_weight, key_index, bias=bias, mask=mask,
         modulation=modulation, normalizer=normalizer, cosine=cosine, rope=rope, scale=scale, sink=sink, extra_kv=extra_kv,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks, _cuda
+from vitkern.ops import _call, _checks, _cuda, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import PlainOp
 from vitkern.reference.bipartite_match import BYSTANDER, DESTINATION, MASKED, PROTECTED, SOURCE
@@ -62,6 +62,8 @@ def bipartite_match(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(metric) not in _sharded.PLAIN and _sharded.met(metric):
+        return _sharded.call(bipartite_match, locals())
     args, limit, ragged = _lower(
         metric, protect, partition, mask, grid, stride, seed, segments, window, similarity, eps
     )

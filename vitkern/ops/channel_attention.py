@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.channel_attention import channel_attention as definition
@@ -67,6 +67,8 @@ def channel_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(channel_attention, locals())
     args = _lower(
         q, k, v, temperature, normalize, normalizer, topk, topk_weight, scale, eps, key_mask, cu_seqlens, window_size, order
     )  # fmt: skip

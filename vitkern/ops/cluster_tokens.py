@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks, _grid
+from vitkern.ops import _call, _checks, _grid, _sharded
 from vitkern.ops._op import PlainOp
 from vitkern.ops.cluster_kmeans import cluster_kmeans
 from vitkern.ops.merge_tokens import merge_tokens
@@ -93,6 +93,8 @@ def cluster_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(x) not in _sharded.PLAIN and _sharded.met(x):
+        return _sharded.call(cluster_tokens, locals())
     k, grids = _check(
         x, k, method, centers, grid, iters, temperature, window, k_neighbors, threshold, linkage, weight, mask
     )

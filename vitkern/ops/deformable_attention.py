@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._deformable_cuda import CUDA
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
@@ -55,6 +55,8 @@ def deformable_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(value) not in _sharded.PLAIN and _sharded.met(value):
+        return _sharded.call(deformable_attention, locals())
     args = _lower(
         value, spatial_shapes, sampling_locations, attention_weights, method, points_per_level, normalize_weights
     )

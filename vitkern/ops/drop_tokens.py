@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks, select_tokens
+from vitkern.ops import _call, _checks, _sharded, select_tokens
 from vitkern.reference.merge_plan import inverse
 from vitkern.reference.window_attention import philox
 
@@ -53,6 +53,8 @@ def drop_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(x) not in _sharded.PLAIN and _sharded.met(x):
+        return _sharded.call(drop_tokens, locals())
     args = _lower(x, ratio, seed, noise, protect, order, min_keep, structure, grid)
     y, index, _ = select_tokens.gathered(NAME, x, args[0], args, "first", False, backend)
     return y, index

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitkern import backends
 from vitkern.feature_map import Polar
-from vitkern.ops import _call, _checks, _linear_decay, _linear_pairs
+from vitkern.ops import _call, _checks, _linear_decay, _linear_pairs, _sharded
 from vitkern.ops._linear_gpu import GPU
 from vitkern.ops._linear_lowering import NAME, Lowered, lower
 from vitkern.ops._linear_maps import apply_map, features_in_front, fused
@@ -86,6 +86,8 @@ def linear_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(linear_attention, locals())
     lowered, custom = lower(
         q, k, v, feature_map, normalizer, eps, scale, key_mask, key_weight, offset, cu_seqlens, cu_seqlens_k, window_size,
         rope, rope_order, preset,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks, _cuda
+from vitkern.ops import _call, _checks, _cuda, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.merge_tokens import merge_tokens as definition
@@ -43,6 +43,8 @@ def merge_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(x) not in _sharded.PLAIN and _sharded.met(x):
+        return _sharded.call(merge_tokens, locals())
     several = isinstance(x, (tuple, list))
     each = tuple(x) if several else (x,)
     names = tuple(reduce) if isinstance(reduce, (tuple, list)) else (reduce,) * len(each)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.neighborhood_attention import neighborhood_attention as definition
@@ -65,6 +65,8 @@ def neighborhood_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(neighborhood_attention, locals())
     args = _lower(
         q, k, v, kernel_size, dilation=dilation, stride=stride, is_causal=is_causal, rpb=rpb, scale=scale, border=border,
         key_mask=key_mask, extra_kv=extra_kv, return_stats=return_stats,
@@ -89,6 +91,8 @@ def neighborhood_qk(
 ) -> Tensor:
     """The scores of :func:`neighborhood_attention`, stored: ``[B, *spatial, H, n]`` in the dtype of q, n the product of
     kernel_size, slots row-major, -inf where a slot is not visible. Arguments as there; gradients to q, k and rpb."""
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(neighborhood_qk, locals())
     args = _lower_qk(
         q, k, kernel_size, dilation=dilation, stride=stride, is_causal=is_causal, rpb=rpb, scale=scale, border=border
     )
@@ -109,6 +113,8 @@ def neighborhood_av(
     """``o_i = sum_s a_is v_nbr(i, s)`` of weights ``[B, *spatial, H, n]``, slots as in :func:`neighborhood_qk`: the second half of
     :func:`neighborhood_attention`, ``[B, *spatial, H, Dv]``. What stands in a slot that is not visible does not matter. Gradients
     to both tensors."""
+    if type(attention) not in _sharded.PLAIN and _sharded.met(attention):
+        return _sharded.call(neighborhood_av, locals())
     args = _lower_av(attention, v, kernel_size, dilation=dilation, stride=stride, is_causal=is_causal, border=border)
     return _narrow(_call.run(AV, args, backend), v.dim())
 

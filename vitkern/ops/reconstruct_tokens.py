@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._op import Op
 from vitkern.reference.reconstruct_tokens import reconstruct_tokens as definition
 
@@ -49,6 +49,8 @@ def reconstruct_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(y) not in _sharded.PLAIN and _sharded.met(y):
+        return _sharded.call(reconstruct_tokens, locals())
     if centers is None:
         return _weighted(y, x, backend)
     return _call.run(OP, _lower(y, x, centers, k, temperature, norm), backend)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.ops.merge_tokens import rows
@@ -38,6 +38,8 @@ def restore_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(y) not in _sharded.PLAIN and _sharded.met(y):
+        return _sharded.call(restore_tokens, locals())
     out = _call.run(OP, _lower(y, index, n, fill), backend)
     return out.reshape(out.shape[0], out.shape[1], *y.shape[2:])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitkern.bias import DecomposedRelativePosition, RelativePosition
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.ops._window_checks import check_bias
@@ -63,6 +63,8 @@ def sampled_window_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(sampled_window_attention, locals())
     args = _lower(q, k, v, window_size, coords, bias=bias, scale=scale, out_of_range=out_of_range, coords_v=coords_v)
     return _call.run(OP, args, backend)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks, merge_tokens
+from vitkern.ops import _call, _checks, _sharded, merge_tokens
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import PlainOp
 from vitkern.reference.select_tokens import select_tokens as definition
@@ -59,6 +59,8 @@ def select_tokens(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(x) not in _sharded.PLAIN and _sharded.met(x):
+        return _sharded.call(select_tokens, locals())
     args, reduce = _lower(x, score, k, protect, threshold, fuse_rest, order, mask, n_max)
     ragged = threshold is not None
     y, index, plan = gathered(NAME, x, score, args, reduce, ragged, backend)

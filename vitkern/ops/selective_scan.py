@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.selective_scan import selective_scan as definition
@@ -57,6 +57,8 @@ def selective_scan(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(u) not in _sharded.PLAIN and _sharded.met(u):
+        return _sharded.call(selective_scan, locals())
     args = _lower(u, delta, A, B, C, D, z, delta_bias, delta_softplus, route, cu_seqlens, initial_state)
     state, out = _call.run(OP, args, backend)
     packed = cu_seqlens is not None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops.selective_scan import OP, lowered
 
 NAME = "selective_scan_2d"
@@ -52,6 +52,8 @@ def selective_scan_2d(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(u) not in _sharded.PLAIN and _sharded.met(u):
+        return _sharded.call(selective_scan_2d, locals())
     args = _lower(u, delta, A, B, C, routes, D, z, delta_bias, delta_weight, delta_softplus, reduce)
     return _call.run(OP, args, backend)[1].unflatten(1, u.shape[1:3])
 

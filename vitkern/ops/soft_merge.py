@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.ops import _call, _checks
+from vitkern.ops import _call, _checks, _sharded
 from vitkern.ops._op import Op
 from vitkern.ops.merge_tokens import rows
 from vitkern.reference.soft_merge import soft_merge as definition
@@ -62,6 +62,8 @@ def soft_merge(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(x) not in _sharded.PLAIN and _sharded.met(x):
+        return _sharded.call(soft_merge, locals())
     args = _lower(x, logits, axis, normalize, scale, weight, mask, renormalize, eps, iters)
     y = _call.run(OP, args, backend)[1]
     return y.to(x.dtype).reshape(y.shape[0], y.shape[1], *x.shape[2:])

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitkern.ops import _call, _checks, _cuda
+from vitkern.ops import _call, _checks, _cuda, _sharded
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.ops.merge_tokens import rows
@@ -29,6 +29,8 @@ def unmerge_tokens(y: Tensor, plan: MergePlan, *, fill: float = 0.0, backend: st
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(y) not in _sharded.PLAIN and _sharded.met(y):
+        return _sharded.call(unmerge_tokens, locals())
     x = _call.run(OP, _lower(y, plan, fill), backend)
     return x.reshape(x.shape[0], x.shape[1], *y.shape[2:])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitkern.bias import RelativePosition
 from vitkern.cosine import CosineScore
-from vitkern.ops import _call, _checks, _dropout, _window_general, _window_gpu, _window_groups, _window_views
+from vitkern.ops import _call, _checks, _dropout, _sharded, _window_general, _window_gpu, _window_groups, _window_views
 from vitkern.ops._op import Op
 from vitkern.ops._window_checks import NAME, check, signature
 from vitkern.reference.window_attention import window_attention as definition
@@ -111,6 +111,8 @@ def window_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the sentence names it, what it got and what it wanted.
     """
+    if type(q) not in _sharded.PLAIN and _sharded.met(q):
+        return _sharded.call(window_attention, locals())
     options: dict[str, Any] = {
         "bias": bias, "cosine": cosine, "scale": scale, "pad_order": pad_order, "pad_kv": pad_kv, "mask_value": mask_value,
         "dropout_p": dropout_p, "dropout_seed": dropout_seed,
@@ -139,6 +141,8 @@ def window_attention_qkvpacked(
     The options are those of :func:`window_attention`. The gradient is one packed tensor, so that neither direction
     copies, but for the options that gather the windows.
     """
+    if type(qkv) not in _sharded.PLAIN and _sharded.met(qkv):
+        return _sharded.call(window_attention_qkvpacked, locals())
     return _run(qkv, *_parts(qkv), window_size, shift_size, return_stats, backend, options)
 
 

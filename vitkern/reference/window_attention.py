@@ -151,18 +151,21 @@ def dense_bias(bias: Tensor, index: Tensor | None, op: str = "window_attention")
 
 def keep_pattern(seed: Tensor, batch: int, heads: int, token: Tensor, p: float, keys: int) -> Tensor:
     """True where dropout keeps a weight, [B, nW, H, N, keys]: a function of seed, image, head, query token and key slot. Behind
-    the seed may stand the number of the first head, and behind that image 2^32 + token of each query."""
+    the seed may stand the number of the first head, plus 2^32 times that of the first image, and behind that image 2^32 + token of
+    each query."""
     windows, n = token.shape
     slots = -(-keys // 4)
     shape = (batch, windows, heads, n, slots)
     grid = [torch.arange(m, device=token.device) for m in (batch, heads, slots)]
     place = (grid[0].view(-1, 1, 1) << 32) + token.clamp(min=0)  # [B, nW, N]: image, query token on the map
+    first = seed[1] if len(seed) > 1 else torch.zeros_like(seed[0])
+    place = place + (first >> 32 << 32)
     if len(seed) > 2:
         place = seed[2:].view(batch, windows, n)
     place = place[:, :, None, :, None]  # [B, nW, 1, N, 1]
     counter = [
         (place >> 32).expand(shape),  # image
-        (grid[1] + (seed[1] if len(seed) > 1 else 0)).view(1, 1, -1, 1, 1).expand(shape),  # head
+        (grid[1] + (first & 0xFFFFFFFF)).view(1, 1, -1, 1, 1).expand(shape),  # head
         (place & 0xFFFFFFFF).expand(shape),  # query token on the map
         grid[2].view(1, 1, 1, 1, -1).expand(shape),  # key slot div 4
     ]

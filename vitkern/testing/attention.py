@@ -21,6 +21,7 @@ from vitkern.bias import (
 )
 from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
 from vitkern.modulation import ElementwiseMask, GaussianMixture, Policy, SoftCausal, TalkingHeads
+from vitkern.ops._dropout import Stream
 from vitkern.testing import attention_options
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES, leaf_shape, view
@@ -293,7 +294,7 @@ def small() -> list[Call]:
         make(1, 2, 5, 7, bias=(0, 1, 1, 1), return_stats=("lse",)),
         make(2, 2, 3, 9, heads=4, kv_heads=2, d=7, dv=5, bias=(1, 1, 1, 1), key_bias=True, masks="empty", sink=True, scale="heads",
              return_stats=("lse",)),
-        make(3, 3, 4, 6, bias=(0, 0, 1, 1), masks="causal", layout="heads", dropout_p=0.3, dropout_seed=5),
+        make(3, 3, 4, 6, bias=(0, 0, 1, 1), masks="causal", layout="heads", dropout_p=0.3, dropout_seed=Stream(5, 2 + (4 << 32))),
         make(4, 2, 6, 5, d=3, bias=(1, 0, 0, 1), masks="both", normalizer="sigmoid", layout="packed"),
         make(5, 2, 4, 5, bias=(0, 1, 1, 0), masks="dense", normalizer="relu", layout="channels"),
         make(6, 1, 5, 5, d=4, bias=(1, 1, 0, 0), masks="segments", normalizer="none", scale=0.3),
