@@ -99,7 +99,7 @@ def _lower(
     if grid is not None:
         grid = _grid(grid, tokens)
     if isinstance(partition, str) and partition == "alternate":
-        limit = max(0, min((tokens + 1) // 2 - (prefix + 1) // 2, (tokens - prefix) // 2))
+        limit = (tokens - prefix) // 2
         simple = mask is None and not isinstance(protect, Tensor)
         role = None if simple else torch.arange(tokens, device=metric.device)[None] % 2
     else:
