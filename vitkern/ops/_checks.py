@@ -133,7 +133,7 @@ def seed(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     integer(op, name, value, what="an int or an int64 tensor of one element")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
-    return torch.tensor([value], dtype=torch.int64, device=device)
+    return torch.full((1,), value, dtype=torch.int64, device=device)  # a kernel's argument, not a copy
 
 
 def offsets(op: str, name: str, cu: Tensor, total: int, longest: int, limit: str) -> None:

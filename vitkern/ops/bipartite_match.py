@@ -231,7 +231,7 @@ def random_places(grid: tuple[int, int], stride: tuple[int, int], seed: int | No
     zero = torch.zeros_like(cell)
     inside = zero
     if seed is not None:
-        key = torch.tensor([seed], dtype=torch.int64, device=device)
+        key = torch.full((1,), seed, dtype=torch.int64, device=device)
         inside = philox([cell, zero, zero, zero], key)[0] % math.prod(stride)  # [cells]
     y = torch.div(cell, max(columns, 1), rounding_mode="floor") * stride[0] + inside // stride[1]
     return y * grid[1] + cell % max(columns, 1) * stride[1] + inside % stride[1]
