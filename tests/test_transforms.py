@@ -72,3 +72,14 @@ def test_the_reference_exports_aten_alone(entry):
     called = {n.target for n in program.graph.nodes if n.op == "call_function"}
     assert called and {getattr(target, "namespace", "aten") for target in called} == {"aten"}, called
     close(program.module()(tensors), want)
+
+
+def test_vmap_leaves_bounds_to_one_packed_batch():
+    q, k, v = torch.randn(3, 2, 7, 2, 4).unbind()
+    gates, bounds = -torch.rand(2, 7, 2), torch.tensor([0, 4, 7], dtype=torch.int32)
+
+    def run(q, k, v, gates):
+        return vitkern.linear_attention(q, k, v, decay=vitkern.decay.Gated(gates), causal=True, cu_seqlens=bounds)
+
+    each = [run(*parts) for parts in zip(q, k, v, gates, strict=True)]
+    torch.testing.assert_close(torch.func.vmap(run)(q, k, v, gates), torch.stack(each))
