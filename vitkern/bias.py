@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vitkern._constants import constant
 from vitkern._export import exportable
 from vitkern.ops._sharded import like
 
@@ -249,14 +250,16 @@ class PolylinePath:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, N, N]``."""
-        return self.of_queries(range(q.shape[1]))
+        return self._of(torch.arange(q.shape[1], device=self.row.device))
 
     def of_queries(self, queries: Sequence[int]) -> Tensor:
         """``[B, H, R, N]``: the rows of these queries."""
+        return self._of(constant(queries, self.row.device))
+
+    def _of(self, i: Tensor) -> Tensor:
         acc = torch.promote_types(self.row.dtype, torch.float32)
         along, down = self.row.to(acc).cumsum(2), self.col.to(acc).cumsum(1)  # [B, Hs, Ws, H]
         height, width = self.row.shape[1:3]
-        i = torch.tensor(list(queries), device=self.row.device)
         qy, qx = (t[:, None, None] for t in (i // width, i % width))  # [R, 1, 1]
         y, x = torch.arange(height, device=i.device)[:, None], torch.arange(width, device=i.device)  # [Hs, 1], [Ws]
         rows, columns = (y, qx) if self.transpose else (qy, x)

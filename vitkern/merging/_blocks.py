@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitkern.bias import KeyBias
+from vitkern.ops import _checks
 from vitkern.ops.attention import attention
 from vitkern.patch import _HOOKS
 from vitkern.patch._interface import register, run_on_op
@@ -38,7 +39,8 @@ def _on_op(module: Any, x: Tensor, log_size: Tensor | None, fused: bool) -> bool
     if module.__dict__.get("forward") is not None:  # whoever gave it a forward wants that to run
         return False
     heads = getattr(module, "num_heads", None) or module.num_attention_heads
-    return x.is_cuda or (x.device.type == "cpu" and x.shape[0] * x.shape[1] * heads >= LEAST_ROWS)
+    few = _checks.known(x.shape[0] * x.shape[1] * heads < LEAST_ROWS)
+    return x.is_cuda or (x.device.type == "cpu" and not few)
 
 
 def _additive(log_size: Tensor | None, x: Tensor) -> Tensor | None:

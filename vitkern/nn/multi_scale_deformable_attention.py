@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitkern._constants import constant
 from vitkern.nn import _checks
 from vitkern.ops.deformable_attention import METHODS, deformable_attention
 
@@ -118,7 +119,7 @@ class MultiScaleDeformableAttention(nn.Module):
     def _places(self, offsets: Tensor, reference: Tensor, shapes: Any) -> Tensor:
         """Locations [B, N, H, J, 2] of offsets [B, N, H J 2] from reference points [B, N, L or 1, 2 or 4]."""
         offsets = offsets.unflatten(-1, (self.num_heads, -1, 2))
-        counts = torch.tensor(self.points, device=offsets.device)
+        counts = constant(self.points, offsets.device)
         if reference.shape[2] == self.num_levels:
             reference = reference.repeat_interleave(counts, 2, output_size=sum(self.points))
         reference = reference[:, :, None]  # [B, N, 1, J or 1, 2 or 4]
@@ -129,7 +130,7 @@ class MultiScaleDeformableAttention(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: reference_points must hold 2 or 4 numbers each, got {reference.shape[-1]}"
             )
-        sides = torch.tensor([[width, height] for height, width in shapes], device=offsets.device)
+        sides = constant([n for height, width in shapes for n in (width, height)], offsets.device).view(-1, 2)
         return reference + offsets / sides.repeat_interleave(counts, 0, output_size=sum(self.points))
 
     def extra_repr(self) -> str:

@@ -157,13 +157,13 @@ class VariedSizeWindowAttention(nn.Module):
         counts = [max(1, width // w), max(1, height // w)]
         if self.rotated and self.compat == "code":
             counts.reverse()
-        steps = offset.new_tensor([span / 2 / count for span, count in zip(spans, counts, strict=True)])
+        steps = torch.stack([offset.new_full((), span / 2 / count) for span, count in zip(spans, counts, strict=True)])
         along = torch.arange(w, dtype=offset.dtype, device=offset.device) - (w - 1) / 2
         local = torch.stack((along.repeat(w), along.repeat_interleave(w)), -1)  # [w w, 2]
         moved = local[:, None] * (1 + scale)[:, :, :, None]  # [B, nH, nW, w w, groups, 2]
         if self.rotated:
             angle = predicted("angles")[:, :, :, None, :, 0]  # [B, nH, nW, 1, groups]
-            shear = offset.new_tensor(spans[0]) / offset.new_tensor(spans[1]) if self.compat == "code" else 1.0
+            shear = offset.new_full((), spans[0]) / offset.new_full((), spans[1]) if self.compat == "code" else 1.0
             x, y = moved.unbind(-1)
             moved = torch.stack(
                 (x * angle.cos() - y * shear * angle.sin(), y * angle.cos() + x / shear * angle.sin()), -1

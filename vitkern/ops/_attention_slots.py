@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
+from vitkern._constants import constant
 from vitkern.bias import (
     ContextualPosition,
     DecomposedRelativePosition,
@@ -359,7 +360,8 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
     if found["cu_q"] is not None:
         return rows_of(padded(found)[0], rows).transpose(1, 2)[None]
     count, keys = found["q"].shape[1], found["k"].shape[1]
-    chosen = [i % count for i in rows]
+    numbers = [i % count for i in rows]
+    chosen = constant(numbers, found["q"].device)  # [R]
     if found["rel_y"] is not None and found["rel_y"].dim() == 2:
         by_row, by_column = axes_of(found).per_query(found["q"])
         found = found | {"rel_y": by_row, "rel_x": by_column}
@@ -370,11 +372,10 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
         t = found[name]
         some[name] = t if t is None or t.shape[2] == 1 else t[:, :, chosen]
     if found["causal"]:
-        i = torch.tensor(chosen, device=found["q"].device)[:, None]
-        past = torch.arange(keys, device=i.device) <= i + found["offset"]  # [R, Nk]
+        past = torch.arange(keys, device=chosen.device) <= chosen[:, None] + found["offset"]  # [R, Nk]
         some |= {"causal": False, "mask": past[None, None] if some["mask"] is None else some["mask"] & past}
     if found["path_row"] is not None:
-        path = path_of(found).of_queries(chosen)
+        path = path_of(found).of_queries(numbers)
         some |= {"path_row": None, "bias": path if some["bias"] is None else some["bias"] + path}
     for name in ("bias", "gain"):
         if found[f"{name}_table"] is not None:

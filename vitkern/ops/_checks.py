@@ -45,6 +45,15 @@ def fits(n: Any, want: Any) -> bool:
     return bool(n == 1 or n == want)
 
 
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes holds, asked without a guard: of sizes that a graph leaves open it does not."""
+    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def shape(op: str, name: str, value: Tensor, want: tuple[int, ...], text: str) -> None:
     if tuple(value.shape) != tuple(want):
         raise ValueError(f"{op}: {name} must have shape {text} = {list(want)}, got {list(value.shape)}")
@@ -92,7 +101,8 @@ def count(op: str, name: str, value: Any, most: int, text: str) -> int:
 
 def prefix(op: str, value: Any, tokens: int, what: str = "an int") -> int:
     """`protect` as a number of first tokens: no more than there are."""
-    return min(integer(op, "protect", value, 0, what), tokens)
+    value = integer(op, "protect", value, 0, what)
+    return value if value <= tokens else tokens  # not min: sizes that a graph leaves open stay sums
 
 
 def number(op: str, name: str, value: Any, least: float | None = None, what: str = "a float") -> float:
@@ -125,7 +135,7 @@ def seed(op: str, name: str, value: Any, device: torch.device) -> Tensor:
     integer(op, name, value, what="an int or an int64 tensor of one element")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
-    return torch.tensor([value], dtype=torch.int64, device=device)
+    return torch.full((1,), value, dtype=torch.int64, device=device)  # a kernel's argument, not a copy
 
 
 def offsets(op: str, name: str, cu: Tensor, total: int, longest: int, limit: str) -> None:

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from vitkern import backends
+from vitkern.ops import _checks
 from vitkern.ops._linear_gpu import GPU, MAPS
 from vitkern.ops._linear_lowering import Lowered
 
@@ -20,20 +19,11 @@ def chosen(lowered: Lowered, backend: str | None) -> bool:
     keys, queries = k.shape[2] * k.shape[4], q.shape[2] * q.shape[4]
     features, channels, of_group = q.shape[6], v.shape[6], queries * (q.shape[5] // k.shape[5])
     fewer = of_group * keys * (features + channels) < (of_group + keys) * features * channels
-    if not all(_known(x) for x in (queries <= MOST, keys <= MOST, fewer)):
+    if not all(_checks.known(x) for x in (queries <= MOST, keys <= MOST, fewer)):
         return False
     if q.device.type != "cuda":
         return True
     return _on_gpu(replace(lowered, pairs=True).args, backends.forced(backend))
-
-
-def _known(condition: Any) -> bool:
-    """Without a guard: a graph for any number of tokens keeps to the state, and is not compiled anew for few of them."""
-    if not torch.compiler.is_compiling() and not isinstance(condition, torch.SymBool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(condition)
 
 
 def _on_gpu(args: tuple[Any, ...], wanted: str | None) -> bool:

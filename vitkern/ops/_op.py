@@ -214,8 +214,7 @@ class Op:
             library.impl(name, kernel, key)
 
     def _vmap_of(self, name: str) -> Callable[..., Any]:
-        seeds = [i for i, text in enumerate(self.tensors) if text.endswith(" seed")]
-        return _vmap_rule(name, len(self.tensors), self.batched, seeds)
+        return _vmap_rule(name, self.tensors, self.batched)
 
 
 @dataclass(frozen=True)
@@ -239,22 +238,25 @@ class PlainOp:
         library.impl(self.name, partial(self.gpu.forward, self), "CUDA")
         torch.library.register_fake(f"vitkern::{self.name}", self.fake, lib=library)
         torch.library.register_vmap(
-            f"vitkern::{self.name}", _vmap_rule(self.name, len(self.tensors), self.batched), lib=library
+            f"vitkern::{self.name}", _vmap_rule(self.name, self.tensors, self.batched), lib=library
         )
 
     def overload(self) -> Any:
         return getattr(torch.ops.vitkern, self.name).default
 
 
-def _vmap_rule(name: str, count: int, batched: int, seeds: Sequence[int] = ()) -> Callable[..., Any]:
-    """Folds the mapped axis into the batch where exactly the `batched` first of `count` tensors are mapped, else loops: a seed
-    at `seeds` draws the same for every sample, and would count them as images of one batch."""
+def _vmap_rule(name: str, tensors: Sequence[str], batched: int) -> Callable[..., Any]:
+    """Folds the mapped axis into the batch where exactly the `batched` first tensors are mapped, else loops: a seed draws the
+    same for every sample, and would count them as images of one batch, and bounds are of one packed batch."""
+    count = len(tensors)
+    alone = [i for i, text in enumerate(tensors) if text.endswith(" seed") or " cu_" in text]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         op = getattr(torch.ops.vitkern, name).default
         dims = [in_dims[i] if isinstance(in_dims[i], int) else None for i in range(count)]
         mapped = all(d is not None or args[i] is None for i, d in enumerate(dims[:batched]))
-        if mapped and all(d is None for d in dims[batched:]) and all(args[i] is None for i in seeds):
+        shared = all(d is None for d in dims[batched:]) and all(args[i] is None for i in alone)
+        if mapped and shared and not _of_images(args, dims, batched):
             folded = [
                 t if d is None else t.movedim(d, 0).flatten(0, 1) for t, d in zip(args, dims[:batched], strict=False)
             ]
@@ -269,6 +271,13 @@ def _vmap_rule(name: str, count: int, batched: int, seeds: Sequence[int] = ()) -
         return (found, (0,) * len(found)) if len(found) > 1 else (found[0], 0)
 
     return rule
+
+
+def _of_images(args: tuple[Any, ...], dims: list[int | None], batched: int) -> bool:
+    """Whether a tensor that is not mapped may hold something for each image of a batch (a mask or bias of every image), or one
+    that is mapped holds one thing for all of them."""
+    mapped = {t.movedim(d, 0).shape[1:2] for t, d in zip(args, dims, strict=False) if d is not None}
+    return len(mapped) != 1 or any(t is not None and t.shape[:1] in mapped for t in args[batched : len(dims)])
 
 
 def _as_tuple(outputs: Any) -> tuple[Any, ...]:

@@ -152,7 +152,7 @@ def regions(axes: tuple[Axis, ...], shifts: Tensor | None, device: torch.device)
         shift = axis.shift if shifts is None else shifts[:, a : a + 1].long()
         padded = axis.count * axis.cells
         apart = torch.where(r < padded - shift, 1, 2)
-        plain = (r < padded - axis.cells) | (torch.as_tensor(shift, device=device) == 0)
+        plain = (r < padded - axis.cells) | (shift == 0)
         parts.append(torch.where(plain, 0, apart))
     return each_slot(parts, [a.count for a in axes], [a.cells for a in axes], lambda code, more: code * 3 + more).to(
         torch.int32

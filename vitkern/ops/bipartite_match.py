@@ -101,7 +101,7 @@ def _lower(
     if grid is not None:
         grid = _grid(grid, tokens)
     if isinstance(partition, str) and partition == "alternate":
-        limit = max(0, min((tokens + 1) // 2 - (prefix + 1) // 2, (tokens - prefix) // 2))
+        limit = (tokens - prefix) // 2
         simple = mask is None and not isinstance(protect, Tensor)
         role = None if simple else torch.arange(tokens, device=metric.device)[None] % 2
     else:
@@ -233,7 +233,7 @@ def random_places(grid: tuple[int, int], stride: tuple[int, int], seed: int | No
     zero = torch.zeros_like(cell)
     inside = zero
     if seed is not None:
-        key = torch.tensor([seed], dtype=torch.int64, device=device)
+        key = torch.full((1,), seed, dtype=torch.int64, device=device)
         inside = philox([cell, zero, zero, zero], key)[0] % math.prod(stride)  # [cells]
     y = torch.div(cell, max(columns, 1), rounding_mode="floor") * stride[0] + inside // stride[1]
     return y * grid[1] + cell % max(columns, 1) * stride[1] + inside % stride[1]

@@ -80,7 +80,7 @@ def _count(r: Any, limit: int, clip: bool) -> int:
     _checks.integer(NAME, "r", r, 0, "an int or an integer tensor [B]")
     if r > limit and not clip:
         raise ValueError(f"{NAME}: r must be at most {limit}, the tokens that can merge, got {r}; clip=True lowers it")
-    return min(r, limit)
+    return r if r <= limit else limit  # not min: sizes that a graph leaves open stay sums
 
 
 def _counts(r: Tensor, match: Match, clip: bool) -> Tensor:

@@ -5,9 +5,9 @@ Locations and weights stay in the dtype that the model gives them, and the weigh
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from vitkern._constants import constant
 from vitkern.ops.deformable_attention import deformable_attention
 from vitkern.patch._interface import View, refusal
 
@@ -120,7 +120,7 @@ def _pixel_decoder(module: nn.Module) -> Any:
         offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
         reference = reference_points[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            sides = torch.tensor([[width, height] for height, width in spatial_shapes_list], device=offsets.device)
+            sides = constant([n for height, width in spatial_shapes_list for n in (width, height)], offsets.device).view(-1, 2)
             places = reference + offsets / sides[:, None]
         else:
             places = reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5

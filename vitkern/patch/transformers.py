@@ -48,9 +48,9 @@ def _library_refusal() -> str | None:
 
 def _window_and_shift(layer: nn.Module, window: int, shift: int, size: tuple[int, int], clamp: bool) -> tuple[int, int]:
     """Window and shift on a map of this size, by the model's rule."""
-    if not clamp or min(size) > window:
+    if not clamp or all(n > window for n in size):  # not min: its order would be in a graph
         return window, shift
-    if min(size) < window:
+    if any(n < window for n in size):
         raise ValueError(
             f"{type(layer).__name__}: a map of {size[0]} x {size[1]} tokens is smaller than the window {window}, "
             "and the position table does not fit a smaller window"

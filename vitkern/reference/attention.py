@@ -194,7 +194,7 @@ def _stats(
 ) -> Stats:
     found: dict[str, Tensor | None] = {"lse": lse, "index": index, "probs": p, "logits": given}
     if "row" in wanted:
-        found["row"] = p[:, :, list(stat_rows)]  # [B, H, R, Nk]
+        found["row"] = torch.stack([p[:, :, i] for i in stat_rows], 2)  # [B, H, R, Nk]
     if "logits_mean" in wanted:
         found["logits_mean"] = given.mean(1)  # [B, Nq, Nk]
     if "key_mean" in wanted:
