@@ -16,8 +16,8 @@ class GaussianMixtureAttention(nn.Module):
 
     ``softmax(G scale q k^T) v`` with ``G = sum_k alpha_kh exp(-d^2 / (2 (sigma_kh^2 + 1e-5)))``, d the distance of two patches.
     Parameters are those of ``Attention`` in CatworldLee/Gaussian-Mixture-Mask-Attention, ``models/vit.py`` (2023): ``to_qkv``
-    without bias, ``to_out.0`` (none for one head of dim channels), ``mask.sigma`` and ``mask.alpha`` ``[kernels, heads, 1, 1]``. The constant ``mask.mask`` of its
-    checkpoints is passed over: the op computes it.
+    without bias, ``to_out.0`` (none for one head of dim channels), ``mask.sigma`` and ``mask.alpha`` ``[kernels, heads, 1,
+    1]``. The constant ``mask.mask`` of its checkpoints is passed over: the op computes it.
 
     Args:
         dim: channels C.

@@ -16,11 +16,11 @@ class MultiScaleAttention(nn.Module):
     """Pooling attention of MViTv2 (Li et al. 2022, eq. 4 to 6) of the tokens of a map, ``[B, H W, dim]``, or of a class token and
     these; returns tokens ``[B, N', dim_out]`` and the (H', W') of the pooled queries' map.
 
-    q, k and v are pooled head by head by a depthwise convolution and normalised, the class token is not pooled and has no position; the
-    scores get ``q . rel_pos_h[dy] + q . rel_pos_w[dx]``, q without its scale, and the pooled q is added to the output. Parameters are
-    those of ``MultiScaleAttention`` in facebookresearch/mvit, ``mvit/models/attention.py`` (2022), and timm, ``mode="conv"``: ``qkv``,
-    ``proj``, ``pool_q``, ``norm_q`` and likewise k and v (absent where kernel and stride are 1), ``rel_pos_h``, ``rel_pos_w``.
-    On a map of another size the tables are resized linearly.
+    q, k and v are pooled head by head by a depthwise convolution and normalised, the class token is not pooled and has no
+    position; the scores get ``q . rel_pos_h[dy] + q . rel_pos_w[dx]``, q without its scale, and the pooled q is added to the
+    output. Parameters are those of ``MultiScaleAttention`` in facebookresearch/mvit, ``mvit/models/attention.py`` (2022), and
+    timm, ``mode="conv"``: ``qkv``, ``proj``, ``pool_q``, ``norm_q`` and likewise k and v (absent where kernel and stride are
+    1), ``rel_pos_h``, ``rel_pos_w``. On a map of another size the tables are resized linearly.
 
     Args:
         dim: channels of x.
@@ -93,10 +93,7 @@ def pooled_attention(module: Any, x: Tensor, size: tuple[int, int], fitted: Fitt
         for n, t in zip("qkv", qkv, strict=True)
     )
     bias = fitted(module.rel_pos_h, module.rel_pos_w, q_size, k_size)
-    if first:
-        out = _beside_class(q, k, v, bias, module.scale)
-    else:
-        out = attention(q, k, v, bias=bias, scale=module.scale)
+    out = _beside_class(q, k, v, bias, module.scale) if first else attention(q, k, v, bias=bias, scale=module.scale)
     if module.residual_pooling:
         out = out + q
     return module.proj(out.flatten(2)), q_size

@@ -120,7 +120,9 @@ def _pixel_decoder(module: nn.Module) -> Any:
         offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
         reference = reference_points[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            sides = constant([n for height, width in spatial_shapes_list for n in (width, height)], offsets.device).view(-1, 2)
+            sides = constant(
+                [n for height, width in spatial_shapes_list for n in (width, height)], offsets.device
+            ).view(-1, 2)
             places = reference + offsets / sides[:, None]
         else:
             places = reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5

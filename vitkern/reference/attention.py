@@ -71,10 +71,7 @@ def attention(
     given = s
     s = torch.where(visible | ~s.isnan(), s, 0.0)  # a NaN that nobody sees meets no factor
     for factor in before:
-        if isinstance(factor, TalkingHeads):
-            s = factor.apply(s, "logit")
-        else:
-            s = s * factor.masked_fill(~visible & factor.isnan(), 1.0)
+        s = factor.apply(s, "logit") if isinstance(factor, TalkingHeads) else s * _where_seen(factor, visible)
     for term in terms:
         s = s + term.masked_fill(term == -math.inf, 0.0)
     visible = visible.expand(s.shape)
@@ -88,10 +85,7 @@ def attention(
     if v is None:
         return None, found
     for factor in after:
-        if isinstance(factor, TalkingHeads):
-            p = factor.apply(p, "prob")
-        else:
-            p = p * factor.masked_fill(~visible & factor.isnan(), 1.0)
+        p = factor.apply(p, "prob") if isinstance(factor, TalkingHeads) else p * _where_seen(factor, visible)
         p = p.masked_fill(~visible, 0.0)
     if dropout_p > 0.0:
         token = torch.arange(queries, device=q.device)[None]
@@ -119,6 +113,11 @@ def _factors(q: Tensor, k: Tensor, biases: Any, modulations: Any, acc: torch.dty
             (before if m.place == "logit" else after).append(m.dense(q, k).to(acc))
     after += [b.dense(q, k).to(acc).exp() for b in biases if isinstance(b, ManhattanDecay) and b.place == "prob"]
     return before, after
+
+
+def _where_seen(factor: Tensor, visible: Tensor) -> Tensor:
+    """The factor with 1 in place of a NaN that nobody sees: times 0 it would be the gradient of what it multiplies."""
+    return factor.masked_fill(~visible & factor.isnan(), 1.0)
 
 
 def wider(t: Any, keys: int, more: int, value: float) -> Any:
