@@ -7,7 +7,9 @@ medians of interleaved runs; the floor is the largest of bytes, operations and e
 import argparse
 import csv
 import importlib
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -80,8 +82,8 @@ def finish(row: dict[str, Any], ceilings: measure.Ceilings) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
-    t = Table(title="median milliseconds; ratio = best baseline / vitkern")
+def table(op: str, rows: list[dict[str, Any]], names: list[str]) -> Table:
+    t = Table(title=f"{op}: median milliseconds; ratio = best baseline / vitkern")
     for head in ("case", "dtype", "pass", "vitkern", *names, "ratio", "best", "floor", "time ÷ floor", "binds"):
         t.add_column(head, justify="left" if head in ("case", "dtype", "pass", "best", "binds") else "right")
     for r in rows:
@@ -106,64 +108,50 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
                 writer.writerow([r["case"], r["dtype"], r["pass"], name, seconds, r["floor"]])
 
 
-def compare(base: str, argv: list[str]) -> None:
+def compare(base: str, ops: list[str], argv: list[str]) -> None:
     """The same benchmark at another commit and here, in turn, three times; prints the ratio of medians per case."""
     folder = Path(tempfile.mkdtemp(prefix="vitkern-base-"))
-    subprocess.run(["git", "worktree", "add", "--detach", str(folder), base], cwd=ROOT, check=True, capture_output=True)
+    results = Path(tempfile.mkdtemp(prefix="vitkern-bench-"))
+    git = ["git", "worktree"]
+    subprocess.run([*git, "add", "--detach", str(folder), base], cwd=ROOT, check=True, capture_output=True)
     try:
-        subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, capture_output=True
-        )
-        found: dict[str, dict[str, list[float]]] = {}
-        for turn in range(3):
-            for side, tree in (("here", ROOT), ("base", folder)):
-                out = folder / f"{side}-{turn}.json"
-                command = [sys.executable, "-m", "benchmarks.run", *argv, "--baselines", "none", "--json", str(out)]
-                subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL, env=_environment(tree))
-                for row in json.loads(out.read_text())["rows"]:
-                    key = f"{row['case']}, {row['dtype']}, {row['pass']}"
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=folder, check=True, capture_output=True)
+        for op in ops:
+            found: dict[str, dict[str, list[float]]] = {}
+            for turn, (side, tree) in itertools.product(range(3), (("here", ROOT), ("base", folder))):
+                for row in _timed(tree, op, argv, results / f"{op}-{side}-{turn}"):
+                    key = f"{op}: {row['case']}, {row['dtype']}, {row['pass']}"
                     found.setdefault(key, {}).setdefault(side, []).append(row["seconds"]["vitkern"])
-        for key, sides in found.items():
-            here, there = (sorted(sides[side])[len(sides[side]) // 2] for side in ("here", "base"))
-            print(f"{key}: {there * 1e3:.3f} ms at {base}, {here * 1e3:.3f} ms here, {there / here:.2f} times as fast")
+            for key, sides in found.items():
+                if len(sides) < 2:
+                    continue  # a case that only one of them has
+                here, there = (statistics.median(sides[side]) for side in ("here", "base"))
+                print(
+                    f"{key}: {there * 1e3:.3f} ms at {base}, {here * 1e3:.3f} ms here, {there / here:.2f} times as fast"
+                )
     finally:
-        subprocess.run(["git", "worktree", "remove", "--force", str(folder)], cwd=ROOT, check=False)
+        subprocess.run([*git, "remove", "--force", str(folder)], cwd=ROOT, check=False)
 
 
-def _environment(tree: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(tree)}
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vitkern bench", description=__doc__)
-    parser.add_argument("--op", default="window_attention", help="the op to time (a file of benchmarks/cases)")
-    parser.add_argument("--case", default="", help="only cases whose name holds this text")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated dtypes")
-    parser.add_argument("--passes", default="fwd,fwd+bwd", help="fwd, fwd+bwd or both")
-    parser.add_argument("--baselines", default="", help="comma-separated, 'none', or all of the op's by default")
-    parser.add_argument("--base", help="compare with another commit instead of with the baselines")
-    parser.add_argument("--json", type=Path, help="write results as JSON")
-    parser.add_argument("--csv", type=Path, help="write results as CSV")
-    parser.add_argument("--plot", type=Path, help="write a picture of time over floor")
-    parser.add_argument("--ratios", type=Path, help="write a picture of the ratios to the best baseline")
-    parser.add_argument(
-        "--roofline", type=Path, help="write a picture of operations a second under the machine's ceilings"
+def _timed(tree: Path, op: str, argv: list[str], out: Path) -> list[dict[str, Any]]:
+    """The rows of an op without baselines: these benchmarks on the package of another tree."""
+    arguments = ["--op", op, *argv, "--baselines", "none", "--out", str(out)]
+    program = (
+        f"import sys; sys.path.insert(0, {str(tree)!r}); import vitkern; sys.path.insert(0, {str(ROOT)!r}); "
+        f"from benchmarks.run import main; main({arguments!r})"
     )
-    parser.add_argument("--markdown", type=Path, help="write the table as Markdown")
-    options = parser.parse_args(argv)
-    if options.base:
-        given = ["--op", options.op, "--case", options.case, "--dtype", options.dtype, "--passes", options.passes]
-        compare(options.base, given)
-        return 0
-    cases = importlib.import_module(f"benchmarks.cases.{options.op}")
-    baselines = importlib.import_module(f"benchmarks.baselines.{options.op}")
+    subprocess.run([sys.executable, "-c", program], cwd=out.parent, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((out / f"{op}.json").read_text())["rows"]
+
+
+def measure_op(op: str, options: argparse.Namespace, ceilings: measure.Ceilings) -> dict[str, Any]:
+    """Every case of an op that is asked for, checked and timed, with the machine's ceilings."""
+    cases = importlib.import_module(f"benchmarks.cases.{op}")
+    baselines = importlib.import_module(f"benchmarks.baselines.{op}")
     names = [n for n in options.baselines.split(",") if n and n != "none"] or (
         [] if options.baselines == "none" else list(cases.BASELINES)
     )
-    torch.manual_seed(0)
-    ceilings = measure.cpu_ceilings()
     chosen = [
         (case, DTYPES[dtype], kind == "fwd+bwd")
         for case in cases.CASES
@@ -173,29 +161,72 @@ def main(argv: list[str] | None = None) -> int:
         if kind in getattr(cases, "PASSES", ("fwd", "fwd+bwd"))
     ]
     rows = []
-    for case, dtype, backward in track(chosen, description="benchmark", console=Console(stderr=True)):
+    for case, dtype, backward in track(chosen, description=op, console=Console(stderr=True)):
         torch._dynamo.reset()
         rows.append(finish(measure_case(cases, baselines, case, dtype, backward, names), ceilings))
     names = [name for name in names if any(name in r.get("seconds", {}) for r in rows)]
-    Console(width=200).print(table(rows, names))
-    result = {
-        "environment": measure.environment(),
-        "ceilings": measure.as_json(ceilings),
-        "baselines": names,
-        "rows": rows,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
-    if options.markdown:
-        options.markdown.write_text(tables.markdown(result))
-    if options.csv:
-        write_csv(rows, options.csv)
-    for draw, path in (("over_floor", options.plot), ("ratios", options.ratios), ("roofline", options.roofline)):
-        if path:
-            from . import plots
+    Console(width=200).print(table(op, rows, names))
+    ceiling = measure.as_json(ceilings)
+    return {"environment": measure.environment(), "ceilings": ceiling, "baselines": names, "rows": rows}
 
-            getattr(plots, draw)(result, path)
-    return 1 if any("wrong" in r for r in rows) else 0
+
+def write(op: str, result: dict[str, Any], options: argparse.Namespace) -> None:
+    """The files of a result: JSON and its table, with --csv and --plot also these."""
+    path = options.out / f"{op}.json"
+    path.write_text(json.dumps(result, indent=1))
+    path.with_suffix(".md").write_text(tables.markdown(result))
+    if options.csv:
+        write_csv(result["rows"], path.with_suffix(".csv"))
+    if options.plot:
+        from . import plots
+
+        plots.over_floor(result, options.out / f"{op}-floor.svg")
+        if any(r.get("ratio") for r in result["rows"]):
+            plots.ratios(result, options.out / f"{op}-ratios.svg")
+        if plots.computes(result):
+            plots.roofline(result, options.out / f"{op}-roofline.svg")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vitkern bench", description=__doc__)
+    parser.add_argument(
+        "--op", default="all", help="files of benchmarks/cases, comma-separated; all of them by default"
+    )
+    parser.add_argument("--case", default="", help="only cases whose name holds this text")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated dtypes")
+    parser.add_argument("--passes", default="fwd,fwd+bwd", help="fwd, fwd+bwd or both")
+    parser.add_argument("--baselines", default="", help="comma-separated, 'none', or all of the op's by default")
+    parser.add_argument("--base", metavar="REF", help="compare with another commit instead of with the baselines")
+    parser.add_argument("--lengths", action="store_true", help="time against the number of tokens instead")
+    parser.add_argument("--out", type=Path, help="a folder for the results: JSON and tables")
+    parser.add_argument("--csv", action="store_true", help="with --out: also CSV")
+    parser.add_argument(
+        "--plot", action="store_true", help="with --out: also times over the floor, ratios and the roofline"
+    )
+    options = parser.parse_args(argv)
+    if options.lengths:
+        from . import lengths
+
+        return lengths.main(options.out)
+    known = sorted(p.stem for p in (ROOT / "benchmarks" / "cases").glob("[!_]*.py"))
+    ops = known if options.op == "all" else options.op.split(",")
+    if set(ops) - set(known):
+        parser.error(f"--op must be of {', '.join(known)}, got {options.op}")
+    if options.base:
+        given = ["--case", options.case, "--dtype", options.dtype, "--passes", options.passes]
+        compare(options.base, ops, given)
+        return 0
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    ceilings = measure.cpu_ceilings()
+    wrong = False
+    for op in ops:
+        result = measure_op(op, options, ceilings)
+        wrong |= any("wrong" in r for r in result["rows"])
+        if options.out:
+            write(op, result, options)
+    return int(wrong)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ CASES = {
         "mask=mask.BlockCausal(ids, ids), bias=bias.KeyBias(leaf(1, heads, n)), sink=leaf(heads)",
         "normalizer='sigmoid', bias=bias.KeyBias(leaf(1, heads, n)), scale=leaf(heads)",
         "dropout_p=0.2, dropout_seed=1",
+        "rope=vitkern.Rope(leaf(1, n, 1, 8), leaf(1, n, 1, 8))",
+        "cosine=vitkern.CosineScore(leaf(heads))",
+        "extra_kv=(leaf(1, 5, heads, 16), leaf(1, 5, heads, 16)), bias=bias.KeyBias(leaf(1, heads, n))",
     ),
     "modulations": (
         "modulation=modulation.TalkingHeads(leaf(4, 4), leaf(4), leaf(4, 4), leaf(4))",
@@ -63,3 +66,17 @@ def test_the_gradient_of_a_shared_bias_is_not_a_map_for_every_sample_and_head():
     bias = "b = leaf(1, 1, n, n); q, k, v = (leaf(24, n, 8, 8) for _ in range(3)); "
     more = grown(SETUP.replace("{call}", bias + ATTENDED.format(options="bias=b")), "call(1024)")
     assert more < 20 * 1024**2 * 4 + 12 * 24 * 1024 * 8 * 8 * 4
+
+
+BESIDE = {
+    "a bias of keys": "bias=[b, torch.zeros(24, 1, 1, n)]",
+    "a mask of keys": "bias=b, mask=[torch.ones(n, n, dtype=torch.bool), torch.ones(24, 1, 1, n, dtype=torch.bool)]",
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_a_shared_bias_or_mask_has_beside_it_for_the_keys_of_a_sample_makes_no_map(name):
+    """As above: together they would be 24 maps, of 4.2 MB or in bytes."""
+    bias = "b = leaf(1, 1, n, n); q, k, v = (leaf(24, n, 8, 8) for _ in range(3)); "
+    more = grown(SETUP.replace("{call}", bias + ATTENDED.format(options=BESIDE[name])), "call(1024)")
+    assert more < 22 * 1024**2 * 4 + 12 * 24 * 1024 * 8 * 8 * 4

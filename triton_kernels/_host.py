@@ -65,5 +65,5 @@ def plan_shape(tokens: int) -> dict[str, int]:
 
 
 def stream(seed: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The seed, the numbers of head 0 and image 0 and the places of queries that dropout counts, each None where it is not given."""
+    """The seed, the numbers of head 0 and image 0 and the places of queries that dropout counts, None where it is not given."""
     return (None,) * 3 if seed is None else (seed, *(seed[n:] if len(seed) > n else None for n in (1, 2)))

@@ -14,14 +14,15 @@ from vitkern.demo.merging import Merged
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>vitkern demo</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #1c1c1c; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 82rem; padding: 0 1rem; color: #1c1c1c; }
 h1 { margin-bottom: 0; } .lead { color: #555; margin-top: .25rem; }
 .photos { display: flex; gap: 1rem; flex-wrap: wrap; } .photos img { height: 11rem; border-radius: 4px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; white-space: nowrap; }
-th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid #ddd; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
+th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid #ddd; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; } td.best { font-weight: 600; }
 .photos img.groups { height: 18rem; } figcaption { color: #555; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; }
+figure { margin: 1.5rem 0; overflow-x: auto; } figure img.plot { width: 100%; max-width: 68rem; min-width: 38rem; }
+summary { cursor: pointer; font-weight: 600; margin: .5rem 0; }
 pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; }
 </style></head><body>
 <h1>vitkern demo</h1>
@@ -41,9 +42,8 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; }
 <td>{{ "%.1e"|format(r.difference) }}</td><td>{{ "%.1e"|format(r.errors.eager) }}</td>
 <td>{{ "%.1e"|format(r.errors.vitkern) }}</td><td>{{ "yes" if r.same_best else "no" }}</td>
 <td>{{ "%.0f"|format(100 * r.same_five) }} %</td></tr>{% endfor %}</table></div>
-<figure><img src="data:image/png;base64,{{ times }}" alt="Milliseconds per batch"></figure>
-<figure><img src="data:image/png;base64,{{ memory }}" alt="Peak memory"></figure>
-{% if merged %}<h2>Token merging</h2>
+{% for data, what in plots %}<figure><img class="plot" src="data:image/png;base64,{{ data }}" alt="{{ what }}"></figure>
+{% endfor %}{% if merged %}<h2>Token merging</h2>
 <p>Each line runs the pictures without merging and with r tokens merged in every block. The cosine is that of
 every token's feature with merging (its group's) to that without, the mean. Below, the groups after the last block: every
 group in its mean colour, light lines between groups.</p>
@@ -57,7 +57,7 @@ group in its mean colour, light lines between groups.</p>
 src="data:image/png;base64,{{ data }}" alt="Groups of {{ m.model }}">{% endfor %}</div>
 <figcaption>{{ m.model }}: {{ m.tokens[0] }} tokens in {{ m.tokens[-1] }} groups</figcaption></figure>{% endfor %}
 {% endif %}<h2>What was replaced</h2>
-{% for name, text in reports.items() %}<h3>{{ name }}</h3><pre>{{ text }}</pre>{% endfor %}
+{% for name, text in reports.items() %}<details><summary>{{ name }}</summary><pre>{{ text }}</pre></details>{% endfor %}
 <h2>Machine</h2><pre>{% for key, value in info.items() %}{{ key }}: {{ value }}
 {% endfor %}</pre></body></html>"""
 
@@ -95,8 +95,14 @@ def write_report(
             results=results,
             merged=merged,
             groups=[(m, [_drawing(d) for d in m.pictures[: len(dict(pictures))]]) for m in merged],
-            times=_bars(results, "milliseconds", "milliseconds per batch (less is better)"),
-            memory=_bars(results, "megabytes", "peak megabytes of one forward (less is better)"),
+            plots=[
+                (_bars(results, attribute, f"{what} (less is better)", log), what)
+                for attribute, what, log in (
+                    ("milliseconds", "milliseconds per batch", False),
+                    ("megabytes", "peak megabytes of one forward", False),
+                    ("errors", "largest error against the model in float64", True),
+                )
+            ],
             reports=reports,
             info=info,
         )
@@ -122,7 +128,7 @@ def _drawing(pixels: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _bars(results: list[Result], attribute: str, label: str) -> str:
+def _bars(results: list[Result], attribute: str, label: str, log: bool) -> str:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,13 +141,13 @@ def _bars(results: list[Result], attribute: str, label: str) -> str:
         places = [y + 0.8 * (i + 0.5) / len(kinds) - 0.4 for y in range(len(results))]
         values = [getattr(r, attribute).get(kind) or 0.0 for r in results]
         bars = axes.barh(places, values, 0.8 / len(kinds), color=colors[kind], label=kind)
-        axes.bar_label(
-            bars, [f"{v:.0f}" if v >= 10 else f"{v:.1f}" if v else "" for v in values], padding=3, fontsize=8
-        )
+        axes.bar_label(bars, [_short(v) for v in values], padding=3, fontsize=8)
     names = [f"{r.model}, {r.size[0]}×{r.size[1]}, {r.dtype}" for r in results]
     axes.set_yticks(range(len(results)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel(label)
+    if log:
+        axes.set_xscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()
@@ -149,3 +155,9 @@ def _bars(results: list[Result], attribute: str, label: str) -> str:
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _short(value: float) -> str:
+    if 0 < value < 0.05:
+        return f"{value:.0e}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value else ""

@@ -1,6 +1,6 @@
 """merge_lse: partial attentions over disjoint keys joined to one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def merge_lse(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, T
         ValueError, TypeError: there is no part, their numbers differ, or a shape does not fit.
     """
     for name, given in (("outs", outs), ("lses", lses)):
-        if not isinstance(given, (list, tuple, Tensor)):
+        if not isinstance(given, Iterable):
             raise TypeError(f"{NAME}: {name} must be a list of tensors, got {type(given).__name__}")
     outs, lses = list(outs), list(lses)
     if len(outs) != len(lses) or not outs:
