@@ -1,10 +1,9 @@
-"""python -m benchmarks.lengths: the time of one attention against the number of tokens, softmax and linear, and a plot of it.
+"""`vitkern bench --lengths`: time against the number of tokens, of the four families, and a plot of each.
 
-Heads of a vision transformer on one image, forward; medians of interleaved runs. A linear form counts only where it agrees with its
-definition in float64 at the shortest length.
+One image, forward, float32; medians of interleaved runs. What is timed agrees with its definition in float64: linear forms at the
+shortest length, the others at each.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,12 @@ from vitkern import decay
 from vitkern.testing import assert_close_to_oracle
 
 from . import measure
+from .baselines import attention as attention_baselines
+from .baselines import bipartite_match as match_baselines
+from .baselines import window_attention as window_baselines
+from .cases import attention as attention_cases
+from .cases import bipartite_match as match_cases
+from .cases import window_attention as window_cases
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = tuple(2**n for n in range(8, 17))
@@ -30,7 +35,7 @@ def rates(dtype: torch.dtype) -> Tensor:
     return torch.log(1 - 2.0 ** -(2 + 4 * torch.arange(HEADS) / HEADS)).to(dtype)
 
 
-def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if name == NAMES[0]:
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
     if name == NAMES[1]:
@@ -47,8 +52,8 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name in NAMES[2:]:
         with vitkern.use_backend("reference"):
-            exact, eager = run(name, *(t.double() for t in (q, k, v))), run(name, q, k, v)
-        assert_close_to_oracle(name, run(name, q, k, v), exact, eager)
+            exact, eager = attend(name, *(t.double() for t in (q, k, v))), attend(name, q, k, v)
+        assert_close_to_oracle(name, attend(name, q, k, v), exact, eager)
 
 
 def measured() -> list[dict[str, Any]]:
@@ -60,8 +65,43 @@ def measured() -> list[dict[str, Any]]:
             check(q, k, v)
         last = rows[-1]["seconds"] if rows else {}
         names = [m for m in NAMES if not rows or (m in last and 4 * last[m] < LONGEST)]
-        runs = {m: lambda m=m, q=q, k=k, v=v: run(m, q, k, v) for m in names}
+        runs = {m: lambda m=m, q=q, k=k, v=v: attend(m, q, k, v) for m in names}
         rows.append({"tokens": n, "seconds": measure.interleaved(runs, 15, 6.0)})
+    return rows
+
+
+def _series(op: str) -> tuple[Any, Any, list[tuple[int, Any]], list[str]]:
+    """Cases, baselines, (tokens, case) and the names of the baselines of an op."""
+    if op == "window_attention":
+        made = [(s * s, window_cases.Case("map", 1, (s, s), (7, 7), (3, 3), 3, 32)) for s in (14, 28, 56, 112, 224)]
+        return window_cases, window_baselines, made, ["eager", "sdpa"]
+    if op == "attention":
+        tokens = [64, 196, 400, 784, 1600, 3136]
+        made = [(n, attention_cases.Case("positions", 1, n, n, 12, 64, bias=True)) for n in tokens]
+        return attention_cases, attention_baselines, made, ["eager", "sdpa"]
+    tokens = [256, 1024, 4096, 16384]
+    return match_cases, match_baselines, [(n, match_cases.Case("tokens", 1, n, 64)) for n in tokens], ["eager"]
+
+
+SERIES = {
+    "window_attention": "Windows of 7 × 7 with shift 3 of square maps, 3 heads of 32 channels, table of positions",
+    "attention": "12 heads of 64 channels with a bias of positions",
+    "bipartite_match": "Matching of tokens of 64 channels",
+}
+LINEAR = f"{HEADS} heads of {WIDTH} channels"
+
+
+def series(op: str) -> list[dict[str, Any]]:
+    """Seconds by name for each length, of vitkern and of what people run instead."""
+    from .run import measure_case  # which imports the tables, and these the lengths
+
+    cases, baselines, made, names = _series(op)
+    rows = []
+    for tokens, case in made:
+        found = measure_case(cases, baselines, case, torch.float32, False, names)
+        if "wrong" in found:
+            raise RuntimeError(f"{op}, {tokens} tokens: {found['wrong']}")
+        rows.append({"tokens": tokens, "seconds": found["seconds"]})
     return rows
 
 
@@ -74,55 +114,46 @@ def crossing(rows: list[dict[str, Any]], name: str) -> str:
     return f"{name}: nowhere faster than softmax"
 
 
-def markdown(result: dict[str, Any]) -> str:
-    env, rows = result["environment"], result["rows"]
+def names_of(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for r in result["rows"] for name in r["seconds"]))
+
+
+def markdown(result: dict[str, Any], picture: str) -> str:
+    env, rows, names = result["environment"], result["rows"], names_of(result)
     lines = [
-        f"{HEADS} heads of {WIDTH} channels, one image, float32, forward. {env['cpu']}, {env['threads']} threads, "
+        f"{result.get('what', LINEAR)}, one image, float32, forward. {env['cpu']}, {env['threads']} threads, "
         f"{env['instruction set']}; torch {env['torch']}; commit {env['commit']}. Medians of interleaved runs, in ms.",
         "",
-        "| N | " + " | ".join(NAMES) + " |",
-        "|" + "---|" * (len(NAMES) + 1),
+        "| N | " + " | ".join(names) + " |",
+        "|" + "---|" * (len(names) + 1),
     ]
     for r in rows:
-        cells = [f"{r['seconds'][m] * 1e3:.2f}" if m in r["seconds"] else "–" for m in NAMES]
+        cells = [f"{r['seconds'][m] * 1e3:.2f}" if m in r["seconds"] else "–" for m in names]
         lines.append(f"| {r['tokens']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{crossing(rows, m)}." for m in NAMES[1:]), "", "![](lengths.svg)", ""])
+    crossings = [f"{crossing(rows, m)}." for m in NAMES[1:]] if NAMES[0] in names else []
+    return "\n".join([*lines, "", *crossings, *([""] if crossings else []), f"![]({picture})", ""])
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+def plot(result: dict[str, Any], path: Path) -> None:
+    from . import plots
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in NAMES:
-        points = [(r["tokens"], r["seconds"][name] * 1e3) for r in rows if name in r["seconds"]]
-        axes.loglog(*zip(*points, strict=True), marker="o", base=2, label=name)
-    axes.set_yscale("log", base=10)
-    axes.set_xlabel("tokens N")
-    axes.set_ylabel("milliseconds")
-    axes.grid(True, which="major", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+    plots.lengths(result, names_of(result), path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="results/cpu-<instruction set>/models/lengths.json by default")
-    options = parser.parse_args()
+def main(out: Path | None = None) -> int:
+    """Writes lengths.json (linear forms) and lengths-<op>.json with their tables and plots."""
     torch.manual_seed(0)
     env = measure.environment()
-    path = options.json or RESULTS / f"cpu-{env['instruction set']}" / "models" / "lengths.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = out or RESULTS / f"cpu-{env['instruction set'].removesuffix('_bf16')}" / "models"
+    folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        result = {"environment": env, "rows": measured()}
-    path.write_text(json.dumps(result, indent=1))
-    path.with_suffix(".md").write_text(markdown(result))
-    plot(result["rows"], path.with_suffix(".svg"))
-    print(markdown(result))
-
-
-if __name__ == "__main__":
-    main()
+        made = {"lengths": {"what": LINEAR, "rows": measured()}}
+    made |= {f"lengths-{op}": {"what": what, "rows": series(op)} for op, what in SERIES.items()}
+    for name, found in made.items():
+        result = {"environment": env} | found
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(result, indent=1))
+        path.with_suffix(".md").write_text(markdown(result, f"{name}.svg"))
+        plot(result, path.with_suffix(".svg"))
+        print(markdown(result, f"{name}.svg"))
+    return 0

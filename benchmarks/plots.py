@@ -93,6 +93,21 @@ def roofline(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def lengths(result: dict[str, Any], names: list[str], path: Path) -> None:
+    """Milliseconds of each form against the number of tokens."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in names:
+        points = [(r["tokens"], r["seconds"][name] * 1e3) for r in result["rows"] if name in r["seconds"]]
+        ours = OURS if name == "vitkern" else None
+        axes.loglog([n for n, _ in points], [ms for _, ms in points], marker="o", base=2, label=name, color=ours)
+    axes.set_yscale("log", base=10)
+    axes.set_xlabel("tokens N")
+    axes.set_ylabel("milliseconds")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.set_layout_engine("constrained")
     vector = path.suffix == ".svg"

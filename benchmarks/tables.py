@@ -11,7 +11,7 @@ from typing import Any
 
 from vitkern.patch import table as models
 
-from . import merging
+from . import lengths, merging
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,6 +88,8 @@ def generated() -> dict[Path, str]:
     files = {p.with_suffix(".md"): markdown(json.loads(p.read_text())) for p in sorted(RESULTS.glob("cpu-*/*.json"))}
     of_models = sorted(RESULTS.glob("cpu-*/models/merging.json"))
     files |= {p.with_suffix(".md"): merging.markdown(json.loads(p.read_text())) for p in of_models}
+    grown = sorted(RESULTS.glob("cpu-*/models/lengths*.json"))
+    files |= {p.with_suffix(".md"): lengths.markdown(json.loads(p.read_text()), f"{p.stem}.svg") for p in grown}
     files[ROOT / "docs" / "models.md"] = models.markdown()
     begin, end = f"<!-- {IN_README} -->\n", "<!-- end -->"
     before, rest = README.read_text().split(begin)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # mkdocs takes it away again behind this file; th
 
 import figures  # noqa: E402
 
-from benchmarks import plots  # noqa: E402
+from benchmarks import lengths, plots  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SYSTEMS = re.compile(r"<!-- systems: (\w+) -->")
@@ -34,6 +34,10 @@ def on_files(files: Any, config: Any) -> Any:
                 picture = Path(folder) / f"{kind}.svg"
                 getattr(plots, kind)(result, picture)
                 made[f"speed/{path.parent.name}-{path.stem}-{kind}.svg"] = picture.read_bytes()
+        for path in sorted(RESULTS.glob("cpu-*/models/lengths*.json")):
+            picture = Path(folder) / "lengths.svg"
+            lengths.plot(json.loads(path.read_text()), picture)
+            made[f"speed/{path.parents[1].name}-{path.stem}.svg"] = picture.read_bytes()
     for uri, content in made.items():
         files.append(File.generated(config, uri, content=content))
     return files
@@ -63,6 +67,9 @@ def speed(op: str) -> str:
         roof = f"![Roofline of {op}](speed/{machine}-{op}-roofline.svg)\n\n" if plots.computes(result) else ""
         folded = f"\n{roof}{path.with_suffix('.md').read_text()}".replace("\n", "\n    ")
         parts.append(f'??? note "Milliseconds against every baseline, floor, roofline"\n{folded}')
+        grown = path.parent / "models" / (f"lengths-{op}.json" if op != "linear_attention" else "lengths.json")
+        if grown.exists():
+            parts.append(f"{lengths.markdown(json.loads(grown.read_text()), f'speed/{machine}-{grown.stem}.svg')}")
     if not parts:
         raise ValueError(f"no committed result of {op}")
     return "\n\n".join(parts)
