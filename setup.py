@@ -202,4 +202,5 @@ if os.environ.get("VITKERN_BUILD_CPU", "1") != "0":
 if nvcc():
     extensions.append(Extension("vitkern._cuda", CUDA_SOURCES))
 
-setup(ext_modules=extensions, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+if __name__ != "read":  # a test looks at the functions
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

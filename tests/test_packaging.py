@@ -2,9 +2,11 @@
 
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -80,6 +82,45 @@ def test_the_wheel_serves_every_python_and_has_one_top_level_name(tmp_path):
                  "vitkern/py.typed", "vitkern/reference/window_attention.py", "vitkern/demo/run.py"):  # fmt: skip
         assert want in names, want
     assert not any(n.startswith("vitkern/tests") or "/csrc/" in n for n in names)
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tmp_path):
+    """Its own copy: a build leaves files behind."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    needed = [
+        n for n in listed if n.split("/")[0] in ("csrc", "triton_kernels", "vitkern", "setup.py", "pyproject.toml")
+    ]
+    for name in (*needed, "MANIFEST.in", "README.md", "LICENSE", "constraints-cpu.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path / "dist"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").glob("vitkern-*.tar.gz")
+    with tarfile.open(archive) as held:
+        names = {n.split("/", 1)[1] for n in held.getnames() if "/" in n}
+    assert set(needed) <= names, sorted(set(needed) - names)
+    assert not any(n.endswith(".so") or n.startswith("tests/") for n in names)
+
+
+def test_the_platform_tag_is_that_of_the_oldest_glibc_with_every_symbol(tmp_path):
+    tag = runpy.run_path(str(ROOT / "setup.py"), run_name="read")["platform_tag"]
+    calls = {"old": "memcpy@GLIBC_2.14", "new": "pthread_create@GLIBC_2.34"}
+    for name, symbol in calls.items():
+        function = symbol.split("@")[0]
+        source = f'__asm__(".symver {function},{symbol}"); int {function}(); int call() {{ return {function}(); }}'
+        (tmp_path / f"{name}.c").write_text(source)
+        command = [
+            "gcc",
+            "-shared",
+            "-fPIC",
+            "-fno-builtin",
+            "-o",
+            str(tmp_path / f"{name}.so"),
+            str(tmp_path / f"{name}.c"),
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+    assert tag([tmp_path / "old.so"], "x86_64") == "manylinux_2_17_x86_64"
+    assert tag([tmp_path / "old.so", tmp_path / "new.so"], "x86_64") == "manylinux_2_34_x86_64"
 
 
 PROBE = """

@@ -185,7 +185,7 @@ def _run(
     else:
         args = _lower(*maps[1:], blocks, shift, **plain)
         out, lse = _call.run(PLAIN, args, backend) if qkv is None else _call.run(PACKED, (maps[0], *args[3:]), backend)
-        if plain is not options:
+        if len(plain) < len(options):  # torch 2.10 cannot compile `is not` of dictionaries
             out, lse = (_window_views.joined(t, k.dim() - 3) for t in (out, lse))
         found = Stats(lse=lse)
     if lepe is not None:
