@@ -31,6 +31,15 @@ class AgentAttention(nn.Module):
         ValueError: num_heads does not divide dim, agent_num is no square, or x is not ``[B, p + H W, C]``.
     """
 
+    an_bias: Tensor
+    na_bias: Tensor
+    ah_bias: Tensor
+    aw_bias: Tensor
+    ha_bias: Tensor
+    wa_bias: Tensor
+    ac_bias: Tensor
+    ca_bias: Tensor
+
     def __init__(
         self,
         dim: int,

@@ -51,7 +51,7 @@ class GaussianMixtureAttention(nn.Module):
         plain = num_heads == 1 and head_dim == dim  # the code then has no projection
         project = nn.Sequential(nn.Linear(num_heads * head_dim, dim), nn.Dropout(proj_drop))
         self.to_out: nn.Module = nn.Identity() if plain else project
-        self.mask = nn.Module()
+        self.mask: Any = nn.Module()
         self.mask.sigma = nn.Parameter(torch.randn(num_kernels, num_heads, 1, 1) * 10 + 10)
         self.mask.alpha = nn.Parameter(torch.randn(num_kernels, num_heads, 1, 1) * 2)
         self.register_load_state_dict_pre_hook(_without_constant)

@@ -1,5 +1,7 @@
 """Attention of LeViT as one module, and the one that halves the map."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -128,7 +130,7 @@ class LevitAttentionDownsample(_Levit):
     ) -> None:
         super().__init__(dim, out_dim, key_dim, num_heads, attn_ratio, resolution, stride, out_weight=1.0)
         self.kv = _LinearNorm(dim, (key_dim + self.val_dim) * num_heads)
-        self.q = nn.Module()
+        self.q: Any = nn.Module()
         self.q.ln = _LinearNorm(dim, key_dim * num_heads)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -111,6 +111,9 @@ class MultiAxisAttention(nn.Module):
         ValueError: dim_head does not divide dim, windows or grids do not divide the map, or x is not ``[B, H, W, C]``.
     """
 
+    attn_block: nn.Module
+    attn_grid: nn.Module
+
     def __init__(
         self,
         dim: int,

@@ -31,6 +31,9 @@ class SigmoidAttention(Attention):
         ValueError: num_heads does not divide dim, compat is unknown, or x is not ``[B, N, C]``; TypeError: mask is not bool.
     """
 
+    attn_bias: Tensor
+    attn_temp: Tensor
+
     def __init__(
         self,
         dim: int,

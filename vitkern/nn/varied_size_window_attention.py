@@ -132,7 +132,8 @@ class VariedSizeWindowAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def _bias(self) -> Any:
-        side, biases = (self.window_size, self.window_size), []
+        side = (self.window_size, self.window_size)
+        biases: list[Any] = []
         if self.rotated:
             biases.append(DecomposedRelativePosition(self.rel_pos_h, self.rel_pos_w, side, side))
         if self.relative_position_bias_table is not None:

@@ -97,7 +97,7 @@ def attention(
     )  # fmt: skip
     checks.check_lepe(lepe, q, v)
     out, found = run(lowered, backend, slots.unserved(lowered, backend))
-    if lepe is not None and out is not None:
+    if lepe is not None and v is not None and out is not None:
         added = lepe.of(v if out.dtype == v.dtype else v.to(out.dtype), backend=_call.beside(backend))
         out = out + added.repeat_interleave(q.shape[2] // k.shape[2], 2)
     return (out, found) if return_stats else out

@@ -117,7 +117,7 @@ def window_attention(
         "bias": bias, "cosine": cosine, "scale": scale, "pad_order": pad_order, "pad_kv": pad_kv, "mask_value": mask_value,
         "dropout_p": dropout_p, "dropout_seed": dropout_seed,
     }  # fmt: skip
-    few = mask is extra_kv is order is key_mask is lepe is context_size is key_window_size is None and shared_q is False
+    few = mask is extra_kv is order is key_mask is lepe is context_size is key_window_size is None and shared_q is False  # type: ignore[comparison-overlap]
     if not few or partition != "block" or normalizer != "softmax" or context_border != "pad":
         options |= {
             "mask": mask, "normalizer": normalizer, "partition": partition, "context_size": context_size,
@@ -146,7 +146,7 @@ def window_attention_qkvpacked(
     return _run(qkv, *_parts(qkv), window_size, shift_size, return_stats, backend, options)
 
 
-def _parts(qkv: Any) -> tuple[Tensor, ...]:
+def _parts(qkv: Any) -> tuple[Tensor, Tensor, Tensor]:
     _checks.tensor(NAME, "qkv", qkv)
     if not 5 <= qkv.dim() <= 8 or qkv.shape[-3] != 3:
         raise ValueError(
@@ -183,7 +183,7 @@ def _run(
     if blocks is None:
         out, found = _window_general.windowed(q, k, v, window, shift, return_stats=stats, backend=backend, **options)
     else:
-        args = _lower(*maps[1:], blocks, shift, **plain)
+        args = _lower(maps[1], maps[2], maps[3], blocks, shift, **plain)
         out, lse = _call.run(PLAIN, args, backend) if qkv is None else _call.run(PACKED, (maps[0], *args[3:]), backend)
         if plain is not options:
             out, lse = (_window_views.joined(t, k.dim() - 3) for t in (out, lse))
@@ -197,7 +197,7 @@ def _run(
 
 def _seen(
     qkv: Any, q: Any, k: Any, v: Any, window: Any, shift: Any, stats: Any, options: dict[str, Any]
-) -> tuple[tuple[Any, ...], Any, dict[str, Any]]:
+) -> tuple[tuple[Any, Any, Any, Any], Any, dict[str, Any]]:
     """qkv, q, k, v, windows and options as the window kernels see them; None for windows that are beyond them."""
     maps = (qkv, q, k, v)
     if not _is_general(q, k, shift, stats, options):
@@ -206,7 +206,7 @@ def _seen(
     if len(plain) < len(options) and not _is_general(k, k, shift, stats, plain):
         found = _window_views.as_blocks(maps, window, shift, options)
         if found is not None:
-            return *found, plain
+            return found[0], found[1], plain
     return maps, None, options
 
 
@@ -327,7 +327,7 @@ def _explanation(
     maps, blocks, plain = _seen(qkv, q, k, v, window_size, shift_size, return_stats, options)
     if blocks is None:
         return _window_general.explanation(q, k, v, window_size, shift_size, **more, **options)
-    args = _lower(*maps[1:], blocks, shift_size, **plain)
+    args = _lower(maps[1], maps[2], maps[3], blocks, shift_size, **plain)
     if qkv is None:
         return _call.explanation(NAME, PLAIN, args, backend)
     return _call.explanation(NAME, PACKED, (maps[0], *args[3:]), backend)
@@ -337,7 +337,8 @@ def _explanation(
 
 
 def _packed_definition(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return definition(*qkv.unbind(-3), *rest)
+    q, k, v = qkv.unbind(-3)
+    return definition(q, k, v, *rest)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
