@@ -1,5 +1,7 @@
 """Agent attention: a few pooled queries stand between all queries and all keys."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
@@ -87,6 +89,9 @@ class AgentAttention(nn.Module):
         lepe = DepthwiseValue(self.dwc.weight, self.dwc.bias, self.window, self.prefix)
         out = attention(q, agents, read, bias=self._of_queries(), **options) + lepe.of(v)
         return self.proj_drop(self.proj(out.flatten(2)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _of_agents(self) -> Tensor:
         """What agents add to their scores with the tokens, ``[1, heads, agents, N]``."""

@@ -1,5 +1,7 @@
 """Attention of a map under decomposed relative positions, as one module: SAM, ViTDet."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -49,3 +51,6 @@ class DecomposedRelPosAttention(Attention):
         grid = (x.shape[1], x.shape[2])
         bias = DecomposedRelativePosition.resized(self.rel_pos_h, self.rel_pos_w, grid, grid)
         return self._attend(x.flatten(1, 2), bias=bias).unflatten(1, grid)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """Attention whose scores are multiplied by a mixture of Gaussians of the distance, as one module."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class GaussianMixtureAttention(nn.Module):
         sigma, alpha = (t.flatten(1) for t in (self.mask.sigma, self.mask.alpha))  # [kernels, heads]
         mixture = GaussianMixture(sigma, alpha, self.grid, mode=self.mode)
         return self.to_out(attention(q, k, v, modulation=mixture).flatten(-2))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, grid={self.grid}, num_heads={self.num_heads}"

@@ -1,7 +1,7 @@
 """Window attention of GC ViT as one module."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,9 @@ class GlobalContextWindowAttention(nn.Module):
         else:
             out = window_attention_qkvpacked(projected, self.window_size, **options)
         return self.proj_drop(self.proj(out.flatten(-2)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (

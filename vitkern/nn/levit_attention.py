@@ -1,6 +1,6 @@
 """Attention of LeViT as one module, and the one that halves the map."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,9 @@ class LevitAttention(_Levit):
         q, k, v = self._heads(self.qkv(x)).split([self.key_dim, self.key_dim, self.val_dim], -1)
         return self._attend(q, k, v)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class LevitAttentionDownsample(_Levit):
     """Attention of LeViT whose queries are every stride-th token of both axes: ``[B, H W, C]`` to ``[B, h w, C']``, h and w
@@ -138,3 +141,6 @@ class LevitAttentionDownsample(_Levit):
         k, v = self._heads(self.kv(x)).split([self.key_dim, self.val_dim], -1)
         chosen = x.unflatten(1, self.resolution)[:, :: self.stride, :: self.stride].flatten(1, 2)
         return self._attend(self._heads(self.q.ln(chosen)), k, v)
+
+    if TYPE_CHECKING:
+        __call__ = forward

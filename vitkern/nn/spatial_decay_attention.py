@@ -1,7 +1,7 @@
 """Softmax attention on a grid whose scores fall with the distance of the tokens: RMT's, with fixed rates, and PPMA's, with rates
 that the tokens give."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ class _SpatialDecay(nn.Module):
         else:
             out = self._on_map(x, q, k, v, rope, lepe)
         return self.out_proj(out.flatten(-2).unflatten(1, grid))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _on_map(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope, lepe: DepthwiseValue) -> Tensor:
         raise NotImplementedError

@@ -1,6 +1,6 @@
 """Varied-size windows of VSA and RVSA as one module: places predicted per window and head, projection, attention, projection."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,9 @@ class VariedSizeWindowAttention(nn.Module):
         )
         out = out[:, before[0] :, before[1] :].flatten(-2)  # [B, H, W, out_dim]
         return self.proj_drop(self.proj(out))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _bias(self) -> Any:
         side = (self.window_size, self.window_size)

@@ -1,7 +1,7 @@
 """linear_attention: signature, and the op."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,31 @@ from vitkern.ops._linear_maps import apply_map, features_in_front, fused
 from vitkern.ops._op import Op
 from vitkern.reference import linear_features
 from vitkern.reference.linear_attention import linear_attention as definition
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import LinearOptions
+
+State = tuple[Tensor, Tensor, Tensor]  # S, z and n
+
+
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[False] = False, **options: "Unpack[LinearOptions]"
+) -> Tensor: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[True], **options: "Unpack[LinearOptions]"
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: "Unpack[LinearOptions]"
+) -> Tensor | tuple[Tensor, State]: ...
 
 
 def linear_attention(

@@ -1,7 +1,7 @@
 """window_attention: argument checks, lowering of the options, and the two ops (separate and packed q, k, v)."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from vitkern.reference.window_attention import window_attention as definition
 from vitkern.stats import Stats
 from vitkern.value import DepthwiseValue
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import WindowOptions
+
 OPTION_TENSORS = (
     "Tensor? bias",
     "Tensor? index",
@@ -27,6 +32,20 @@ OPTIONS = (
     "SymInt[] window, SymInt[] shift, bool roll_first, bool pad_visible, float scale, float mask_value, "
     "float cosine_max, float cosine_eps, float dropout_p, str gpu"
 )
+
+
+@overload
+def window_attention(  # type: ignore[overload-overlap]
+    q: Tensor, k: Tensor, v: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[()] = (), **options: "Unpack[WindowOptions]",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[str, ...], **options: "Unpack[WindowOptions]",
+) -> tuple[Tensor, Stats]: ...  # fmt: skip
 
 
 def window_attention(
@@ -125,6 +144,20 @@ def window_attention(
             "key_window_size": key_window_size, "context_border": context_border,
         }  # fmt: skip
     return _run(None, q, k, v, window_size, shift_size, return_stats, backend, options)
+
+
+@overload
+def window_attention_qkvpacked(  # type: ignore[overload-overlap]
+    qkv: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[()] = (), **options: "Unpack[WindowOptions]",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def window_attention_qkvpacked(
+    qkv: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[str, ...], **options: "Unpack[WindowOptions]",
+) -> tuple[Tensor, Stats]: ...  # fmt: skip
 
 
 def window_attention_qkvpacked(

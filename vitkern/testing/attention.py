@@ -212,17 +212,9 @@ def make(
             given["extra_kv"] = (t["more_k"], t["more_v"])
         return (q, k, v), given
 
-    facts: dict[str, Any] = {
-        "B": batch,
-        "Nq": queries,
-        "Nk": keys,
-        "H": heads,
-        "Hk": kv_heads,
-        "D": d,
-        "Dv": dv,
-        "bias": bias,
-    }
+    facts: dict[str, Any] = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv}
     facts |= {
+        "bias": bias,
         "typed": typed,
         "grid": grid,
         "modulation": modulation,
