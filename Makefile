@@ -87,7 +87,7 @@ compat: wheel
 	done
 
 lint: .venv/test/installed
-	.venv/test/bin/ruff check . && .venv/test/bin/ruff format --check .
+	.venv/test/bin/ruff check . && .venv/test/bin/ruff format --check . && .venv/test/bin/mypy
 
 clean:
 	rm -rf build dist demo vitkern/*.so *.egg-info

@@ -132,7 +132,7 @@ class DecomposedRelativePosition:
             if len(table) != rows:
                 table = torch.nn.functional.interpolate(table.t()[None], size=rows, mode="linear")[0].t()
             tables.append(table)
-        return cls(*tables, q_grid, k_grid)
+        return cls(tables[0], tables[1], q_grid, k_grid)
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, Nq, Nk]``."""

@@ -50,10 +50,10 @@ def load(name: str) -> nn.Module:
     try:
         import transformers
 
-        config = transformers.AutoConfig.for_model(name)
+        settings = transformers.AutoConfig.for_model(name)
     except (ImportError, ValueError):
         return _timm(name)
-    return transformers.AutoModel.from_config(config)
+    return transformers.AutoModel.from_config(settings)
 
 
 def _transformers(folder: Path) -> nn.Module:

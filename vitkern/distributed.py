@@ -34,7 +34,8 @@ class _Passed(torch.autograd.Function):
     def forward(ctx: Any, group: Any, step: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.step = group, step
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        before, ahead = (dist.get_global_rank(group or dist.group.WORLD, (rank + i) % size) for i in (-step, step))
+        whole: Any = group or dist.group.WORLD
+        before, ahead = (dist.get_global_rank(whole, (rank + i) % size) for i in (-step, step))
         sent = [t.contiguous() for t in tensors]
         found = [torch.empty_like(t) for t in sent]
         calls = [dist.P2POp(dist.isend, t, before, group) for t in sent]
@@ -112,12 +113,12 @@ def window_attention(
     last = dist.get_rank(group) == dist.get_world_size(group) - 1
     own = [t[:, passed:] for t in (q, k, v)]
     if last:  # rows of the map's two ends meet, which the mask of a shift keeps apart
-        maps = [torch.cat(pair, 1) for pair in zip(ahead, own, strict=True)]
-        out = whole_window_attention(*maps, window, shift, **options)
+        q, k, v = (torch.cat(pair, 1) for pair in zip(ahead, own, strict=True))
+        out = whole_window_attention(q, k, v, window, shift, **options)
         sent, kept = out[:, :passed], out[:, passed:]
     else:
-        maps = [torch.cat(pair, 1) for pair in zip(own, ahead, strict=True)]
-        out = whole_window_attention(*maps, window, (0, *shift[1:axes]), **options)
+        q, k, v = (torch.cat(pair, 1) for pair in zip(own, ahead, strict=True))
+        out = whole_window_attention(q, k, v, window, (0, *shift[1:axes]), **options)
         kept, sent = out[:, :-passed], out[:, -passed:]
     (returned,) = _Passed.apply(group, -1, sent)
     return torch.cat((returned, kept), 1)

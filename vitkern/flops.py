@@ -128,12 +128,11 @@ FORMULAS: dict[str, tuple[Callable[..., int], float]] = {
     "cluster_kmeans": (_kmeans, 2.0),
     "reconstruct_tokens": (_reconstruct, 2.0),
     "depthwise_value": (_depthwise, 2.0),
-} | {
-    name: (_none, 0.0)
-    for name in (
-        "feature_rows", "mask_from_logits", "merge_plan", "merge_tokens", "unmerge_tokens", "select_tokens", "restore_tokens",
-        "window_rows", "window_sum",
-    )
+    **dict.fromkeys(
+        ("feature_rows", "mask_from_logits", "merge_plan", "merge_tokens", "unmerge_tokens", "select_tokens", "restore_tokens",
+         "window_rows", "window_sum"),
+        (_none, 0.0),
+    ),
 }  # fmt: skip
 
 

@@ -14,4 +14,4 @@ class Stats(NamedTuple):
     logits_mean: Tensor | None = None
     probs: Tensor | None = None
     logits: Tensor | None = None
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]

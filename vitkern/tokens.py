@@ -78,8 +78,8 @@ class MergePlan:
     ) -> "MergePlan":
         """The plan of a map; where `later` is 1 or True the token stands behind the others of its slot."""
         perm, offsets = segments(token_map, n_out, later)
-        as_int = (t.to(torch.int32).contiguous() for t in (token_map, perm, offsets))
-        return cls(*as_int, lengths, n_out, ragged)
+        token_map, perm, offsets = (t.to(torch.int32).contiguous() for t in (token_map, perm, offsets))
+        return cls(token_map, perm, offsets, lengths, n_out, ragged)
 
     def compose(self, later: "MergePlan") -> "MergePlan":
         """This plan, then ``later`` on its slots. Dropped tokens stay dropped."""

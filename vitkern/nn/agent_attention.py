@@ -1,5 +1,7 @@
 """Agent attention: a few pooled queries stand between all queries and all keys."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
@@ -30,6 +32,15 @@ class AgentAttention(nn.Module):
     Raises:
         ValueError: num_heads does not divide dim, agent_num is no square, or x is not ``[B, p + H W, C]``.
     """
+
+    an_bias: Tensor
+    na_bias: Tensor
+    ah_bias: Tensor
+    aw_bias: Tensor
+    ha_bias: Tensor
+    wa_bias: Tensor
+    ac_bias: Tensor
+    ca_bias: Tensor
 
     def __init__(
         self,
@@ -78,6 +89,9 @@ class AgentAttention(nn.Module):
         lepe = DepthwiseValue(self.dwc.weight, self.dwc.bias, self.window, self.prefix)
         out = attention(q, agents, read, bias=self._of_queries(), **options) + lepe.of(v)
         return self.proj_drop(self.proj(out.flatten(2)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _of_agents(self) -> Tensor:
         """What agents add to their scores with the tokens, ``[1, heads, agents, N]``."""

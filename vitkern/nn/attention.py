@@ -1,7 +1,7 @@
 """Attention of a vision transformer as one module: projection, normalised queries and keys, attention, projection."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -54,6 +54,9 @@ class Attention(nn.Module):
         """``bias``, ``mask`` and ``rope`` are those of :func:`vitkern.attention`, on ``[B, num_heads, N, N]``."""
         _checks.shape(self, "x", x, "B", "N", self.dim)
         return self._attend(x, bias=bias, mask=mask, rope=rope)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _project(self, x: Tensor) -> Tensor:
         return self.qkv(x)

@@ -1,6 +1,6 @@
 """Attention of BEiT as one module: a table of offsets with three rows for the class token."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ class BeitAttention(Attention):
         if window is not None:
             bias.append(RelativePosition(self.relative_position_bias_table, grid=window, prefix_tokens=1))
         return self._attend(x, bias=bias)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]
 
     def _project(self, x: Tensor) -> Tensor:
         if self.q_bias is None or self.v_bias is None:

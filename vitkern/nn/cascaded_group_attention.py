@@ -1,7 +1,7 @@
 """Cascaded group attention of EfficientViT (MSRA) as one module."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,9 @@ class CascadedGroupAttention(nn.Module):
         windows = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(0, 2)  # [B nW, s, s, C]
         out = cascade(self, windows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, grid)
         return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width].permute(0, 3, 1, 2)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, key_dim={self.key_dim}, num_heads={self.num_heads}, resolution={self.resolution}"

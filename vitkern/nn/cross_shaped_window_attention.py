@@ -1,5 +1,7 @@
 """Cross-shaped window attention of CSWin as one module."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +86,9 @@ class CrossShapedWindowAttention(nn.Module):
             )
             found.append(out[:, top:, left:])
         return self.proj_drop(self.proj(torch.cat(found, -2).flatten(-2)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, split_size={self.split_size}, branches={len(self.windows)}"

@@ -1,5 +1,7 @@
 """Attention of a map under decomposed relative positions, as one module: SAM, ViTDet."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +46,11 @@ class DecomposedRelPosAttention(Attention):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, dim // num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         _checks.shape(self, "x", x, "B", "H", "W", self.dim)
         grid = (x.shape[1], x.shape[2])
         bias = DecomposedRelativePosition.resized(self.rel_pos_h, self.rel_pos_w, grid, grid)
         return self._attend(x.flatten(1, 2), bias=bias).unflatten(1, grid)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]

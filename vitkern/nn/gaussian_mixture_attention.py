@@ -1,6 +1,6 @@
 """Attention whose scores are multiplied by a mixture of Gaussians of the distance, as one module."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class GaussianMixtureAttention(nn.Module):
         plain = num_heads == 1 and head_dim == dim  # the code then has no projection
         project = nn.Sequential(nn.Linear(num_heads * head_dim, dim), nn.Dropout(proj_drop))
         self.to_out: nn.Module = nn.Identity() if plain else project
-        self.mask = nn.Module()
+        self.mask: Any = nn.Module()
         self.mask.sigma = nn.Parameter(torch.randn(num_kernels, num_heads, 1, 1) * 10 + 10)
         self.mask.alpha = nn.Parameter(torch.randn(num_kernels, num_heads, 1, 1) * 2)
         self.register_load_state_dict_pre_hook(_without_constant)
@@ -62,6 +62,9 @@ class GaussianMixtureAttention(nn.Module):
         sigma, alpha = (t.flatten(1) for t in (self.mask.sigma, self.mask.alpha))  # [kernels, heads]
         mixture = GaussianMixture(sigma, alpha, self.grid, mode=self.mode)
         return self.to_out(attention(q, k, v, modulation=mixture).flatten(-2))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, grid={self.grid}, num_heads={self.num_heads}"

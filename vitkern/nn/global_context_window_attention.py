@@ -1,6 +1,7 @@
 """Window attention of GC ViT as one module."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -64,17 +65,21 @@ class GlobalContextWindowAttention(nn.Module):
         _checks.shape(self, "x", x, "B", "H", "W", self.dim)
         _checks.windows(self, self.window_size, x)
         bias = RelativePosition(self.rel_pos.relative_position_bias_table)
-        options = {"bias": bias, "dropout_p": self.attn_drop.p if self.training else 0.0}
+        options: dict[str, Any] = {"bias": bias, "dropout_p": self.attn_drop.p if self.training else 0.0}
         projected = self.qkv(x).unflatten(-1, (-1, self.num_heads, self.head_dim))
         if self.use_global:
             if q_global is None:
                 raise ValueError("GlobalContextWindowAttention: q_global must be given with use_global, got None")
             _checks.shape(self, "q_global", q_global, len(x), *self.window_size, self.dim)
             q = q_global.unflatten(-1, (self.num_heads, self.head_dim))
-            out = window_attention(q, *projected.unbind(-3), self.window_size, shared_q=True, **options)
+            k, v = projected.unbind(-3)
+            out = window_attention(q, k, v, self.window_size, shared_q=True, **options)
         else:
             out = window_attention_qkvpacked(projected, self.window_size, **options)
         return self.proj_drop(self.proj(out.flatten(-2)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (

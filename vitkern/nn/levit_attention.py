@@ -1,5 +1,7 @@
 """Attention of LeViT as one module, and the one that halves the map."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +97,9 @@ class LevitAttention(_Levit):
         q, k, v = self._heads(self.qkv(x)).split([self.key_dim, self.key_dim, self.val_dim], -1)
         return self._attend(q, k, v)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class LevitAttentionDownsample(_Levit):
     """Attention of LeViT whose queries are every stride-th token of both axes: ``[B, H W, C]`` to ``[B, h w, C']``, h and w
@@ -128,7 +133,7 @@ class LevitAttentionDownsample(_Levit):
     ) -> None:
         super().__init__(dim, out_dim, key_dim, num_heads, attn_ratio, resolution, stride, out_weight=1.0)
         self.kv = _LinearNorm(dim, (key_dim + self.val_dim) * num_heads)
-        self.q = nn.Module()
+        self.q: Any = nn.Module()
         self.q.ln = _LinearNorm(dim, key_dim * num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,3 +141,6 @@ class LevitAttentionDownsample(_Levit):
         k, v = self._heads(self.kv(x)).split([self.key_dim, self.val_dim], -1)
         chosen = x.unflatten(1, self.resolution)[:, :: self.stride, :: self.stride].flatten(1, 2)
         return self._attend(self._heads(self.q.ln(chosen)), k, v)
+
+    if TYPE_CHECKING:
+        __call__ = forward

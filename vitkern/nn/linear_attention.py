@@ -1,5 +1,7 @@
 """Linear attention on a grid of tokens: MLLA's, FLatten's and SLAB's."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,9 @@ class LinearAttention(nn.Module):
         v = x.to(q.dtype).unflatten(-1, (self.num_heads, -1))
         return linear_attention(q, k, v, preset="mlla", rope=Rope(self.cos, self.sin), lepe=lepe).flatten(2)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, input_resolution={self.input_resolution}, num_heads={self.num_heads}"
 
@@ -97,6 +102,9 @@ class SimplifiedLinearAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         lepe = DepthwiseValue(self.dwc.weight, self.dwc.bias, (rows, columns))
         return self.proj(self._attend(q, k, v, lepe).flatten(2))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, lepe: DepthwiseValue) -> Tensor:
         return linear_attention(q, k, v, preset="slab", lepe=lepe)

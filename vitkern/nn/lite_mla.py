@@ -1,5 +1,7 @@
 """Multi-scale linear attention of EfficientViT."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,9 @@ class LiteMLA(nn.Module):
         _checks.shape(self, "x", x, "B", self.in_channels, "H", "W")
         qkv = self.qkv(x)
         return self.proj(multi_scale([qkv, *(op(qkv) for op in self.aggreg)], self.dim, self.eps))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, heads={self.heads}, dim={self.dim}, eps={self.eps}"

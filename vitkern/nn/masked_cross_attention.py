@@ -1,5 +1,7 @@
 """Cross attention to the part of an image where a predicted mask is on, as one module: Mask2Former."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,9 @@ class MaskedCrossAttention(nn.Module):
         )
         out = attention(q, k, v, mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(out.flatten(-2))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.dim}, num_heads={self.num_heads}"

@@ -1,5 +1,7 @@
 """Channel attention of Restormer between its convolutions, as one module."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,9 @@ class MDTA(nn.Module):
         q, k, v = heads.permute(1, 0, 4, 5, 2, 3).unbind(0)  # [B, H, W, heads, head_dim], pixels side by side
         out = channel_attention(q, k, v, temperature=self.temperature)
         return self.project_out(out.permute(0, 3, 4, 1, 2).flatten(1, 2))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}"

@@ -1,6 +1,7 @@
 """Multi-axis attention of MaxViT as one module: attention in windows, then on grids, each with its MLP."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,9 @@ class MultiAxisAttention(nn.Module):
         ValueError: dim_head does not divide dim, windows or grids do not divide the map, or x is not ``[B, H, W, C]``.
     """
 
+    attn_block: nn.Module
+    attn_grid: nn.Module
+
     def __init__(
         self,
         dim: int,
@@ -138,6 +142,9 @@ class MultiAxisAttention(nn.Module):
         for window in (self.window_size, self.grid_size):
             _checks.windows(self, window, x)
         return self.attn_grid(self.attn_block(x))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, window_size={self.window_size}, grid_size={self.grid_size}"

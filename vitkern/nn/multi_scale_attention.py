@@ -1,7 +1,7 @@
 """Attention of MViTv2 as one module: pooled queries, keys and values, decomposed positions, residual pooling."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,9 @@ class MultiScaleAttention(nn.Module):
         _checks.shape(self, "x", x, "B", feat_size[0] * feat_size[1] + self.has_cls_token, self.dim)
         return pooled_attention(self, x, feat_size, DecomposedRelativePosition.resized)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, dim_out={self.dim_out}, num_heads={self.num_heads}"
 
@@ -118,5 +121,6 @@ def _beside_class(q: Tensor, k: Tensor, v: Tensor, bias: DecomposedRelativePosit
     rows, columns = (nn.functional.pad(t, (0, 0, 0, 0, 1, 0)) for t in parts)  # its query has no position
     of_grid = DecomposedRelativePosition(rows, columns, None, bias.k_grid)
     out, stats = attention(q, k[:, 1:], v[:, 1:], bias=of_grid, scale=scale, return_stats=("lse",))
-    score = scale * (q.to(stats.lse.dtype) * k[:, :1].to(stats.lse.dtype)).sum(-1)  # [B, N, H]
-    return merge_lse([out, v[:, :1].expand_as(out)], [stats.lse, score])[0]
+    lse: Any = stats.lse
+    score = scale * (q.to(lse.dtype) * k[:, :1].to(lse.dtype)).sum(-1)  # [B, N, H]
+    return merge_lse([out, v[:, :1].expand_as(out)], [lse, score])[0]

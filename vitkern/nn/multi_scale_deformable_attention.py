@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,9 @@ class MultiScaleDeformableAttention(nn.Module):
             normalize_weights=True,
         )
         return self.output_proj(out.flatten(-2))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _places(self, offsets: Tensor, reference: Tensor, shapes: Any) -> Tensor:
         """Locations [B, N, H, J, 2] of offsets [B, N, H J 2] from reference points [B, N, L or 1, 2 or 4]."""

@@ -1,5 +1,7 @@
 """Neighbourhood attention of NAT and DiNAT as modules."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,9 @@ class NeighborhoodAttention(nn.Module):
         drop = self.attn_drop if self.training and self.attn_drop.p else None
         out, _ = neighborhood(q, k, v, self.rpb, self.kernel_size, self.dilation, drop)
         return self.proj_drop(self.proj(out[:, :height, :width].flatten(-2)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class DilatedNeighborhoodAttention(NeighborhoodAttention):

@@ -1,5 +1,7 @@
 """Overlapping cross-attention of HAT as one module."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,9 @@ class OverlappingCrossAttention(nn.Module):
             pad_kv="zero",
         )
         return self.proj(out.flatten(-2))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         sides = f"window_size={self.window_size}, overlap_win_size={self.overlap_win_size}"

@@ -1,6 +1,7 @@
 """Attention with a sigmoid in place of the softmax, as one module."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class SigmoidAttention(Attention):
         ValueError: num_heads does not divide dim, compat is unknown, or x is not ``[B, N, C]``; TypeError: mask is not bool.
     """
 
+    attn_bias: Tensor
+    attn_temp: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -60,3 +64,6 @@ class SigmoidAttention(Attention):
             seen = mask.expand(*mask.shape[:-2], n, n).sum(-1).clamp(min=1)  # [..., N]
             bias = RowBias(-seen[(None,) * (3 - seen.dim())].float().log())
         return self._attend(x, normalizer="sigmoid", mask=mask, bias=bias)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]

@@ -1,6 +1,8 @@
 """Softmax attention on a grid whose scores fall with the distance of the tokens: RMT's, with fixed rates, and PPMA's, with rates
 that the tokens give."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -42,7 +44,7 @@ class _SpatialDecay(nn.Module):
         )
         turns = torch.arange(grid[0] * grid[1], device=x.device, dtype=self.angle.dtype)[:, None] * self.angle
         rope = Rope(turns.cos()[None, :, None], turns.sin()[None, :, None])
-        conv = self.lepe["conv"]
+        conv: Any = self.lepe["conv"]
         lepe = DepthwiseValue(conv.weight, conv.bias, grid)
         if self.decomposed:
             q, k = rope.turn(q, None), rope.turn(k, None)
@@ -50,6 +52,9 @@ class _SpatialDecay(nn.Module):
         else:
             out = self._on_map(x, q, k, v, rope, lepe)
         return self.out_proj(out.flatten(-2).unflatten(1, grid))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _on_map(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope, lepe: DepthwiseValue) -> Tensor:
         raise NotImplementedError
@@ -63,8 +68,8 @@ class _SpatialDecay(nn.Module):
         return attention(*flat, scale=self.scaling, bias=bias).unflatten(0, q.shape[:2])
 
     def _along_columns(self, q: Tensor, k: Tensor, v: Tensor, bias: ManhattanDecay | PolylinePath) -> Tensor:
-        turned = (t.transpose(1, 2) for t in (q, k, v))
-        return self._along_rows(*turned, bias).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return self._along_rows(q, k, v, bias).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, decomposed={self.decomposed}"

@@ -1,6 +1,7 @@
 """The 2-D selective scan block of VMamba."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,9 @@ class SS2D(nn.Module):
             delta_softplus=True,
         )
         return self.dropout(self.out_proj(self.out_norm(y) * F.silu(z)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"

@@ -1,5 +1,7 @@
 """Attention whose heads are mixed before and after the softmax, as one module: CaiT."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from vitkern.modulation import TalkingHeads
@@ -37,3 +39,6 @@ class TalkingHeadAttention(Attention):
         _checks.shape(self, "x", x, "B", "N", self.dim)
         mixed = TalkingHeads(self.proj_l.weight, self.proj_l.bias, self.proj_w.weight, self.proj_w.bias)
         return self._attend(x, modulation=mixed)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """Varied-size windows of VSA and RVSA as one module: places predicted per window and head, projection, attention, projection."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +131,12 @@ class VariedSizeWindowAttention(nn.Module):
         out = out[:, before[0] :, before[1] :].flatten(-2)  # [B, H, W, out_dim]
         return self.proj_drop(self.proj(out))
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _bias(self) -> Any:
-        side, biases = (self.window_size, self.window_size), []
+        side = (self.window_size, self.window_size)
+        biases: list[Any] = []
         if self.rotated:
             biases.append(DecomposedRelativePosition(self.rel_pos_h, self.rel_pos_w, side, side))
         if self.relative_position_bias_table is not None:

@@ -1,6 +1,7 @@
 """Window attention of a map, as one module: projection, (shifted) windows, projection. Swin and Swin V2."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,9 @@ class WindowAttention(_Windows):
         )
         return self.proj_drop(self.proj(x.flatten(-2)))
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class WindowAttentionV2(_Windows):
     r"""Attention of Swin V2 (Liu et al. 2022, eq. 2 and 3) on a map ``[B, *spatial, C]``; returns a map of that shape.
@@ -173,6 +177,9 @@ class WindowAttentionV2(_Windows):
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x.flatten(-2)))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _log_offsets(window: tuple[int, ...], pretrained: tuple[int, ...]) -> Tensor:

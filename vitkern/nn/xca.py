@@ -1,5 +1,7 @@
 """Cross-covariance attention of XCiT and EdgeNeXt, and the channel attention of DaViT, as modules."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from vitkern.nn import _checks
@@ -52,6 +54,9 @@ class XCA(_Channels):
         out = channel_attention(*self._split(x), temperature=self.temperature)
         return self.proj_drop(self.proj(out.flatten(2)))
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class ChannelAttention(_Channels):
     """Channel attention of DaViT (Ding et al. 2022) of tokens ``[B, N, C]``; returns tokens of the same shape.
@@ -85,3 +90,6 @@ class ChannelAttention(_Channels):
         if self.version == 1:
             q, k, v = k, v, q
         return self.proj(channel_attention(q, k, v, normalize=False, scale=width**-0.5).flatten(2))
+
+    if TYPE_CHECKING:
+        __call__ = forward

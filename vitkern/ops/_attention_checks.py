@@ -7,7 +7,8 @@ from torch import Tensor
 from vitkern import backends
 from vitkern.cosine import CosineScore
 from vitkern.ops import _checks
-from vitkern.ops._attention_modifier_checks import NAME, fields, grid, pair
+from vitkern.ops._attention_modifier_checks import NAME as NAME
+from vitkern.ops._attention_modifier_checks import fields, grid, pair
 from vitkern.rope import LAYOUTS, Rope
 from vitkern.value import DepthwiseValue
 

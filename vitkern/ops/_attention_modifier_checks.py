@@ -140,8 +140,8 @@ def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys:
         for name, of in (("q_xy", q), ("k_xy", k)):
             t = getattr(b, name)
             if t.dim() != 3 or not _checks.fits(t.shape[0], q.shape[0]) or t.shape[1:] != (of.shape[1], 2):
-                want = ["B or 1", of.shape[1], 2]
-                raise ValueError(f"{NAME}: bias {kind}.{name} must have shape {want}, got {list(t.shape)}")
+                wanted = ["B or 1", of.shape[1], 2]
+                raise ValueError(f"{NAME}: bias {kind}.{name} must have shape {wanted}, got {list(t.shape)}")
     if isinstance(b, bias.PolylinePath):
         if (
             b.row.dim() != 4

@@ -31,8 +31,9 @@ def place(found: dict[str, Any], b: ContextualPosition, q: Tensor, k: Tensor, va
         tables = {name: t if t is None else F.pad(t, (0, 0, 0, 0, 0, 1)) for name, t in tables.items()}
     found["position_index"] = index[(None,) * (3 - index.dim())]
     for name, x in (("q", q), ("k", keys)):
-        if tables[name] is not None:
-            table = tables[name].to(acc).expand(-1, heads, -1)
+        own = tables[name]
+        if own is not None:
+            table = own.to(acc).expand(-1, heads, -1)
             found[f"position_{name}"] = torch.einsum("bihd,nhd->bihn", finite(x.to(acc), table.requires_grad), table)
     if tables["v"] is not None and values:
         found["position_v"] = tables["v"].transpose(0, 1)[None]  # [1, H|1, n, Dv]

@@ -78,7 +78,7 @@ def explanation(name: str, op: Op | PlainOp, args: tuple[Any, ...], backend: str
 
 def torch_only(name: str, why: str, backend: str | None) -> Found:
     """`explanation` of a call that is PyTorch's own work on every device; raises where another back-end is named."""
-    refused = {"reference": []} | {other: [why] for other in ("cpu", "triton", "cuda")}
+    refused: dict[str, list[str]] = {"reference": []} | {other: [why] for other in ("cpu", "triton", "cuda")}
     wanted = backends.forced(backend) or "reference"
     if refused[wanted]:
         backends.refuse(name, wanted, refused)

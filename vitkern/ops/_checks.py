@@ -89,7 +89,7 @@ def integer(op: str, name: str, value: Any, least: int | None = None, what: str 
         raise TypeError(f"{op}: {name} must be {what}, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
-    return value
+    return value  # type: ignore[return-value] # a SymInt stands for an int
 
 
 def count(op: str, name: str, value: Any, most: int, text: str) -> int:

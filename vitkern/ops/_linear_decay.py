@@ -119,8 +119,8 @@ def _check_decay(d: Any, block: int, each: tuple[Any, ...], lowered: Lowered) ->
     if isinstance(d, decays.Polyline):
         if d.paths not in decays.PATHS:
             raise ValueError(f"{NAME}: paths of {name} must be one of {decays.PATHS}, got {d.paths!r}")
-        for side, links in (("row", d.row), ("col", d.col)):
-            _checks.shape(NAME, f"{side} of {name}", links, (q.shape[0], *d.grid, heads), "[B, Hs, Ws, H]")
+        for side, chain in (("row", d.row), ("col", d.col)):
+            _checks.shape(NAME, f"{side} of {name}", chain, (q.shape[0], *d.grid, heads), "[B, Hs, Ws, H]")
     elif isinstance(d, decays.Gated):
         lead = (tokens, heads) if packed else (q.shape[0], tokens, heads)
         wide = (*lead, q.shape[6])
@@ -171,13 +171,13 @@ def attend(lowered: Lowered, placed: Placed, backend: str | None) -> tuple[Tenso
         b, v = (t.repeat_interleave(group, 2) for t in (b, v))
     cos_q, sin_q, cos_k, sin_k = lowered.tables
     one = torch.ones_like(v[..., :1])  # [S, N, H, 1]
-    start = [None if placed.state is None else t.to(acc) for t in placed.state or (None,) * 3]  # type: ignore[union-attr]
+    start: list[Any] = [None] * 3 if placed.state is None else [t.to(acc) for t in placed.state]
     for name, t in (("S", start[0]), ("z", start[1])):
         if t is not None and t.shape[2] != a.shape[3]:
             raise ValueError(
                 f"{NAME}: {name} of initial_state must have the {a.shape[3]} features of q, got {t.shape[2]}"
             )
-    z = None if start[1] is None else start[1][..., None]  # [S, H, F, 1]
+    z: Any = None if start[1] is None else start[1][..., None]  # [S, H, F, 1]
     if cos_q is None:
         whole = None if start[0] is None else torch.cat((start[0], z), -1)
         out, last = summed(a, b, torch.cat((v, one), -1), whole)
@@ -242,7 +242,7 @@ class _Sums:
     def __call__(self, a: Tensor, b: Tensor, c: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.dense:
             return self._by_pairs(a, b, c, start)
-        found = [self._by_links(a, b, c, start, d) for d in self.placed.decays or (None,)]
+        found: list[Any] = [self._by_links(a, b, c, start, d) for d in self.placed.decays or (None,)]
         out = found[0][0] if len(found) == 1 else sum(f[0] for f in found) / len(found)
         return out, found[0][1]
 
@@ -275,15 +275,15 @@ class _Sums:
         return out, last
 
     def _on_grid(self, a: Tensor, b: Tensor, c: Tensor, d: Any) -> Tensor:
-        maps = [t.unflatten(1, d.grid) for t in (a, b, c)]  # [B, Hs, Ws, H, .]
+        a, b, c = (t.unflatten(1, d.grid) for t in (a, b, c))  # [B, Hs, Ws, H, .]
         if isinstance(d, decays.Manhattan):
-            col, row = (r.expand(maps[0].shape[:4]) for r in d.rates)
-            return grid_sum.grid_sum(*maps, row, col, backend=self.backend)
+            col, row = (r.expand(a.shape[:4]) for r in d.rates)
+            return grid_sum.grid_sum(a, b, c, row, col, backend=self.backend)
         found = []
         if d.paths != "col_first":
-            found.append(grid_sum.grid_sum(*maps, d.row, d.col, backend=self.backend))
+            found.append(grid_sum.grid_sum(a, b, c, d.row, d.col, backend=self.backend))
         if d.paths != "row_first":
-            found.append(grid_sum.grid_sum(*maps, d.row, d.col, True, backend=self.backend))
+            found.append(grid_sum.grid_sum(a, b, c, d.row, d.col, True, backend=self.backend))
         return found[0] if len(found) == 1 else (found[0] + found[1]) / 2
 
     def _by_pairs(self, a: Tensor, b: Tensor, c: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:

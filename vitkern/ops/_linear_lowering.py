@@ -196,12 +196,14 @@ def _feature_map(given: Any, preset: Any, chosen: Preset, q: Tensor, k: Tensor) 
         )
     if isinstance(wanted, maps.OBJECTS):
         fields("feature_map", wanted, q.device, NAME)
-    for kind, name, known in (
+    for kind, name, choices in (
         (maps.Hedgehog, "form", tuple(FORMS.values())),
         (maps.Focused, "norm", ("width", "head")),
     ):
-        if isinstance(wanted, kind) and getattr(wanted, name) not in known:
-            raise ValueError(f"{NAME}: {name} of {kind.__name__} must be one of {known}, got {getattr(wanted, name)!r}")
+        if isinstance(wanted, kind) and getattr(wanted, name) not in choices:
+            raise ValueError(
+                f"{NAME}: {name} of {kind.__name__} must be one of {choices}, got {getattr(wanted, name)!r}"
+            )
     form = FORMS.get(preset)
     if form is not None and isinstance(wanted, maps.Hedgehog) and wanted.form != form:
         raise ValueError(f"{NAME}: preset={preset!r} needs Hedgehog(form={form!r}), got {wanted.form!r}")

@@ -19,7 +19,7 @@ def fused(lowered: Lowered, custom: Any) -> bool:
         return False
     lowered.feature_map, lowered.rate, parameters = found
     wide = torch.promote_types(lowered.q.dtype, torch.float32)
-    given = [None if t is None else t.to(wide) for t in parameters]
+    given: list[Any] = [None if t is None else t.to(wide) for t in parameters]
     if isinstance(custom, (maps.Focused, maps.Polar)):
         given[0] = softplus(given[0])
     width = linear_features.width(lowered.feature_map, lowered.q.shape[6], *(*given, None, None)[:2])

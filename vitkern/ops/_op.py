@@ -42,8 +42,8 @@ class Op:
     options: str  # schema text of the other arguments
     differentiable: tuple[int, ...]  # positions of the arguments that get a gradient
     batched: int  # the first arguments: those with a batch dimension, cast by autocast
-    definition: Callable[..., tuple[Tensor, ...]]
-    fake: Callable[..., tuple[Tensor, ...]]
+    definition: Callable[..., Any]
+    fake: Callable[..., Any]
     gpu: Gpu = Gpu()  # what CUDA tensors run
     outputs: tuple[str, ...] = ("out", "lse")
     autocast: bool = True  # whether autocast casts the batched tensors
@@ -226,8 +226,8 @@ class PlainOp:
     options: str
     outputs: int
     batched: int  # the first arguments: those that every sample has its own of
-    definition: Callable[..., tuple[Tensor, ...]]
-    fake: Callable[..., tuple[Tensor, ...]]
+    definition: Callable[..., Any]
+    fake: Callable[..., Any]
     gpu: Gpu = Gpu()
 
     def register(self) -> None:

@@ -157,7 +157,8 @@ class Rule:
         """Placements of the tensors and of the results, a tuple of an entry for each axis of a mesh of these sizes."""
         for kinds in itertools.product((None, *self.kinds), repeat=len(sizes)):
             shards = {
-                kind: math.prod(n for n, k in zip(sizes, kinds, strict=True) if k == kind) for kind in {*kinds} - {None}
+                kind: math.prod(n for n, k in zip(sizes, kinds, strict=True) if k == kind)
+                for kind in {k for k in kinds if k is not None}
             }
             if all(self.call.allowed(kind, n) for kind, n in shards.items()):
                 results = [self.outputs(kind, made) for kind in kinds]

@@ -120,7 +120,7 @@ def backward(
     if chosen == "triton":
         from vitkern.triton_kernels import window_attention_bwd as kernels
 
-        return kernels.bwd(dout, dlse, lse, *inputs, wanted, *into)[3:]
+        return kernels.bwd(dout, dlse, lse, *inputs, wanted, *into)[3:]  # type: ignore[call-arg]
     return _cuda_backward(into, dout, dlse, lse, inputs, wanted)
 
 

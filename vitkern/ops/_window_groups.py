@@ -78,7 +78,8 @@ OF_HEADS = ("bias", "mask", "scale", "cosine", "pad_kv", "extra_kv", "lepe", "dr
 def first(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """`function` on the first group of heads."""
     shared = {name: value for name, value in options.items() if name not in OF_HEADS}
-    main, own = next(_groups(*args, **{name: options.get(name) for name in OF_HEADS}))
+    of_heads: dict[str, Any] = {name: options.get(name) for name in OF_HEADS}
+    main, own = next(_groups(*args, **of_heads))
     return function(*main, **own, **shared)
 
 

@@ -16,7 +16,7 @@ class Axis(NamedTuple):
     window * step - lead; `clamp`: moved into the map."""
 
     length: int
-    count: int  # windows
+    count: int  # type: ignore[assignment] # windows
     cells: int
     shift: int = 0
     roll_first: bool = False
@@ -29,7 +29,7 @@ class Axis(NamedTuple):
 class Places(NamedTuple):
     """The arguments of window_rows and window_sum behind the map."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     owners: Tensor
     counts: list[int]
     cells: list[int]
@@ -123,7 +123,8 @@ def rolled(found: Places, shifts: Tensor, lengths: list[int]) -> Places:
 
 def each_slot(parts: list[Tensor], counts: list[int], cells: list[int], join: Callable[[Any, Any], Any]) -> Tensor:
     """What every slot has, [B, windows, N], from what the places of each axis have, [B, count * cells] each."""
-    rank, found = len(parts), None
+    rank = len(parts)
+    found: Any = None
     for a, part in enumerate(parts):
         shape = [len(part)] + [1] * (2 * rank)
         shape[1 + a], shape[1 + rank + a] = counts[a], cells[a]

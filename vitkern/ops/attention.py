@@ -1,6 +1,6 @@
 """attention: argument checks, lowering, and the op."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,30 @@ from vitkern.rope import Rope
 from vitkern.stats import Stats
 from vitkern.value import DepthwiseValue
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import AttentionOptions
+
 NAME = checks.NAME
+
+
+@overload
+def attention(  # type: ignore[overload-overlap]
+    q: Tensor, k: Tensor, v: Tensor, *, return_stats: tuple[()] = (), **options: "Unpack[AttentionOptions]"
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_stats: tuple[str, ...], **options: "Unpack[AttentionOptions]"
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: None, *, return_stats: tuple[str, ...], **options: "Unpack[AttentionOptions]"
+) -> tuple[None, Stats]: ...
 
 
 def attention(
@@ -97,7 +120,7 @@ def attention(
     )  # fmt: skip
     checks.check_lepe(lepe, q, v)
     out, found = run(lowered, backend, slots.unserved(lowered, backend))
-    if lepe is not None and out is not None:
+    if lepe is not None and v is not None and out is not None:
         added = lepe.of(v if out.dtype == v.dtype else v.to(out.dtype), backend=_call.beside(backend))
         out = out + added.repeat_interleave(q.shape[2] // k.shape[2], 2)
     return (out, found) if return_stats else out

@@ -1,6 +1,6 @@
 """attention_varlen: packed sequences of any lengths, on the op of attention."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -19,10 +19,36 @@ from vitkern.rope import Rope
 from vitkern.stats import Stats
 from vitkern.value import DepthwiseValue
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import AttentionOptions
+
 NAME = "attention_varlen"
 UNPACKED = (biases.PolylinePath, biases.ContextualPosition, masks.FromLogits, modulations.Policy)
 LONGEST = 2**30
 STATS = ("lse", "key_mean", "row", "index")
+
+
+@overload
+def attention_varlen(  # type: ignore[overload-overlap]
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_stats: tuple[()] = (), **options: "Unpack[AttentionOptions]",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_stats: tuple[str, ...], **options: "Unpack[AttentionOptions]",
+) -> tuple[Tensor, Stats]: ...  # fmt: skip
+
+
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, return_stats: tuple[str, ...], **options: "Unpack[AttentionOptions]",
+) -> tuple[None, Stats]: ...  # fmt: skip
 
 
 def attention_varlen(

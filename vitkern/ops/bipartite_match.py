@@ -26,7 +26,7 @@ def bipartite_match(
     mask: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     stride: int | tuple[int, int] = 2,
-    seed: int = 0,
+    seed: int | None = 0,
     segments: Tensor | None = None,
     window: int | tuple[int, int] | None = None,
     similarity: str = "cosine",
@@ -250,7 +250,8 @@ def _triton() -> Any:
 
 def _fake(metric: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     shape = metric.shape[:2]
-    return tuple(metric.new_empty(shape, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int8))
+    score, dst, role = (metric.new_empty(shape, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.int8))
+    return score, dst, role
 
 
 def _explain(*args: Any, backend: str | None = None, **options: Any) -> _call.Found:

@@ -95,7 +95,7 @@ def cluster_tokens(
     """
     if type(x) not in _sharded.PLAIN and _sharded.met(x):
         return _sharded.call(cluster_tokens, locals())
-    k, grids = _check(
+    count, grids = _check(
         x, k, method, centers, grid, iters, temperature, window, k_neighbors, threshold, linkage, weight, mask
     )
     if method == "grid":
@@ -109,11 +109,10 @@ def cluster_tokens(
             found = cluster_kmeans(x, found, mask, grids, window, float(temperature), iters, backend=backend)
         found = found.to(x.dtype)
         return found, _nearest_clusters(x, found, None, mask, backend)[1], None
-    ragged = mask is not None
-    args = (x.detach(), None, mask, weight, method, k, k_neighbors, iters, linkage)
+    args = (x.detach(), None, mask, weight, method, count, k_neighbors, iters, linkage)
     label, index, _ = _call.run(OP, args, backend)
-    lengths = mask.sum(1).clamp(max=k).to(torch.int32) if ragged else label.new_full((len(x),), k)
-    plan = _headed(label, index, k, lengths, ragged)
+    lengths = label.new_full((len(x),), count) if mask is None else mask.sum(1).clamp(max=count).to(torch.int32)
+    plan = _headed(label, index, count, lengths, mask is not None)
     if method == "agglomerative":
         return merge_tokens(x, plan, backend=backend)[0], plan, index
     picked = x.gather(1, index.long()[..., None].expand(-1, -1, x.shape[2]))

@@ -1,21 +1,45 @@
 """linear_attention: signature, and the op."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from vitkern import backends
 from vitkern.feature_map import Polar
-from vitkern.ops import _call, _checks, _linear_decay, _linear_pairs, _sharded
+from vitkern.ops import _attention_checks, _call, _checks, _linear_decay, _linear_pairs, _sharded
 from vitkern.ops._linear_gpu import GPU
 from vitkern.ops._linear_lowering import NAME, Lowered, lower
 from vitkern.ops._linear_maps import apply_map, features_in_front, fused
 from vitkern.ops._op import Op
-from vitkern.ops.attention import checks as attention_checks
 from vitkern.reference import linear_features
 from vitkern.reference.linear_attention import linear_attention as definition
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import LinearOptions
+
+State = tuple[Tensor, Tensor, Tensor]  # S, z and n
+
+
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[False] = False, **options: "Unpack[LinearOptions]"
+) -> Tensor: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[True], **options: "Unpack[LinearOptions]"
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: "Unpack[LinearOptions]"
+) -> Tensor | tuple[Tensor, State]: ...
 
 
 def linear_attention(
@@ -166,7 +190,7 @@ def _check_lepe(lepe: Any, q: Tensor, v: Tensor) -> None:
         return
     if q.dim() == 3:
         raise ValueError(f"{NAME}: lepe must be None with cu_seqlens, got {type(lepe).__name__}")
-    attention_checks.check_lepe(lepe, q.flatten(1, -3), v.flatten(1, -3), NAME)
+    _attention_checks.check_lepe(lepe, q.flatten(1, -3), v.flatten(1, -3), NAME)
 
 
 # the op -----------------------------------------------------------------------------------------------------------------

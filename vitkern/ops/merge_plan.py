@@ -48,7 +48,8 @@ def merge_plan(
         ValueError, TypeError: an argument does not fit, or a sample keeps more tokens than there are slots.
     """
     args, n_out, ragged = _lower(match, r, threshold, order, n_max, clip)
-    return MergePlan(*_call.run(OP, args, backend), n_out, ragged)
+    token_map, perm, offsets, lengths = _call.run(OP, args, backend)
+    return MergePlan(token_map, perm, offsets, lengths, n_out, ragged)
 
 
 def _lower(

@@ -1,6 +1,6 @@
 """merge_tokens: argument checks, lowering, and the op."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,30 @@ from vitkern.tokens import MergePlan
 
 NAME = "merge_tokens"
 REDUCTIONS = _cuda.REDUCTIONS
+
+
+@overload
+def merge_tokens(
+    x: Tensor,
+    plan: MergePlan,
+    *,
+    weight: Tensor | None = None,
+    reduce: str = "mean",
+    include_dst: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def merge_tokens(
+    x: tuple[Tensor, ...],
+    plan: MergePlan,
+    *,
+    weight: Tensor | None = None,
+    reduce: str | tuple[str, ...] = "mean",
+    include_dst: bool = True,
+    backend: str | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor]: ...
 
 
 def merge_tokens(

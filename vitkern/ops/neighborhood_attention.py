@@ -1,7 +1,7 @@
 """neighborhood_attention, neighborhood_qk, neighborhood_av: argument checks, lowering, and the ops."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -14,9 +14,28 @@ from vitkern.reference.neighborhood_attention import neighborhood_av as av_defin
 from vitkern.reference.neighborhood_attention import neighborhood_qk as qk_definition
 from vitkern.stats import Stats
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import NeighborhoodOptions
+
 NAME, QK_NAME, AV_NAME = "neighborhood_attention", "neighborhood_qk", "neighborhood_av"
 BORDERS = ("shift", "zero")
 Ints = int | tuple[int, ...]
+
+
+@overload
+def neighborhood_attention(  # type: ignore[overload-overlap]
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: Ints,
+    *, return_stats: tuple[()] = (), **options: "Unpack[NeighborhoodOptions]",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def neighborhood_attention(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: Ints,
+    *, return_stats: tuple[str, ...], **options: "Unpack[NeighborhoodOptions]",
+) -> tuple[Tensor, Stats]: ...  # fmt: skip
 
 
 def neighborhood_attention(

@@ -137,7 +137,7 @@ def _bias(bias: Any, q: Tensor, window: tuple[int, ...], samples: int) -> tuple[
         of_window = dense.unflatten(0, (q.shape[0], len(token)))
     check_bias(NAME, shared, q, window, samples)
     if isinstance(shared, RelativePosition):
-        shared, index = shared.table, shared.rows(tuple(window), q.device)
+        index, shared = shared.rows(tuple(window), q.device), shared.table
     elif shared is not None:
         shared = shared.expand(heads, n, samples)
     return of_window, shared, index

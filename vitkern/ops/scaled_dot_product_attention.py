@@ -51,7 +51,8 @@ def scaled_dot_product_attention(
             f"{NAME}: key has {key.shape[-3]} heads and query {query.shape[-3]}; enable_gqa=True lets queries share them"
         )
     lead = query.shape[:-3]
-    masks = bias = None
+    masks: Causal | Tensor | None = None
+    bias: Tensor | None = None
     if is_causal:
         masks = Causal()
     elif attn_mask is not None:

@@ -82,7 +82,8 @@ def gathered(
         explained(name, x, reduce, backend)
     itself = x.device.type != "cpu" and wanted != "reference"
     chosen = _call.dispatch(OP, args, None) if itself else _call.run(OP, args, wanted)
-    plan = MergePlan(*chosen, slots + int(fuse), ragged)
+    token_map, perm, offsets, lengths = chosen
+    plan = MergePlan(token_map, perm, offsets, lengths, slots + int(fuse), ragged)
     weight = None
     if fuse:
         alone = plan.token_map < slots
@@ -90,8 +91,9 @@ def gathered(
     rows = (merge_tokens.rows(x), plan.token_map, plan.perm, plan.offsets, weight, reduce, True)
     y = _call.run(merge_tokens.OP, rows, backend)[0]
     index = plan.perm[:, :slots]
-    if ragged:
-        index = torch.where(plan.key_mask, index, x.shape[1])
+    used = plan.key_mask
+    if used is not None:
+        index = torch.where(used, index, x.shape[1])
     return y.reshape(y.shape[0], y.shape[1], *x.shape[2:]), index, plan
 
 
@@ -161,7 +163,9 @@ def _triton() -> Any:
     return kernels
 
 
-def _fake(score: Tensor, threshold: Any, protect: int, most: int, slots: int, by_score: bool, fuse: bool, *rest: Any):
+def _fake(
+    score: Tensor, threshold: Any, protect: int, most: int, slots: int, by_score: bool, fuse: bool, *rest: Any
+) -> tuple[Tensor, ...]:
     batch, tokens = score.shape
     shapes = ((batch, tokens), (batch, tokens), (batch, slots + int(fuse) + 1), (batch,))
     return tuple(score.new_empty(shape, dtype=torch.int32) for shape in shapes)

@@ -1,6 +1,6 @@
 """selective_scan: argument checks, lowering, and the op, which is that of selective_scan_2d too."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,8 +10,34 @@ from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.selective_scan import selective_scan as definition
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import ScanOptions
+
 NAME = "selective_scan"
 ROUTES = ("forward", "backward", "both")
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    *, return_state: Literal[False] = False, **options: "Unpack[ScanOptions]",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    *, return_state: Literal[True], **options: "Unpack[ScanOptions]",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    *, return_state: bool, **options: "Unpack[ScanOptions]",
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def selective_scan(

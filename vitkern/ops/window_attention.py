@@ -1,7 +1,7 @@
 """window_attention: argument checks, lowering of the options, and the two ops (separate and packed q, k, v)."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from vitkern.reference.window_attention import window_attention as definition
 from vitkern.stats import Stats
 from vitkern.value import DepthwiseValue
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from vitkern.ops._options import WindowOptions
+
 OPTION_TENSORS = (
     "Tensor? bias",
     "Tensor? index",
@@ -27,6 +32,20 @@ OPTIONS = (
     "SymInt[] window, SymInt[] shift, bool roll_first, bool pad_visible, float scale, float mask_value, "
     "float cosine_max, float cosine_eps, float dropout_p, str gpu"
 )
+
+
+@overload
+def window_attention(  # type: ignore[overload-overlap]
+    q: Tensor, k: Tensor, v: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[()] = (), **options: "Unpack[WindowOptions]",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[str, ...], **options: "Unpack[WindowOptions]",
+) -> tuple[Tensor, Stats]: ...  # fmt: skip
 
 
 def window_attention(
@@ -117,7 +136,7 @@ def window_attention(
         "bias": bias, "cosine": cosine, "scale": scale, "pad_order": pad_order, "pad_kv": pad_kv, "mask_value": mask_value,
         "dropout_p": dropout_p, "dropout_seed": dropout_seed,
     }  # fmt: skip
-    few = mask is extra_kv is order is key_mask is lepe is context_size is key_window_size is None and shared_q is False
+    few = mask is extra_kv is order is key_mask is lepe is context_size is key_window_size is None and shared_q is False  # type: ignore[comparison-overlap]
     if not few or partition != "block" or normalizer != "softmax" or context_border != "pad":
         options |= {
             "mask": mask, "normalizer": normalizer, "partition": partition, "context_size": context_size,
@@ -125,6 +144,20 @@ def window_attention(
             "key_window_size": key_window_size, "context_border": context_border,
         }  # fmt: skip
     return _run(None, q, k, v, window_size, shift_size, return_stats, backend, options)
+
+
+@overload
+def window_attention_qkvpacked(  # type: ignore[overload-overlap]
+    qkv: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[()] = (), **options: "Unpack[WindowOptions]",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def window_attention_qkvpacked(
+    qkv: Tensor, window_size: Any, shift_size: Any = 0,
+    *, return_stats: tuple[str, ...], **options: "Unpack[WindowOptions]",
+) -> tuple[Tensor, Stats]: ...  # fmt: skip
 
 
 def window_attention_qkvpacked(
@@ -146,7 +179,7 @@ def window_attention_qkvpacked(
     return _run(qkv, *_parts(qkv), window_size, shift_size, return_stats, backend, options)
 
 
-def _parts(qkv: Any) -> tuple[Tensor, ...]:
+def _parts(qkv: Any) -> tuple[Tensor, Tensor, Tensor]:
     _checks.tensor(NAME, "qkv", qkv)
     if not 5 <= qkv.dim() <= 8 or qkv.shape[-3] != 3:
         raise ValueError(
@@ -183,7 +216,7 @@ def _run(
     if blocks is None:
         out, found = _window_general.windowed(q, k, v, window, shift, return_stats=stats, backend=backend, **options)
     else:
-        args = _lower(*maps[1:], blocks, shift, **plain)
+        args = _lower(maps[1], maps[2], maps[3], blocks, shift, **plain)
         out, lse = _call.run(PLAIN, args, backend) if qkv is None else _call.run(PACKED, (maps[0], *args[3:]), backend)
         if len(plain) < len(options):  # torch 2.10 cannot compile `is not` of dictionaries
             out, lse = (_window_views.joined(t, k.dim() - 3) for t in (out, lse))
@@ -197,7 +230,7 @@ def _run(
 
 def _seen(
     qkv: Any, q: Any, k: Any, v: Any, window: Any, shift: Any, stats: Any, options: dict[str, Any]
-) -> tuple[tuple[Any, ...], Any, dict[str, Any]]:
+) -> tuple[tuple[Any, Any, Any, Any], Any, dict[str, Any]]:
     """qkv, q, k, v, windows and options as the window kernels see them; None for windows that are beyond them."""
     maps = (qkv, q, k, v)
     if not _is_general(q, k, shift, stats, options):
@@ -206,7 +239,7 @@ def _seen(
     if len(plain) < len(options) and not _is_general(k, k, shift, stats, plain):
         found = _window_views.as_blocks(maps, window, shift, options)
         if found is not None:
-            return *found, plain
+            return found[0], found[1], plain
     return maps, None, options
 
 
@@ -327,7 +360,7 @@ def _explanation(
     maps, blocks, plain = _seen(qkv, q, k, v, window_size, shift_size, return_stats, options)
     if blocks is None:
         return _window_general.explanation(q, k, v, window_size, shift_size, **more, **options)
-    args = _lower(*maps[1:], blocks, shift_size, **plain)
+    args = _lower(maps[1], maps[2], maps[3], blocks, shift_size, **plain)
     if qkv is None:
         return _call.explanation(NAME, PLAIN, args, backend)
     return _call.explanation(NAME, PACKED, (maps[0], *args[3:]), backend)
@@ -337,7 +370,8 @@ def _explanation(
 
 
 def _packed_definition(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return definition(*qkv.unbind(-3), *rest)
+    q, k, v = qkv.unbind(-3)
+    return definition(q, k, v, *rest)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ TABLES = {
     "prefix": ("key-query", PREFIX, 1),
     "strided": ("abs", 0, 2),
 }  # RelativePosition
-POSITIONS = {
+POSITIONS: dict[str, Callable[..., Any]] = {
     **{
-        name: lambda t, grid, how=how: RelativePosition(t["table"].t(), None, grid, *how)
+        name: lambda t, grid, how=how: RelativePosition(t["table"].t(), None, grid, *how)  # type: ignore[misc]
         for name, how in TABLES.items()
     },
     "decay": lambda t, grid: ManhattanDecay(t["rate"], grid, "prob"),
@@ -183,7 +184,7 @@ def make(
         if repeated:
             t = {name: x.expand(full) if name in ("bias", "factors") else x for name, x in t.items()}
         q, k, v = (view(layout, t[name], 1, h) for name, _, h, _ in groups)
-        biases = [t["bias"]] if bias is not None else []
+        biases: list[Any] = [t["bias"]] if bias is not None else []
         if "expanded" in names:
             biases = [t["bias"].expand(len(q), heads, q.shape[1], k.shape[1])]
         biases += [KeyBias(t["key_bias"])] if key_bias else []
@@ -211,8 +212,9 @@ def make(
             given["extra_kv"] = (t["more_k"], t["more_v"])
         return (q, k, v), given
 
-    facts = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv, "bias": bias}
+    facts: dict[str, Any] = {"B": batch, "Nq": queries, "Nk": keys, "H": heads, "Hk": kv_heads, "D": d, "Dv": dv}
     facts |= {
+        "bias": bias,
         "typed": typed,
         "grid": grid,
         "modulation": modulation,

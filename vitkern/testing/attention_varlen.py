@@ -66,7 +66,7 @@ def packed(
         hidden: list[Any] = [Causal(1)] if causal else []
         hidden += [Segments(t["q_ids"], t["k_ids"])] if ids else []
         hidden += [NoSelf()] if "no self" in names else []
-        biases = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])]
+        biases: list[Any] = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])]
         biases += [t["bias"].expand(heads, *longest) if "expanded" in names else t["bias"]] if bias else []
         rope = Rope(t["cos"], t["sin"], ("interleaved", "half")[seed % 2]) if "turned" in names else None
         if grid:

@@ -71,7 +71,7 @@ def draw(rng: random.Random) -> Call:
 
 def small() -> list[Call]:
     """Tiny calls that together reach every branch of a kernel."""
-    fixed = {"temperature": 0.0}
+    fixed: dict[str, Any] = {"temperature": 0.0}
     return [
         make(1, 2, (5, 6, 2, 3), 8, window=1),
         make(2, 2, (5, 6, 3, 3), 8, window=3, **fixed),

@@ -168,7 +168,8 @@ def draw(rng: random.Random) -> Call:
         options["return_state"] = True
     kind = rng.choice(("plain", "plain", "cross", "grid", "windows", "packed"))
     queries: tuple[int, ...] = (rng.choice((1, 7, 63, 65, 200, 700)),)
-    keys, lengths = queries, ()
+    keys = queries
+    lengths: tuple[tuple[int, int], ...] = ()
     if kind == "cross":
         keys = (rng.choice((1, 7, 64, 130)),)
     elif kind in ("grid", "windows"):

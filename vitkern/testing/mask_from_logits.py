@@ -70,7 +70,7 @@ def draw(rng: random.Random) -> Call:
         rng.choice((1, 2, 3)),
         rng.choice((1, 3, 10)),
         sides,
-        tuple(int(n * step) for n in sides) if exact else free,
+        (int(sides[0] * step), int(sides[1] * step)) if exact else free,
         shift=rng.choice((0, 0, -20, -60)),
         open_rows=rng.random() < 0.3,
         layout=rng.choice(("plain", "plain", "transposed", "sliced")),

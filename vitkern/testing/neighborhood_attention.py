@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,9 +145,9 @@ def sizes(op: str = FUSED) -> list[Call]:
 ENTRIES = tuple(
     Entry(
         name,
-        lambda rng, name=name: draw(rng, name),
-        lambda name=name: small(name),
-        lambda name=name: sizes(name),
+        partial(draw, op=name),
+        partial(small, name),
+        partial(sizes, name),
         cast=cast,
     )
     for name, cast in ((FUSED, ("q", "k", "v")), (QK, ("q", "k")), (AV, ("a", "v")))

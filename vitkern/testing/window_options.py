@@ -109,8 +109,10 @@ def make(
             "table": lambda: bias.RelativePosition(t["table"]),
             "halo": lambda: bias.RelativePosition(t["table"], sign="key-query"),
             "index": lambda: bias.RelativePosition(t["table"], t["index"]),
-            "decomposed": lambda: bias.DecomposedRelativePosition(t["rel_h"], t["rel_w"], tuple(sides), tuple(sides)),
-            "decay": lambda: bias.ManhattanDecay(t["rate"], tuple(sides)),
+            "decomposed": lambda: bias.DecomposedRelativePosition(
+                t["rel_h"], t["rel_w"], (sides[0], sides[1]), (sides[0], sides[1])
+            ),
+            "decay": lambda: bias.ManhattanDecay(t["rate"], (sides[0], sides[1])),
             "groups": lambda: bias.PerHeadGroup(
                 tuple(bias.RelativePosition(t[f"table{i}"]) for i in range(len(window)))
             ),
