@@ -1,8 +1,5 @@
-"""Ops over two and four processes, forward and backward, against one: each world is started once and runs every check. The
-processes are forks of one that has imported all they need, which takes longer than the checks."""
+"""Ops over two and four processes, forward and backward, against one: each world is started once and runs every check."""
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,15 +13,12 @@ import torch.multiprocessing as mp
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
     """World -> what failed in it, by the name of the check, of the first process in which it did."""
-    found, imported = {}, f"{pathlib.Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    mp.get_context("forkserver").set_forkserver_preload(["distributed_checks"])
+    found = {}
 
     def of(world):
         if world not in found:
             folder = tmp_path_factory.mktemp(f"world{world}")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("PYTHONPATH", imported)
-                mp.start_processes(checks.run, args=(world, folder), nprocs=world, start_method="forkserver")
+            mp.start_processes(checks.run, args=(world, folder), nprocs=world, start_method="spawn")
             each = [torch.load(folder / f"failures{rank}.pt") for rank in range(world)]
             found[world] = {name: text for failed in reversed(each) for name, text in failed.items()}
         return found[world]
