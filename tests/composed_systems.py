@@ -148,6 +148,43 @@ def mvs_former() -> System:
 
 
 @system
+def mavors() -> System:
+    """One rotary index for a chunk of four tokens; grouped queries."""
+    drawn = qkv(12, heads=4, kv=2) | {"angle": normal(1, 3, 1, 4, seed=5)}
+
+    def ours(t, backend):
+        of_token = t["angle"].repeat_interleave(4, 1)
+        rope = Rope(of_token.cos(), of_token.sin(), "half")
+        return vitkern.attention(*(t[n] for n in "qkv"), rope=rope, backend=backend)
+
+    def formula(t):
+        chunk = torch.arange(12) // 4
+        c, s = t["angle"].cos()[:, chunk], t["angle"].sin()[:, chunk]
+        q, k = (
+            torch.cat((x[..., :4] * c - x[..., 4:] * s, x[..., 4:] * c + x[..., :4] * s), -1) for x in (t["q"], t["k"])
+        )
+        return softmax(scores(q, k), t["v"])
+
+    return System(drawn, ours, formula)
+
+
+@system
+def lvsm() -> System:
+    """Queries and keys divided by their root mean square, with learned gains."""
+    drawn = qkv(9) | {"of_q": normal(8, seed=5), "of_k": normal(8, seed=6)}
+
+    def ours(t, backend):
+        q, k = (F.rms_norm(t[n], (8,), t[f"of_{n}"], 1e-6) for n in "qk")
+        return vitkern.attention(q, k, t["v"], backend=backend)
+
+    def formula(t):
+        q, k = (t[n] / (t[n].square().mean(-1, keepdim=True) + 1e-6).sqrt() * t[f"of_{n}"] for n in "qk")
+        return softmax(scores(q, k), t["v"])
+
+    return System(drawn, ours, formula)
+
+
+@system
 def wide_attention() -> System:
     """Very many heads of two channels, with a softmax and without."""
 
