@@ -25,22 +25,26 @@ def key_side(
 @triton.jit
 def query_side(
     q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
-    NORM: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr,
+    NORM: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, FOR_KEYS: tl.constexpr = False,
 ):  # fmt: skip
-    """q, dout, lse and low as divided_weights wants them, whether a row has a gradient, and its place in [B, Nq, H]."""
+    """q, dout, lse and low as divided_weights wants them, whether a row has a gradient, and its place in [B, Nq, H]. FOR_KEYS:
+    the q of a row that is known to see nothing is 0, for it may be NaN, and 0 times it is a gradient of keys."""
     queries, heads = sizes[1], sizes[3]
     real, token = i < queries, i + sizes[8]
     flat = places(terms, image, i, queries, sizes[8]) * heads + head
-    q = load_parts(q_ptr, offsets(image, head, token, q_strides, ALIGN), real, d_strides[0], WIDTHS)
     dout = load_parts(dout_ptr, offsets(image, head, token, dout_strides, ALIGN), real, d_strides[3], WIDTHS_V)
     lse = tl.zeros_like(i).to(tl.float32)
     low = lse
     live = real
+    sees = real
     if lse_ptr is not None:
         lse = tl.load(lse_ptr + flat, mask=real, other=float("-inf"))
         live = tl.abs(lse) < float("inf")                                              # a NaN is seen by others alone
+        if FOR_KEYS and terms[4] is None:                                              # a sink is seen by every row
+            sees = lse != float("-inf")
         if low_ptr is not None:
             low = tl.load(low_ptr + flat, mask=real, other=0.0)
+    q = load_parts(q_ptr, offsets(image, head, token, q_strides, ALIGN), sees, d_strides[0], WIDTHS)
     return q, dout, lse, low, live, real, flat
 
 

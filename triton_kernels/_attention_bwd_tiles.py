@@ -215,7 +215,7 @@ def _backward_keys(
             i = row + tl.arange(0, BLOCK_M)
             q, dout, lse, low, live, real, flat = query_side(
                 q_ptr, dout_ptr, lse_ptr, low_ptr, terms, q_strides, dout_strides, d_strides, image, head, i, sizes,
-                NORM, WIDTHS, WIDTHS_V, ALIGN)
+                NORM, WIDTHS, WIDTHS_V, ALIGN, FOR_KEYS=True)
             delta = tl.zeros([BLOCK_M], tl.float32)
             if delta_ptr is not None:
                 delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
@@ -239,7 +239,9 @@ def _backward_keys(
             if dk_ptr is not None:
                 ds = product_gradient(
                     ds, terms, term_strides, image, head, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
-                dk = add_weighted(dk, tl.trans(ds * factor), clean_parts(q, WIDTHS), WIDTHS)
+                if lse_ptr is None or terms[4] is not None:                            # such a row may see nothing
+                    q = clean_parts(q, WIDTHS)
+                dk = add_weighted(dk, tl.trans(ds * factor), q, WIDTHS)
         at = (places(terms, image, j, keys, sizes[9]) + part.to(tl.int64) * total) * heads + head
         if dcolumn_ptr is not None:
             tl.store(dcolumn_ptr + at, dcolumn, mask=j < keys)
