@@ -71,8 +71,8 @@ def results_page() -> str:
         "How many times as fast as the best baseline a user could pick instead (eager PyTorch, `torch.compile`, SDPA,",
         "FlexAttention, and what else stands in a table), over all cases in float32 and bfloat16: the least, the **median** and",
         "the greatest. A case that does not agree with the float64 oracle in the same run gets no time. The floor is the largest",
-        "of bytes, operations and exponentials over the machine's measured ceilings. `python -m benchmarks.tables` makes this page from the",
-        "JSON files beside it; `STATUS.md` says which kernels a GPU has never run.",
+        "of bytes, operations and exponentials over the machine's measured ceilings. `python -m benchmarks.tables` makes this page",
+        "from the JSON files beside it; `STATUS.md` says which kernels a GPU has never run.",
     ]
     for machine in sorted({p.parent for p in RESULTS.glob("cpu-*/*.json")}):
         lines += ["", f"## {machine.name}", "", index(machine, f"{machine.name}/").rstrip()]
