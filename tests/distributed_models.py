@@ -41,6 +41,14 @@ def a_map_in_stripes(mesh):
 
 
 @check
+def a_group_of_one_has_the_whole_map(mesh):
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    q = normal(1, 10, 10, 2, 8)
+    found = vitkern.distributed.window_attention(q, q, q, 5, 2, group=groups[dist.get_rank()])
+    assert torch.equal(found, vitkern.window_attention(q, q, q, 5, 2))
+
+
+@check
 def a_stripe_of_half_a_window_raises(mesh):
     x = normal(1, 7, 6, 2, 8)
     for options, words in (({}, "whole windows"), ({"dropout_p": 0.1}, "takes the options")):

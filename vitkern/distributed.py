@@ -107,7 +107,7 @@ def window_attention(
             f"{NAME}: every process must hold whole windows of {window[0]} rows, got a stripe of {rows} rows"
         )
     passed = shift[0]
-    if not passed:
+    if not passed or dist.get_world_size(group) == 1:
         return whole_window_attention(q, k, v, window, shift, **options)
     ahead = _Passed.apply(group, 1, *(t[:, :passed] for t in (q, k, v)))
     last = dist.get_rank(group) == dist.get_world_size(group) - 1
