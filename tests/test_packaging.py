@@ -163,6 +163,22 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_failure(tmp_path):
     assert "OSError" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("collects", (True, False))
+def test_importing_makes_no_pass_over_all_objects_and_leaves_the_collector_as_it_was(collects):
+    code = f"""
+import gc, sys, torch
+gc.set_threshold(100, 2, 2)
+{"gc.enable()" if collects else "gc.disable()"}
+meanwhile = []
+gc.callbacks.append(lambda *_: meanwhile.append("vitkern.bias" in sys.modules and "vitkern.ops.window_order" not in sys.modules))
+import vitkern
+gc.callbacks.clear()
+print(gc.isenabled(), any(meanwhile))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == f"{collects} False", done.stdout + done.stderr
+
+
 @pytest.mark.skipif(not (PACKAGE / "_cpu.so").exists(), reason="the CPU library is not built")
 def test_an_instruction_set_this_machine_lacks_is_an_error_with_the_sets_it_has():
     code = "import torch, vitkern; print(torch.ops.vitkern._cpu_capability())"

@@ -79,7 +79,7 @@ class LiteMLA(nn.Module):
 def multi_scale(scales: list[Tensor], dim: int, eps: float) -> Tensor:
     """Linear attention of maps ``[B, heads 3 dim, H, W]``, q, k and v of a head side by side; their heads one after the other,
     ``[B, heads dim, H, W]``."""
-    heads = torch.cat(scales, 1).flatten(2).unflatten(1, (-1, 3 * dim))  # [B, heads, 3 dim, N]
-    q, k, v = heads.permute(0, 3, 1, 2).chunk(3, -1)  # [B, N, heads, dim]
-    out = linear_attention(q, k, v, preset="efficientvit", eps=eps)
-    return out.flatten(2).mT.unflatten(2, scales[0].shape[2:])
+    heads = torch.cat(scales, 1).unflatten(1, (-1, 3 * dim))  # [B, heads, 3 dim, H, W]
+    # Not N = H W tokens: where sides are symbols, H is not N / W to every compiler.
+    q, k, v = heads.permute(0, 3, 4, 1, 2).chunk(3, -1)  # [B, H, W, heads, dim]
+    return linear_attention(q, k, v, preset="efficientvit", eps=eps).flatten(3).permute(0, 3, 1, 2)
