@@ -17,8 +17,10 @@ EVERYTHING = (1 << len(NAMES)) - 1
 
 
 def table(block_m, block_n, programs=3):
+    """A row for every kernel of attention and of window_attention."""
     row = {"block_m": block_m, "block_n": block_n, "warps": 4, "stages": 1, "programs": programs}
-    return {x: [row] for x in ("forward", "backward_queries", "backward_keys", "backward_bias")}
+    kernels = "forward", "backward_queries", "backward_keys", "backward_bias", "backward_window"
+    return {x: [row | {"block": 64}] for x in kernels}
 
 
 def small_tiles(monkeypatch):

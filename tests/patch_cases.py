@@ -38,7 +38,7 @@ def outputs(model, x):
 
 
 def run(model, x, dtype, grad, autocast=None, nudge=None):
-    """Outputs and gradients of every parameter, by name. `nudge` moves image and parameters by up to one unit in the
+    """Outputs and gradients of the image and every parameter, by name. `nudge` moves image and parameters by up to one unit in the
     last place, under autocast by half a unit of bfloat16, another way for each value: what rounding alone can do to the result."""
     model = copy.deepcopy(model).to(dtype)
     x = x.to(dtype)
@@ -51,6 +51,7 @@ def run(model, x, dtype, grad, autocast=None, nudge=None):
             for p in model.parameters():
                 p.mul_(1 + unit * (torch.rand(p.shape, generator=generator) * 2 - 1))
         x = x * (1 + unit * (torch.rand(x.shape, generator=generator) * 2 - 1))
+    x = x.detach().requires_grad_(grad)
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
         found = {f"output {i}": t for i, t in enumerate(outputs(model, x))}
     if grad:
@@ -58,7 +59,8 @@ def run(model, x, dtype, grad, autocast=None, nudge=None):
             5
         )  # random weights: the mean square of a LayerNorm's output is constant
         sum((t.double() * torch.randn(t.shape, generator=generator)).mean() for t in found.values()).backward()
-        found |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        leaves = {"of the image": x} | dict(model.named_parameters())
+        found |= {f"grad {n}": p.grad for n, p in leaves.items() if p.grad is not None}
     return {n: t.detach() for n, t in found.items()}
 
 

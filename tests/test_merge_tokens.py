@@ -145,7 +145,9 @@ def test_all_tokens_in_one_slot(backend):
 def test_several_tensors_in_one_call(backend):
     x, places, cosines = torch.randn(2, 9, 4), torch.rand(2, 9), torch.randn(2, 9, 2, 3)
     plan = plan_of(x, 3)
-    (a, b, c), size = vitkern.merge_tokens((x, places, cosines), plan, reduce=("mean", "max", "first"), backend=backend)
+    reduce = ("mean", "max", "first")
+    assert "cpu: can run" in vitkern.explain(vitkern.merge_tokens, (x, places, cosines), plan, reduce=reduce)
+    (a, b, c), size = vitkern.merge_tokens((x, places, cosines), plan, reduce=reduce, backend=backend)
     assert a.shape == (2, 6, 4) and b.shape == (2, 6) and c.shape == (2, 6, 2, 3) and size.shape == (2, 6)
     for t, one, reduce in ((x, a, "mean"), (places, b, "max"), (cosines, c, "first")):
         assert torch.equal(one, vitkern.merge_tokens(t, plan, reduce=reduce, backend=backend)[0])

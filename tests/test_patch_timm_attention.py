@@ -3,7 +3,9 @@
 import libraries  # noqa: F401
 import patch_cases
 import pytest
+import timm_patches
 import torch
+from timm_patches import VIT, Last, random, sam_block
 from torch import nn
 
 import vitkern
@@ -11,23 +13,7 @@ import vitkern
 timm = pytest.importorskip("timm")
 from timm.models import beit, cait, levit, mvitv2, vision_transformer_sam  # noqa: E402
 
-VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0, "patch_size": 8}
 SPLIT = pytest.mark.parametrize("fused", [False, True])
-
-
-def random(model, fused=True):
-    """Random weights, also for what timm starts at zero: positions, biases, the weights of the last normalisations."""
-    patch_cases.randomize(model)
-    generator = torch.Generator().manual_seed(7)
-    for name, p in model.named_parameters():
-        if any(part in name for part in ("rel_pos", "attention_biases", "bn.weight", "gamma")):
-            p.detach().uniform_(0.5, 1.5, generator=generator)
-        if "rel_pos" in name or "attention_biases" in name:
-            p.detach().sub_(1.0).mul_(2.0)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
-    return model
 
 
 # BEiT ----------------------------------------------------------------------------------------------------------------------
@@ -36,25 +22,12 @@ def random(model, fused=True):
 @SPLIT
 @pytest.mark.parametrize("own", ["use_rel_pos_bias", "use_shared_rel_pos_bias"])
 def test_beit_matches_on_a_grid_that_is_not_square(own, fused):
-    model = random(beit.Beit(img_size=(32, 48), num_classes=0, init_values=0.5, **VIT | {own: True}), fused)
-    patch_cases.check(model, (32, 48), replaced=2)
+    timm_patches.check_beit(own, fused)
 
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_beit_adds_its_own_bias_and_that_of_the_model(separate):
-    attention = random(beit.Attention(12, 3, True, separate, window_size=(2, 3)))
-    patch_cases.check(Shared(attention), (7, 12), channels=1, replaced=1, train=True)
-
-
-class Shared(nn.Module):
-    """BEiT's attention under a bias that the model shares."""
-
-    def __init__(self, attn):
-        super().__init__()
-        self.attn = attn
-
-    def forward(self, x):
-        return self.attn(x[:, 0], x[:1, :1, :, :7].expand(1, 3, 7, 7) * 2)
+    timm_patches.check_two_biases_of_beit(separate)
 
 
 def test_beit_follows_set_window_size():
@@ -73,8 +46,7 @@ def test_beit_follows_set_window_size():
 @SPLIT
 @pytest.mark.parametrize("train", [False, True])
 def test_cait_mixes_heads_in_both_places(fused, train):
-    model = cait.Cait(img_size=32, num_classes=0, init_values=0.5, depth_token_only=1, mlp_ratio_token_only=1.0, **VIT)
-    patch_cases.check(random(model, fused), (32, 32), replaced=3, train=train)
+    timm_patches.check_cait(fused, train)
 
 
 # LeViT ---------------------------------------------------------------------------------------------------------------------
@@ -111,19 +83,14 @@ def test_sam_matches_in_padded_windows_and_globally(options, fused):
     patch_cases.check(random(model, fused), (48, 48), replaced=2)
 
 
-def sam_block(**options):
-    return random(vision_transformer_sam.Block(12, 2, mlp_ratio=1.0, input_size=(9, 6), **options))
-
-
 @SPLIT
 @pytest.mark.parametrize(
     "options", [{}, {"use_rel_pos": True}, {"use_rel_pos": True, "qk_norm": True, "qkv_bias": False}]
 )
 def test_a_block_of_sam_in_whole_and_padded_windows_and_globally(options, fused):
     for window in (0, 3, 4):
-        model = nn.Sequential(Last(), sam_block(window_size=window, init_values=0.5, **options))
-        sizes = ((9, 6),) if window == 0 else ((9, 6), (8, 4), (2, 3))
-        patch_cases.check(model, *sizes, channels=12, replaced=1, train=window == 4)
+        sizes = [(9, 6)] if window == 0 else [(9, 6), (8, 4), (2, 3)]
+        timm_patches.check_sam_block(window, fused, sizes, **options)
 
 
 def test_a_block_of_sam_drops_its_windows_one_by_one():
@@ -159,25 +126,12 @@ def test_sam_resizes_its_tables_to_a_map_of_another_shape():
     patch_cases.check(model, (4, 6), (7, 5), channels=16, replaced=1)
 
 
-class Last(nn.Module):
-    """An image with its channels last."""
-
-    def forward(self, x):
-        return x.permute(0, 2, 3, 1)
-
-
 # MViTv2 --------------------------------------------------------------------------------------------------------------------
-
-
-def pooled(**options):
-    given = {"depths": (1, 1), "embed_dim": 8, "num_heads": 1, "mlp_ratio": 1.0, "stride_kv_adaptive": (2, 2)} | options
-    config = mvitv2.MultiScaleVitCfg(**given)
-    return random(mvitv2.MultiScaleVit(config, img_size=(64, 64), num_classes=5, drop_path_rate=0.0))
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["map", "class token"])
 def test_mvit_v2_matches(first):
-    patch_cases.check(pooled(use_cls_token=first), (64, 64), replaced=2)
+    timm_patches.check_mvit_v2(first)
 
 
 def test_mvit_v2_reads_the_first_rows_of_its_tables_on_a_smaller_map():

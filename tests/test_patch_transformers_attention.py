@@ -1,32 +1,19 @@
 """vitkern.patch on transformers' models with masked and biased attention: same weights, outputs and gradients."""
 
-import importlib
-
 import libraries  # noqa: F401
 import patch_cases
 import pytest
 import torch
+import transformers_patches
 from torch import nn
+from transformers_patches import VIT, eomt, model
 
 import vitkern
 from vitkern.patch._interface import attend
 from vitkern.testing import assert_close_to_oracle
 
 transformers = pytest.importorskip("transformers")
-VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 BOTH = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-
-
-def model(kind, config, implementation="sdpa", **options):
-    """A model with random weights, those of positions not close to zero."""
-    settings = getattr(transformers, config)(**options)
-    settings._attn_implementation = implementation
-    made = patch_cases.randomize(getattr(transformers, kind)(settings))
-    generator = torch.Generator().manual_seed(6)
-    for name, p in made.named_parameters():
-        if "rel_pos" in name or "attention_biases" in name:
-            p.detach().normal_(generator=generator)
-    return made
 
 
 # SAM and its kin ---------------------------------------------------------------------------------------------------------
@@ -115,9 +102,7 @@ def test_beit_matches_on_other_grids_too(implementation, shared):
 @BOTH
 @pytest.mark.parametrize("image", [32, (24, 40)])
 def test_data2vec_matches_on_other_grids_too(implementation, image):
-    options = VIT | {"image_size": image, "patch_size": 8, "use_relative_position_bias": True}
-    made = model("Data2VecVisionModel", "Data2VecVisionConfig", implementation, drop_path_rate=0.0, **options)
-    patch_cases.check(made, (32, 32), (24, 40), replaced=2)
+    transformers_patches.check_data2vec(implementation, image)
 
 
 @BOTH
@@ -183,40 +168,10 @@ def test_levit_matches_and_its_cached_bias_does_not_go_stale(train):
 # the vision towers of Qwen ---------------------------------------------------------------------------------------------------
 
 
-class Packed(nn.Module):
-    """A vision tower on an image and on a part of another, packed: both are cut into patches of two frames."""
-
-    def __init__(self, tower, patch):
-        super().__init__()
-        self.tower, self.patch = tower, patch
-
-    def forward(self, x):
-        images = (x[0], x[1, :, : 4 * self.patch, : 2 * self.patch])
-        cut = [torch.stack((i, i.roll(1, -1)), 1).unfold(2, self.patch, self.patch) for i in images]
-        cut = [c.unfold(3, self.patch, self.patch).permute(2, 3, 0, 1, 4, 5) for c in cut]  # [h, w, 3, 2, p, p]
-        grid = torch.tensor([[1, *c.shape[:2]] for c in cut])
-        return self.tower(torch.cat([c.flatten(0, 1).flatten(1) for c in cut]), grid_thw=grid)
-
-
 @BOTH
 @pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
 def test_the_vision_tower_of_qwen_matches_on_packed_images(kind, implementation):
-    name = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}[kind]
-    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    options = {"depth": 2, "num_heads": 2, "patch_size": 4, "hidden_size": 16, "out_hidden_size": 8}
-    if kind == "Qwen2VL":
-        options = {"depth": 2, "num_heads": 2, "patch_size": 4, "embed_dim": 16, "hidden_size": 8, "mlp_ratio": 1}
-    if kind == "Qwen2_5_VL":
-        options |= {"window_size": 16, "fullatt_block_indexes": [1]}  # windows of 4 x 4 patches, the last ones cut
-    if kind == "Qwen3VL":
-        options |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    if kind != "Qwen2VL":
-        options["intermediate_size"] = 16
-    config = getattr(modeling, f"{kind}VisionConfig")(**options)
-    config._attn_implementation = implementation
-    tower = {"Qwen2VL": "Qwen2VisionTransformerPretrainedModel", "Qwen3VL": "Qwen3VLVisionModel"}
-    tower = getattr(modeling, tower.get(kind, "Qwen2_5_VisionTransformerPretrainedModel"))(config)
-    patch_cases.check(Packed(patch_cases.randomize(tower), 4), (24, 40), replaced=2)
+    transformers_patches.check_the_vision_tower_of_qwen(kind, implementation)
 
 
 # through the attention interface --------------------------------------------------------------------------------------------
@@ -235,8 +190,7 @@ def test_the_vision_tower_of_qwen_matches_on_packed_images(kind, implementation)
     ],
 )
 def test_plain_transformers_match(kind, config, options, implementation):
-    made = model(kind, config, implementation, **VIT | {"image_size": 32, "patch_size": 8} | options)
-    patch_cases.check(made, (32, 32), replaced=2)
+    transformers_patches.check_plain(kind, config, options, implementation)
 
 
 class Padded(nn.Module):
@@ -263,25 +217,7 @@ def test_detr_matches_on_padded_images(implementation):
 
 @pytest.mark.parametrize("kind", ["Sam", "SamHQ", "Sam2"])
 def test_the_mask_decoder_of_sam_matches(kind):
-    name = {"Sam": "sam", "SamHQ": "sam_hq", "Sam2": "sam2"}[kind]
-    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    config = getattr(transformers, f"{kind}MaskDecoderConfig")(
-        hidden_size=16, num_attention_heads=2, mlp_dim=16, attention_downsample_rate=2
-    )
-    two_way = patch_cases.randomize(getattr(modeling, f"{kind}TwoWayTransformer")(config))
-    patch_cases.check(TwoWay(two_way), (4, 5), channels=16, replaced=7)
-
-
-class TwoWay(nn.Module):
-    """Points that look at an image and back, with a bias where the image resembles a target."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        points = x[:, :, 0, :3].transpose(1, 2)[:, None]  # [B, 1, 3, C]
-        return self.inner(points, x, x.roll(1, -1), x.mean(1).flatten(1)[:, None, None])
+    transformers_patches.check_the_mask_decoder_of_sam(kind)
 
 
 def test_sam2s_encoder_matches_with_pooled_queries():
@@ -350,16 +286,8 @@ def test_patched_modules_compile_whole():
         assert len(report.replaced) == 1 and torch.equal(first(got), first(want))
 
 
-def eomt(**options):
-    options = VIT | {"image_size": 32, "patch_size": 8, "mlp_ratio": 1, "num_queries": 5, "num_blocks": 1} | options
-    return model("EomtForUniversalSegmentation", "EomtConfig", num_upscale_blocks=1, num_labels=3, **options)
-
-
 def test_eomt_matches_with_masked_queries_and_without():
-    made = eomt(num_hidden_layers=3)
-    patch_cases.check(made, (32, 32), replaced=3)
-    made.attn_mask_probs.zero_()
-    patch_cases.check(made, (32, 32), replaced=3)
+    transformers_patches.check_eomt()
 
 
 def test_eomt_on_dinov3_matches():

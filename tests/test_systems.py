@@ -8,12 +8,13 @@ import re
 
 import pytest
 import torch
+from system_calls import explained
 
 import vitkern
 from vitkern import bias, decay, feature_map, mask, modulation
 
 ROOT = pathlib.Path(__file__).parents[1]
-COLUMNS = ["family", "system", "also", "operator", "call", "module", "test", "state"]
+COLUMNS = ["family", "system", "also", "operator", "call", "module", "backends", "test", "state"]
 FAMILIES = {"windows": 41, "masked": 55, "linear": 28, "tokens": 31}
 PLACES = (vitkern, bias, mask, modulation, decay, feature_map)
 with open(ROOT / "docs" / "systems.csv", newline="", encoding="utf-8") as file:
@@ -56,6 +57,15 @@ def test_its_call_is_one_of_vitkern(row):
         if isinstance(node, ast.Call):
             bound(node)
     assert not row["module"] or row["module"] in vitkern.nn.__all__
+
+
+@EACH
+def test_its_call_runs_and_its_backends_are_those_that_take_it(row):
+    pytest.importorskip("triton")
+    if row["state"] != "yes":
+        assert row["backends"] == ""
+    else:
+        assert row["backends"] == (" ".join(explained(row)) or "reference")
 
 
 @EACH

@@ -21,6 +21,7 @@ from benchmarks import lengths, plots  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 SYSTEMS = re.compile(r"<!-- systems: (\w+) -->")
 ROLE = re.compile(r":(?:func|class|mod|math):(?=<code>)")  # of docstrings, which Markdown does not know
+NAMES = {"cpu": "CPU", "triton": "Triton", "cuda": "CUDA", "reference": "definition"}
 SPEED = re.compile(r"<!-- speed: (\w+) -->")
 
 
@@ -79,7 +80,7 @@ def systems(family: str) -> str:
     """The rows of docs/systems.csv of one family as a table."""
     with open(ROOT / "docs" / "systems.csv", newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["family"] == family]
-    lines = ["| system | computes | call | tested |", "|---|---|---|---|"]
+    lines = ["| system | computes | call | back-ends | tested |", "|---|---|---|---|---|"]
     for r in rows:
         also = f"<br><small>{r['also']}</small>" if r["also"] else ""
         call = "" if r["state"].startswith("no") else f"`{r['call']}`"
@@ -87,6 +88,7 @@ def systems(family: str) -> str:
         file, _, name = r["test"].partition("::")
         words = name.removeprefix("test_").replace("_", " ")
         state = f"<small>{file.removeprefix('test_')}: {words}</small>" if file else f"*{r['state']}*"
-        cells = (f"**{r['system']}**{also}", r["operator"], call + module, state)
+        able = "<br>".join(NAMES[name] for name in r["backends"].split())
+        cells = (f"**{r['system']}**{also}", r["operator"], call + module, able and f"<small>{able}</small>", state)
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import masked_systems as systems
 from attention_op import FULL, HALF, small_tiles
-from biased_systems import SYSTEMS
+from composed_systems import SYSTEMS
 from gpu_path import tokens_on_gpu
 
 from vitkern.triton_kernels import _host

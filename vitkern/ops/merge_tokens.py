@@ -131,9 +131,11 @@ def _fake(
     return x.new_empty((x.shape[0], slots, x.shape[2])), x.new_empty((x.shape[0], slots), dtype=dtype)
 
 
-def _explain(x: Any, *args: Any, backend: str | None = None, **options: Any) -> _call.Found:
-    first = x[0] if isinstance(x, (tuple, list)) else x
-    return _call.explanation(NAME, OP, _lower(first, *args, **options), backend)
+def _explain(
+    x: Any, plan: Any, weight: Any = None, reduce: Any = "mean", *rest: Any, backend: str | None = None, **options: Any
+) -> _call.Found:
+    first, name = (t[0] if isinstance(t, (tuple, list)) else t for t in (x, reduce))
+    return _call.explanation(NAME, OP, _lower(first, plan, weight, name, *rest, **options), backend)
 
 
 OP = Op(
