@@ -107,6 +107,19 @@ def test_one_graph_trains_at_every_size(cases, name):
     assert any(case.op in str(n.target) for g in counter.graphs for n in g.graph.nodes)
 
 
+@pytest.mark.compile
+def test_inductor_takes_linear_attention_of_maps_of_any_size():
+    """The sides of a map behind strided convolutions are quotients of symbols, of which inductor takes no product apart."""
+    down = [torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Conv2d(8, 8, 3, 2, 1)]
+    module = torch.nn.Sequential(*down, vitkern.nn.LiteMLA(8, 8, dim=4)).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for number, size in enumerate(((2, 3, 16, 24), (3, 3, 20, 36))):
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                torch.testing.assert_close(compiled(x := torch.randn(size)), module(x))
+
+
 # export ---------------------------------------------------------------------------------------------------------------
 
 ALLOWED = {"aten", "getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "sym_min", "sym_max", "sym_size"}

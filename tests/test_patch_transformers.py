@@ -26,7 +26,7 @@ def swinv2(**options):
 
 
 def test_swin_matches_on_maps_that_windows_divide_and_on_others():
-    patch_cases.check(swin(), (56, 56), (76, 92), (64, 120), replaced=4)
+    patch_cases.check(swin(), (56, 56), (76, 92), (64, 120), (56, 112), (112, 56), replaced=4)
 
 
 def test_swinv2_matches():
