@@ -287,7 +287,9 @@ def attention_launches(
         given["bias"] = torch.zeros(shape, dtype=bias_dtype or dtype)
     if key_bias:
         given["key_bias"] = torch.zeros(batch, 1, 1, keys)
-    if mask:
+    if mask == "bits":
+        given["mask"] = torch.zeros(batch, 1, queries, -(-keys // 32), dtype=torch.int32)
+    elif mask:
         given["mask"] = torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
     if parameters:
         given |= {name: torch.zeros(heads) for name in ("factor", "sink")}
