@@ -200,23 +200,24 @@ def seen_by_ids(
 def seen_bits(
     terms, strides, image, head, row, start, sizes, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A mask of words at queries row.. and keys start.., 0 past the last: [BLOCK_M, BLOCK_N], not 0 where seen. Every row loads
-    a word once; only a tile that begins inside a word needs one behind its last."""
+    """A mask of words at queries row.. and keys start..: [BLOCK_M, BLOCK_N], not 0 where seen. Every row loads a word once; only a
+    tile that begins inside a word needs one behind its last."""
     base = terms[2] + (image.to(tl.int64) * strides[8] + head.to(tl.int64) * strides[9])
     base += tl.cast(row, tl.int64) * strides[10]
-    m = tl.maximum(tl.minimum(tl.arange(0, BLOCK_M), sizes[1] - 1 - row), -row)
-    if FAR:
-        m = m.to(tl.int64)
-    base += m * strides[10]
+    m = tl.arange(0, BLOCK_M)
+    base += (m.to(tl.int64) if FAR else m) * strides[10]
     n = tl.arange(0, BLOCK_N)[None, :]
     word = start // 32
     shift = start % 32
-    own = tl.load(base + word * strides[11], mask=start < sizes[2], other=0).to(tl.uint32, bitcast=True)
+    rows = tl.where(start < sizes[2], sizes[1], 0)                                     # that have the word
+    own = tl.load(base + word * strides[11], mask=row + m < rows, other=0).to(tl.uint32, bitcast=True)
     bits = own[:, None]
     for part in tl.static_range(tl.cdiv(BLOCK_N, 32)):
         word += 1
-        more = (shift > 0) | (32 * part + 32 < BLOCK_N)
-        behind = tl.load(base + word * strides[11], mask=more & (word * 32 < sizes[2]), other=0).to(tl.uint32, bitcast=True)
+        rows = tl.where(word * 32 < sizes[2], sizes[1], 0)
+        if 32 * part + 32 >= BLOCK_N:
+            rows = tl.where(shift > 0, rows, 0)
+        behind = tl.load(base + word * strides[11], mask=row + m < rows, other=0).to(tl.uint32, bitcast=True)
         window = ((own >> shift) | (behind << 1 << (31 - shift)))[:, None]
         bits = tl.where(n < 32 * part, bits, window)
         own = behind
