@@ -192,6 +192,21 @@ def test_words_that_are_not_full_not_contiguous_and_repeated(keys, dtype, monkey
             testing.assert_matches(testing.entries()["attention"], call, dtype, "cpu")
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 20, 70), (2, 1, 20, 70), (2, 2, 1, 70), (2, 2, 20, 70), (2, 1, 20, 31)], ids=str
+)
+def test_words_of_images_heads_and_rows_are_the_bytes_they_stand_for(shape):
+    q, k = (drawn(2, n, 2, 8, seed=n).float().requires_grad_() for n in (20, shape[-1]))
+    seen = drawn(*shape) > 0.3
+    found = []
+    for mask in (seen, packed(seen)):
+        given = slots(q, k, None) | {"mask": mask}
+        out, lse, _ = torch.ops.vitkern.attention(*given.values(), "")
+        found.append((out, lse, *torch.autograd.grad(out.sin().sum(), (q, k))))
+    for of_bytes, of_bits in zip(*found, strict=True):
+        torch.testing.assert_close(of_bits, of_bytes)
+
+
 def test_a_mask_of_words_must_have_a_bit_for_every_key(monkeypatch):
     q, k = drawn(1, 3, 1, 8), drawn(1, 40, 1, 8)
     m = FromLogits(drawn(1, 3, 1, 40), (1, 40))
