@@ -70,6 +70,7 @@ HIDING = {
     "tensor": lambda t: {"mask": t["seen"]},
     "tensor of keys": lambda t: {"mask": t["seen"][:, :, :1].expand(2, 4, QUERIES, KEYS)},
     "logits": lambda t: {"mask": [KINDS["logits"], t["seen"]]},
+    "logits alone": lambda t: {"mask": FromLogits(t["seen"][:, 0, :, None].float() - 0.5, (1, KEYS), empty="none")},
     "no self": lambda t: {"mask": [NoSelf(), t["seen"]]},
     "bias": lambda t: {"bias": t["bias"]},
     "bias of keys": lambda t: {"bias": KeyBias(t["bias"][:, :, 0])},

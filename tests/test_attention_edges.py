@@ -240,8 +240,8 @@ def test_logits_of_minus_infinity_are_off():
     logits[..., 1:3] = -math.inf
     m = FromLogits(logits, (8, 8))
     with vitkern.use_backend("reference"):
-        want = mask_from_logits(m)
-    assert torch.equal(mask_from_logits(m), want)
+        want = mask_from_logits(m, 1, 64)
+    assert torch.equal(mask_from_logits(m, 1, 64), want)
 
 
 def test_further_keys_are_cast_by_autocast():

@@ -80,3 +80,18 @@ def test_what_a_shared_bias_or_mask_has_beside_it_for_the_keys_of_a_sample_makes
     bias = "b = leaf(1, 1, n, n); q, k, v = (leaf(24, n, 8, 8) for _ in range(3)); "
     more = grown(SETUP.replace("{call}", bias + ATTENDED.format(options=BESIDE[name])), "call(1024)")
     assert more < 22 * 1024**2 * 4 + 12 * 24 * 1024 * 8 * 8 * 4
+
+
+PREDICTED = "q = leaf(1, n // 8, 1, 8); k, v = leaf(1, n, 1, 8), leaf(1, n, 1, 8); logits = torch.randn(1, n // 8, 4, 4); "
+
+
+def test_a_predicted_mask_takes_a_bit_for_every_pair():
+    """2048 queries of 16384 keys: 4.2 MB of bits, where bytes would be 34; scores of a block, gradients and rows of keys are 4."""
+    call = PREDICTED + ATTENDED.format(options="mask=[mask.FromLogits(logits, (1, n)), mask.Causal(n)]")
+    assert grown(SETUP.replace("{call}", call), "call(16384)") < 2048 * 16384 // 8 + 12e6
+
+
+def test_a_predicted_mask_beside_one_of_all_pairs_is_that_of_its_cells():
+    """What the intersection costs, so that the test above sees bytes where there are."""
+    call = PREDICTED + ATTENDED.format(options="mask=[mask.FromLogits(logits, (1, n)), torch.ones(n // 8, n) > 0]")
+    assert grown(SETUP.replace("{call}", call), "call(16384)") > 2048 * 16384

@@ -232,6 +232,11 @@ ATTENTION = {
     ),
     "masked tiles of a bias": dict(width=64, queries=512, keys=512, mask=True, key_heads=1),
     "masked keys of few queries": dict(width=32, queries=100, keys=4096, bias=None, mask=True),
+    "masked keys, bits": dict(width=32, queries=100, keys=4096, bias=None, mask="bits"),
+    "masked tiles, bits": dict(width=64, queries=512, keys=512, mask="bits", key_heads=1),
+    "every term, bits": dict(width=64, **EVERY_TERM | {"mask": "bits"}),
+    "wide, every term, bits": dict(width=256, **EVERY_TERM | {"mask": "bits"}),
+    "SAM, bits": dict(width=80, keys=4096, bias=None, grid=(64, 64), mask="bits"),
     "path": dict(width=32, bias=None, path=(56, 56), queries=3136, keys=3136, mask=True),
     "policy": dict(width=64, policy=True, mask=True),
     "mixed heads": dict(width=48, heads=8, bias=None, mixed=True),
@@ -250,6 +255,8 @@ ATTENTION = {
         packed=True,
         bias_dtype=torch.float32,
     ),
+    "mixed heads, bits": dict(width=48, heads=8, bias=None, mixed=True, mask="bits"),
+    "best keys, bits": dict(width=128, width_v=256, heads=4, key_heads=2, mask="bits", normalizer="argmax_k"),
     "best keys": dict(width=128, width_v=256, heads=4, key_heads=2, mask=True, normalizer="argmax_k"),
     "best keys, factors": dict(
         width=64, mask=True, normalizer="argmax_k", factors=True, dropout=0.1, means=True, bias=None
@@ -261,6 +268,7 @@ ATTENTION = {
 }
 ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for capability in (80, 90)] + [
     ("masked tiles of a bias", 100, torch.bfloat16), ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
+    ("masked keys, bits", 100, torch.float16), ("every term, bits", 80, torch.float32),
     ("mixed heads, every term", 80, torch.float32), ("mixed heads", 100, torch.float16),
     ("every term", 80, torch.float32), ("packed, every term", 90, torch.float32), ("wide, every term", 90, torch.float32),
 ]  # fmt: skip
@@ -287,7 +295,9 @@ def attention_launches(
         given["bias"] = torch.zeros(shape, dtype=bias_dtype or dtype)
     if key_bias:
         given["key_bias"] = torch.zeros(batch, 1, 1, keys)
-    if mask:
+    if mask == "bits":
+        given["mask"] = torch.zeros(batch, 1, queries, -(-keys // 32), dtype=torch.int32)
+    elif mask:
         given["mask"] = torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
     if parameters:
         given |= {name: torch.zeros(heads) for name in ("factor", "sink")}

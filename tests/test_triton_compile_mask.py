@@ -16,7 +16,7 @@ def test_mask_from_logits_compiles_without_spills(capability, dtype):
     logits, opened = torch.zeros(2, 100, 64, 64, dtype=dtype), torch.zeros(2, 100, dtype=torch.bool)
     with caught(f"sm{capability}", mask_from_logits) as launches:
         for side in (8, 16, 32, 64, 128):
-            mask_from_logits.fwd(logits, None, side, side, 0.0, True, True)
-        mask_from_logits.fwd(logits, opened, 40, 40, 0.0, False, False)
+            mask_from_logits.fwd(logits, None, side, side, 0.0, True, True, 100, side * side, 0, 0)
+        mask_from_logits.fwd(logits, opened, 40, 40, 0.0, False, False, 1701, 1701, 0, 101)
     seen = compile_all(launches, f"predicted masks, sm_{capability}, {dtype}", capability)
     assert len(launches) == 6 and seen == {"_seen"}

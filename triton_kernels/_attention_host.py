@@ -184,7 +184,7 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
     parameters = tuple(0 if x is None or heads == 1 else x.stride(0) for x in (factor, sink, call.slope))
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v,
-        "terms": (bias, key_bias, None if mask is None else mask.view(torch.int8), factor, sink,
+        "terms": (bias, key_bias, mask if mask is None or mask.dtype == torch.int32 else mask.view(torch.int8), factor, sink,
                   drawn[0], call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
                   call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),

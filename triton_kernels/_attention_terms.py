@@ -7,6 +7,7 @@ What a score is made of stands in `terms`, each a pointer or None:
     24 the bits of the keys that survive top-k, [B, Nq, H, words] and contiguous, 25 bias_table, 26 gain_table, 27 weight_table,
     28 later_ratio, 29 position_index, 30 position_q, 31 position_k, 32 the products of dout and position_v (of a backward),
     33 early_gain, 34 early_weight, 35 and 36 of dropout: the number of head 0, and image 2^32 + token of the queries [B, Nq]
+(a mask is bytes, or int32 words of 32 keys each, whose stride then stands for that of the keys),
 and their strides in one tuple: (batch, head, query, key) of bias from 0, key_bias from 4, mask from 8, gain from 14 and
 weight from 18; of factor 12 and sink 13; (batch, query, head, side) of rel_y from 22 and rel_x from 26; (batch, token) of
 q_ids from 30 and k_ids from 32; of allow 34 and 35; (batch, token, head) of 15 from 36, of 16 from 39, of 20 and of 21 from
@@ -196,6 +197,34 @@ def seen_by_ids(
 
 
 @triton.jit
+def seen_bits(
+    terms, strides, image, head, row, start, sizes, FAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A mask of words at queries row.. and keys start..: [BLOCK_M, BLOCK_N], not 0 where seen. Every row loads a word once; only a
+    tile that begins inside a word needs one behind its last."""
+    base = terms[2] + (image.to(tl.int64) * strides[8] + head.to(tl.int64) * strides[9])
+    base += tl.cast(row, tl.int64) * strides[10]
+    m = tl.arange(0, BLOCK_M)
+    base += (m.to(tl.int64) if FAR else m) * strides[10]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    word = start // 32
+    shift = start % 32
+    rows = tl.where(start < sizes[2], sizes[1], 0)                                     # that have the word
+    own = tl.load(base + word * strides[11], mask=row + m < rows, other=0).to(tl.uint32, bitcast=True)
+    bits = own[:, None]
+    for part in tl.static_range(tl.cdiv(BLOCK_N, 32)):
+        word += 1
+        rows = tl.where(word * 32 < sizes[2], sizes[1], 0)
+        if 32 * part + 32 >= BLOCK_N:
+            rows = tl.where(shift > 0, rows, 0)
+        behind = tl.load(base + word * strides[11], mask=row + m < rows, other=0).to(tl.uint32, bitcast=True)
+        window = ((own >> shift) | (behind << 1 << (31 - shift)))[:, None]
+        bits = tl.where(n < 32 * part, bits, window)
+        own = behind
+    return bits & (1 << n % 32).to(tl.uint32)
+
+
+@triton.jit
 def survives(terms, image, head, row, start, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which keys start.. are among the k largest of queries row..: [BLOCK_M, BLOCK_N]."""
     i = tl.maximum(tl.minimum(row + tl.arange(0, BLOCK_M), sizes[1] - 1), 0)
@@ -289,8 +318,11 @@ def scores(
                           4, AXES[1][0], AXES[1][1], FAR, CLIP, BLOCK_M, BLOCK_N).to(tl.float32)
         s = tl.where(bias == float("-inf"), float("-inf"), s + bias)
     if terms[2] is not None:
-        seen = score_term(terms[2], strides, image, head, row, start, sizes, 0,
-                          8, AXES[2][0], AXES[2][1], FAR, CLIP, BLOCK_M, BLOCK_N)
+        if terms[2].dtype.element_ty == tl.int32:
+            seen = seen_bits(terms, strides, image, head, row, start, sizes, FAR, BLOCK_M, BLOCK_N)
+        else:
+            seen = score_term(terms[2], strides, image, head, row, start, sizes, 0,
+                              8, AXES[2][0], AXES[2][1], FAR, CLIP, BLOCK_M, BLOCK_N)
         s = tl.where(seen != 0, s, float("-inf"))
     if RULE != NO_RULE:
         s = tl.where(seen_by_ids(terms, strides, image, row, start, sizes, RULE, BLOCK_M, BLOCK_N), s, float("-inf"))

@@ -2,6 +2,7 @@
 scores ``[B, H, Nq, Nk]`` of ``q [B, Nq, H, D]`` and ``k [B, Nk, Hk, D]``."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,17 +93,16 @@ class FromLogits:
 
     def dense(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, 1, Nq, Nk]``."""
-        on = seen_cells(self.logits, self.open_rows, *self.size, self.threshold, self.empty == "full", self.inclusive)
-        return self.among(on, q, k)
+        return seen_pairs(*self.among(q.shape[1], k.shape[1]))[:, None]
 
-    def among(self, on: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """The cells ``on [B, Q, cells]`` among all queries and keys: ``[B, 1, Nq, Nk]``."""
-        (first, last), (left, right) = self.rows or (0, q.shape[1]), self.cols or (0, k.shape[1])
-        around = (left, k.shape[1] - right, first, q.shape[1] - last)
-        return (torch.nn.functional.pad(on, around, value=True) if any(around) else on)[:, None]
+    def among(self, queries: int, keys: int) -> tuple[Any, ...]:
+        """The arguments of :func:`seen_pairs`."""
+        first = (self.rows or (0,))[0], (self.cols or (0,))[0]
+        rule = float(self.threshold), self.empty == "full", self.inclusive
+        return self.logits.detach(), self.open_rows, *self.size, *rule, queries, keys, *first
 
 
-def seen_cells(
+def seen_pairs(
     logits: Tensor,  # [B, Q, h, w]
     open_rows: Tensor | None,  # [B, Q]
     height: int,
@@ -110,18 +110,45 @@ def seen_cells(
     threshold: float,
     full: bool,  # a query that sees nothing sees all
     inclusive: bool,
-    gpu: str = "",
-) -> Tensor:  # [B, Q, height width]
-    """Where the resized logits are on."""
+    queries: int,
+    keys: int,
+    first_query: int,
+    first_key: int,
+) -> Tensor:  # [B, queries, keys]
+    """Where the resized logits are on, or are not."""
     acc = torch.promote_types(logits.dtype, torch.float32)
-    resized = logits.detach().to(acc)
+    resized = logits.to(acc)
     if logits.shape[2:] != (height, width):  # interpolate would multiply by 0, on some devices infinities too
         resized = torch.nn.functional.interpolate(resized, size=(height, width), mode="bilinear", align_corners=False)
     resized = resized.flatten(2)  # [B, Q, cells]
     on = ~(resized < threshold) if inclusive else resized > threshold
     if full:
         on = on | ~on.any(-1, keepdim=True)
-    return on if open_rows is None else on | open_rows[:, :, None]
+    if open_rows is not None:
+        on = on | open_rows[:, :, None]
+    behind = keys - first_key - on.shape[2], queries - first_query - on.shape[1]
+    return torch.nn.functional.pad(on, (first_key, behind[0], first_query, behind[1]), value=True)
+
+
+def seen_words(*args: Any) -> Tensor:
+    """:func:`seen_pairs` as bits, ``[B, queries, ceil(keys / 32)]``; the last argument is the back-end of a GPU."""
+    return packed(seen_pairs(*args[:11]))
+
+
+def packed(seen: Tensor) -> Tensor:
+    """bool ``[..., N]`` as int32 ``[..., ceil(N / 32)]``: bit j % 32 of word j // 32, 0 behind the last."""
+    words = -(-seen.shape[-1] // 32)
+    whole = torch.nn.functional.pad(seen, (0, 32 * words - seen.shape[-1]))
+    return (whole.unflatten(-1, (words, 32)).int() << _bits(seen)).sum(-1, dtype=torch.int32)
+
+
+def unpacked(words: Tensor, count: int) -> Tensor:
+    """The bool ``[..., count]`` that :func:`packed` took."""
+    return (words[..., None] >> _bits(words) & 1).flatten(-2)[..., :count] != 0
+
+
+def _bits(t: Tensor) -> Tensor:
+    return torch.arange(32, dtype=torch.int32, device=t.device)
 
 
 def _places(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

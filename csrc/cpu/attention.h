@@ -44,7 +44,8 @@ struct AttentionProblem {
   ScoreView bias, key_bias;      // key_bias: row is 0
   ScoreView gain, weight;        // factors of the scores, and of the weights
   ScoreView early_gain, early_weight;  // the same in front of the mixtures of heads, where gain and weight are behind them
-  ScoreView mask;                // bool
+  ScoreView mask;                // bool, or words of 32 keys; strides in bytes
+  bool mask_bits;                // key j is bit j % 32 of word j / 32
   ScoreView tables[kTables];     // [H, entries] of the offsets on the grid below: row is 0
   HeadsView rel_y, rel_x;        // [Nq, H, kh], [Nq, H, kw]: added to the key of row y, column x
   RowsView axis_table[2];        // or from tables [axis_rows, depth]: products with q
@@ -134,5 +135,18 @@ struct AttentionKernels {
 
 // Keys that are looked at together: a tile that no query of a block sees is passed over.
 constexpr int32_t kKeyTile = 16;
+
+// The bits of a row of the mask from a key on, those of its word.
+static inline uint32_t seen_bits(const AttentionProblem& p, const char* row, int32_t key) {
+  return uint32_t(*reinterpret_cast<const int32_t*>(row + key / 32 * p.mask.column)) >> (key % 32);
+}
+// Whether tiles of keys can be judged by the mask, and whether a row of it shows one of the tile from `begin` on.
+static inline bool has_tiles(const AttentionProblem& p) { return p.mask.data && (p.mask_bits || p.mask.column == 1); }
+static inline bool shows_tile(const AttentionProblem& p, const char* row, int32_t begin) {
+  if (p.mask_bits) return seen_bits(p, row, begin) & ((uint32_t(1) << kKeyTile) - 1);
+  uint64_t half[2];
+  __builtin_memcpy(half, row + begin, sizeof half);
+  return half[0] | half[1];
+}
 
 }  // namespace vitkern

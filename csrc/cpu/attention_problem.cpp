@@ -170,8 +170,12 @@ void AttentionCall::read_scores(const AttentionOptions& o) {
     if (t.from) t.to = score_view(*t.from, shape, dtype_of(*t.from, kOp));
   if (o.key_bias) p.key_bias = score_view(*o.key_bias, all, dtype_of(*o.key_bias, kOp));
   if (o.mask) {
-    check(o.mask->scalar_type() == torch::headeronly::ScalarType::Bool, kOp, "mask must be bool");
-    p.mask = score_view(*o.mask, shape, Dtype::f32);
+    p.mask_bits = o.mask->scalar_type() == torch::headeronly::ScalarType::Int;
+    check(p.mask_bits || o.mask->scalar_type() == torch::headeronly::ScalarType::Bool, kOp, "mask must be bool, or int32 words");
+    const int64_t words[4] = {batch, p.heads, p.queries, (p.keys + 31) / 32};
+    check(!p.mask_bits || (o.mask->dim() == 4 && o.mask->size(3) == words[3]), kOp, "mask must have a bit for every key");
+    p.mask = score_view(*o.mask, p.mask_bits ? words : shape, Dtype::f32);
+    for (int64_t* stride : {&p.mask.batch, &p.mask.head, &p.mask.row, &p.mask.column}) *stride *= p.mask_bits ? 4 : 1;
   }
 }
 
@@ -331,7 +335,7 @@ void AttentionCall::choose_block() {
   p.block = int32_t(std::clamp<int64_t>(kBlockBytes / row, 8, 64));
   if (mixes(p)) p.block = int32_t(std::clamp<int64_t>(kBlockBytes / (row * p.heads), 4, 64));
   if (mixes(p)) return;
-  if (!p.mask.data || !p.mask.row || p.mask.column != 1 || p.queries < 16 || tiles < 16 || !batch) return;
+  if (!has_tiles(p) || !p.mask.row || p.queries < 16 || tiles < 16 || !batch) return;
   int64_t alone = 0, together = 0;
   for (int64_t part = 0; part < 4; ++part) {
     std::vector<bool> some(static_cast<size_t>(tiles));
@@ -339,9 +343,7 @@ void AttentionCall::choose_block() {
     for (int64_t i = first; i < first + 16; ++i) {
       const char* seen = p.mask.data + (batch - 1) * p.mask.batch + i * p.mask.row;
       for (int64_t t = 0; t < tiles; ++t) {
-        uint64_t half[2];
-        std::memcpy(half, seen + t * kKeyTile, sizeof half);
-        if (!(half[0] | half[1])) continue;
+        if (!shows_tile(p, seen, int32_t(t * kKeyTile))) continue;
         ++alone;
         some[size_t(t)] = true;
       }

@@ -1,4 +1,4 @@
-// mask_from_logits on the CPU: a task is the map of one query, resized and compared in one pass.
+// mask_from_logits on the CPU: a task is the map of one query, resized, compared and packed in one pass.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -46,22 +46,49 @@ bool compare(const At& at, int64_t width, Acc limit, bool inclusive, uint8_t* to
   return some != 0;
 }
 
+// Where the maps lie among all queries and keys; the other pairs are seen.
+struct Among {
+  int64_t queries, keys, first_query, first_key;
+};
+
+// Bit j of a word is byte j of 32, each 0 or 1: of eight, the product has byte j at bit 56 + j.
+uint32_t packed(const uint8_t* seen) {
+  uint32_t word = 0;
+  for (int part = 0; part < 4; ++part) {
+    uint64_t bytes;
+    std::memcpy(&bytes, seen + 8 * part, sizeof bytes);
+    word |= uint32_t(bytes * 0x0102040810204080u >> 56) << (8 * part);
+  }
+  return word;
+}
+
 template <typename Acc>
 void resize(const Tensor& logits, const std::optional<Tensor>& open_rows, int64_t height, int64_t width, double threshold, bool full,
-            bool inclusive, uint8_t* out) {
+            bool inclusive, const Among& among, uint32_t* out) {
   const Dtype dtype = dtype_of(logits, kOp);
-  const int64_t queries = logits.size(1), rows = logits.size(2), columns = logits.size(3), cells = height * width;
+  const int64_t rows = logits.size(2), columns = logits.size(3), cells = height * width, words = (among.keys + 31) / 32;
   const Between<Acc> down(rows, height), across(columns, width);
   const int32_t *left = across.first.data(), *right = across.second.data();
   const Acc *aside = across.share.data(), limit = Acc(threshold);
   const bool same = rows == height && columns == width;  // nothing infinite is multiplied by 0
   const bool ready = logits.stride(3) == 1 && logits.stride(2) == columns;
   const char* data = static_cast<const char*>(logits.const_data_ptr());
-  torch::stable::parallel_for(0, logits.size(0) * queries, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, logits.size(0) * among.queries, 1, [&](int64_t begin, int64_t end) {
     std::vector<Acc> map(static_cast<size_t>(rows * columns)), line(static_cast<size_t>(columns));
+    std::vector<uint8_t> seen(static_cast<size_t>(words * 32));  // of all keys
+    std::fill_n(seen.begin(), among.keys, uint8_t(1));
+    uint8_t* to = seen.data() + among.first_key;
+    const auto pack = [&](int64_t task) {
+      for (int64_t n = 0; n < words; ++n) out[task * words + n] = packed(seen.data() + 32 * n);
+    };
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / queries, q = task % queries;
-      uint8_t* to = out + task * cells;
+      const int64_t b = task / among.queries, q = task % among.queries - among.first_query;
+      const bool inside = q >= 0 && q < logits.size(1);
+      if (!inside || (open_rows && static_cast<const uint8_t*>(open_rows->const_data_ptr())[b * open_rows->stride(0) + q * open_rows->stride(1)])) {
+        std::memset(to, 1, size_t(cells));
+        pack(task);
+        continue;
+      }
       const Acc* cells_in = map.data();
       with_element(dtype, [&](auto element) {
         const auto* from = reinterpret_cast<const decltype(element)*>(data) + b * logits.stride(0) + q * logits.stride(1);
@@ -83,25 +110,29 @@ void resize(const Tensor& logits, const std::optional<Tensor>& open_rows, int64_
         const auto stretched = [=, from = line.data()](int64_t x) { return from[left[x]] * (1 - aside[x]) + from[right[x]] * aside[x]; };
         some |= compare(stretched, width, limit, inclusive, to + y * width);
       }
-      const bool open = open_rows && static_cast<const uint8_t*>(open_rows->const_data_ptr())[b * open_rows->stride(0) + q * open_rows->stride(1)];
-      if (open || (full && !some)) std::memset(to, 1, size_t(cells));
+      if (full && !some) std::memset(to, 1, size_t(cells));
+      pack(task);
     }
   });
 }
 
 Tensor mask_from_logits(Tensor logits, std::optional<Tensor> open_rows, int64_t height, int64_t width, double threshold, bool full,
-                        bool inclusive, std::string /*gpu*/) {
+                        bool inclusive, int64_t queries, int64_t keys, int64_t first_query, int64_t first_key, std::string /*gpu*/) {
   check(logits.dim() == 4 && height >= 0 && width >= 0, kOp, "logits must have shape [B, Q, h, w]");
   check(logits.size(2) > 0 && logits.size(3) > 0, kOp, "logits must hold a cell");
   check(!open_rows || (open_rows->dim() == 2 && open_rows->size(0) == logits.size(0) && open_rows->size(1) == logits.size(1) &&
                        open_rows->scalar_type() == torch::headeronly::ScalarType::Bool),
         kOp, "open_rows must be bool [B, Q]");
-  Tensor seen = torch::stable::empty({logits.size(0), logits.size(1), height * width}, torch::headeronly::ScalarType::Bool);
-  if (!seen.numel()) return seen;
-  auto* out = static_cast<uint8_t*>(seen.mutable_data_ptr());
-  if (dtype_of(logits, kOp) == Dtype::f64) resize<double>(logits, open_rows, height, width, threshold, full, inclusive, out);
-  else resize<float>(logits, open_rows, height, width, threshold, full, inclusive, out);
-  return seen;
+  check(first_query >= 0 && first_key >= 0 && first_query + logits.size(1) <= queries && first_key + height * width <= keys &&
+            queries < (int64_t(1) << 31) && keys < (int64_t(1) << 31),
+        kOp, "the maps must lie among all queries and keys");
+  Tensor words = torch::stable::empty({logits.size(0), queries, (keys + 31) / 32}, torch::headeronly::ScalarType::Int);
+  if (!words.numel()) return words;
+  auto* out = static_cast<uint32_t*>(words.mutable_data_ptr());
+  const Among among{queries, keys, first_query, first_key};
+  if (dtype_of(logits, kOp) == Dtype::f64) resize<double>(logits, open_rows, height, width, threshold, full, inclusive, among, out);
+  else resize<float>(logits, open_rows, height, width, threshold, full, inclusive, among, out);
+  return words;
 }
 
 }  // namespace

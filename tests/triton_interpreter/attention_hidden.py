@@ -4,13 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from attention_op import FULL, HALF, small_tiles
+from attention_op import FULL, HALF, arguments, check_op, small_tiles
 from gpu_path import tokens_on_gpu
 from hidden_cases import HIDING, KEYS, LEARNED, PAIRS, QUERIES, check, hidden, learned, masks_of
 from masked_systems import qkv
 
+from vitkern import testing
+from vitkern.mask import packed
+from vitkern.testing import attention as registry
 from vitkern.triton_kernels import _host
 
 
@@ -18,7 +22,7 @@ from vitkern.triton_kernels import _host
 def tuned(monkeypatch):
     use = small_tiles(monkeypatch)
     use(16, 16)
-    yield
+    yield use
     _host.config.cache_clear()
 
 
@@ -41,3 +45,18 @@ def test_nothing_around_the_inputs_nor_behind_a_mask_is_seen(kind):
 def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind):
     with tokens_on_gpu("triton"):
         learned(kind, "triton", FULL)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 20, 70), (2, 1, 1, 70), (2, 2, 20, 70)], ids=str)
+def test_words_of_images_heads_and_rows(shape):
+    check_op(arguments(2, 20, 70, mask=packed(torch.rand(shape) < 0.4)))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_bits_of_tiles_of_any_width(block, tuned):
+    """One word for several tiles, one for each, several for one; the last is not full."""
+    tuned(16, block)
+    with tokens_on_gpu("triton"):
+        for modulation in ("", "heads"):
+            call = registry.make(block, 2, 20, 150, d=4, masks="block", modulation=modulation)
+            testing.assert_matches(testing.entries()["attention"], call, FULL, "triton")

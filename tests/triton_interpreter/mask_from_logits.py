@@ -13,7 +13,7 @@ from gpu_path import tokens_on_gpu
 
 import vitkern
 from vitkern import testing
-from vitkern.mask import FromLogits
+from vitkern.mask import FromLogits, unpacked
 from vitkern.testing.mask_from_logits import make
 from vitkern.triton_kernels import mask_from_logits as kernels
 
@@ -37,15 +37,16 @@ def test_sampled_calls(seed):
     testing.assert_matches(ENTRY, ENTRY.draw(random.Random(f"triton {seed}")), torch.float32, "triton")
 
 
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize(
     "options", [{"shift": -20}, {"shift": -40}, {"shift": -40, "empty": "none", "open_rows": True}], ids=str
 )
 def test_rows_of_several_blocks(block, options, monkeypatch):
     """The last of which is not full; what one block sees counts for all."""
     monkeypatch.setattr(kernels, "MAX_BLOCK", block)
-    for sides in ((8, 12), (7, 9)):
-        testing.assert_matches(ENTRY, make(3, 2, 6, sides, (16, 6), **options), torch.float32, "triton")
+    for sides, around in (((8, 12), (0, 0, 0, 0)), ((7, 9), (1, 2, 67, 70))):
+        call = make(3, 2, 6, sides, (16, 6), around=around, **options)
+        testing.assert_matches(ENTRY, call, torch.float32, "triton")
 
 
 def test_every_rounding_is_that_of_float32_without_fused_products():
@@ -64,8 +65,8 @@ def test_every_rounding_is_that_of_float32_without_fused_products():
     cells = (line[:, left] * (1 - across) + line[:, right] * across).flatten()
     for threshold in cells[::4].tolist():
         for inclusive in (True, False):
-            got = kernels.fwd(logits, None, *size, threshold, False, inclusive)
-            assert torch.equal(got[0, 0], cells >= threshold if inclusive else cells > threshold)
+            got = kernels.fwd(logits, None, *size, threshold, False, inclusive, 1, len(cells), 0, 0)
+            assert torch.equal(unpacked(got[0, 0], len(cells)), cells >= threshold if inclusive else cells > threshold)
 
 
 def test_attention_with_predicted_masks_is_that_with_their_cells():
@@ -78,12 +79,13 @@ def test_attention_with_predicted_masks_is_that_with_their_cells():
 
 def test_refusals_are_sentences():
     def why(shape, height=2, width=2, dtype=torch.float32):
-        return kernels.supported(torch.zeros(()).to(dtype).expand(shape), None, height, width, 0.0, True, True)
+        logits = torch.zeros(()).to(dtype).expand(shape)
+        return kernels.supported(logits, None, height, width, 0.0, True, True, shape[1], height * width, 0, 0)
 
     assert why((1, 1, 2, 2)) == []
     assert why((1, 1, 0, 2), dtype=torch.float64) == [
         "logits must hold a cell",
         "logits must be float32, bfloat16 or float16, got torch.float64",
     ]
-    assert why((1, 1, 2, 2), 2**15, 2**15) == ["a map may have fewer than 2^30 cells, got 32768 x 32768"]
+    assert why((1, 1, 2, 2), 2**15, 2**15) == ["there may be fewer than 2^30 keys, got 1073741824"]
     assert why((1, 1, 1, 2**24)) == ["a side may have fewer than 2^24 cells, got [1, 16777216] and 2 x 2"]

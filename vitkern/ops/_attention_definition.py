@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkern.bias import DecomposedRelativePosition, EuclideanDistance, PolylinePath
-from vitkern.mask import BlockCausal, Causal, Segments
+from vitkern.mask import BlockCausal, Causal, Segments, unpacked
 from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
@@ -102,6 +102,12 @@ def axes_of(found: dict[str, Any]) -> DecomposedRelativePosition:
     return DecomposedRelativePosition(found["rel_y"], found["rel_x"], grid, grid)
 
 
+def visible(found: dict[str, Any]) -> Tensor:
+    """The mask in its slot as one of bool."""
+    seen: Tensor = found["mask"]
+    return seen if seen.dtype == torch.bool else unpacked(seen, found["k"].shape[1])
+
+
 def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     stats = {"softmax": ("lse",), "argmax_k": ("index",)}.get(found["normalizer"], ())
     weight = found["query_weight"]
@@ -135,7 +141,7 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     if found["bias_table"] is not None:
         biases.append(tables.dense(found, "bias_table"))
     biases += positions.dense(found)
-    masks: list[Any] = [found["mask"]] if found["mask"] is not None else []
+    masks: list[Any] = [visible(found)] if found["mask"] is not None else []
     if found["causal"]:
         masks.append(Causal(found["offset"]))
     if found["rule"] == "upto":

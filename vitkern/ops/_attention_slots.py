@@ -19,12 +19,12 @@ from vitkern.bias import (
     PolylinePath,
     RowBias,
 )
-from vitkern.mask import BlockCausal, Causal, FromLogits, Segments
+from vitkern.mask import BlockCausal, Causal, FromLogits, Segments, unpacked
 from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops import _sharded
-from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of
+from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of, visible
 from vitkern.ops._attention_named import batch_of_named
 from vitkern.ops._op import once, once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
@@ -130,10 +130,10 @@ def slots(
     )  # q is what tables meet
     at = Place(q, k, longest, extra is not None, native, axes, [] if mapped is None else mapped)
     dense, of_keys, of_weights = _place_biases(found, biases, at)
-    seen = _place_masks(found, lowered["masks"], at, backend)
+    seen, words = _place_masks(found, lowered["masks"], at, 0 if extra is None else extra[0].shape[1], backend)
     if packed is None:
         dense, apart = _keys_apart(dense)
-        seen, hidden = _keys_apart(seen)
+        seen, hidden = _keys_apart(seen, len(words))
         of_keys += apart + [torch.zeros_like(t, dtype=acc).masked_fill(~t, -math.inf) for t in hidden]
     factors: list[Tensor] = []
     early: dict[str, list[Tensor]] = {"logit": [], "prob": []}  # in front of a mixture of heads
@@ -185,7 +185,11 @@ def slots(
     elif isinstance(scale, Tensor):
         found["factor"] = scale.to(acc).expand(q.shape[2])
     found |= {"q": q, "k": k, "v": v, "bias": joined(dense, torch.add), "key_bias": joined(of_keys, torch.add)}
-    found |= {"mask": joined(seen, torch.logical_and), "scale": 1.0 if found["factor"] is not None else float(scale)}
+    bits = joined(words, torch.bitwise_and)
+    if seen and bits is not None:
+        seen, bits = [*seen, unpacked(bits, k.shape[1])], None
+    found |= {"mask": joined(seen, torch.logical_and) if bits is None else bits}
+    found |= {"scale": 1.0 if found["factor"] is not None else float(scale)}
     found |= {"gain": joined(factors, torch.mul), "weight": joined(of_weights, torch.mul)}
     if mixed:
         found |= {"early_gain": joined(early["logit"], torch.mul), "early_weight": joined(early["prob"], torch.mul)}
@@ -250,10 +254,10 @@ def _place_biases(found: dict[str, Any], biases: Any, at: Place) -> tuple[list[T
     return dense, of_keys, of_weights
 
 
-def _keys_apart(parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Of several tensors those that differ between queries, and those of the keys alone, with four axes: together they would be
-    a map of every sample and head."""
-    if len(parts) < 2:
+def _keys_apart(parts: list[Tensor], beside: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Of several tensors, with the number `beside` them, those that differ between queries, and those of the keys alone, with four
+    axes: together they would be a map of every sample and head."""
+    if len(parts) + beside < 2:
         return parts, []
     alone = [t.dim() > 0 and t.shape[-1] > 1 and (t.dim() == 1 or t.shape[-2] == 1) for t in parts]
     apart = [t[(None,) * (4 - t.dim())] for t, of_keys in zip(parts, alone, strict=True) if of_keys]
@@ -298,9 +302,12 @@ def _refuse_second(modifier: Any, longest: Any) -> None:
         )
 
 
-def _place_masks(found: dict[str, Any], masks: Any, at: Place, backend: str | None) -> list[Tensor]:
-    """Fills the slots of the typed masks; returns the dense ones."""
-    seen = []
+def _place_masks(
+    found: dict[str, Any], masks: Any, at: Place, more: int, backend: str | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Fills the slots of the typed masks; returns the dense ones, and the bits [B, 1, Nq, words] of others, which show the `more`
+    further keys."""
+    seen, words = [], []
     extended = at.extended
     for m in masks:
         if isinstance(m, Causal) and not extended:
@@ -312,11 +319,11 @@ def _place_masks(found: dict[str, Any], masks: Any, at: Place, backend: str | No
         elif isinstance(m, BlockCausal) and found["rule"] == "none" and not extended:
             found |= {"q_ids": m.q_levels.to(torch.int32), "k_ids": m.k_levels.to(torch.int32), "rule": "upto"}
         elif isinstance(m, FromLogits):
-            seen.append(m.among(mask_from_logits(m, backend=backend), at.q, at.k))
+            words.append(mask_from_logits(m, at.q.shape[1], at.k.shape[1] + more, backend=backend)[:, None])
         else:
             _refuse_second(m, at.longest)
             seen.append(m if isinstance(m, Tensor) else at.dense(m))
-    return seen
+    return seen, words
 
 
 def joined(parts: list[Tensor], join: Any) -> Tensor | None:
@@ -373,7 +380,7 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
         some[name] = t if t is None or t.shape[2] == 1 else t[:, :, chosen]
     if found["causal"]:
         past = torch.arange(keys, device=chosen.device) <= chosen[:, None] + found["offset"]  # [R, Nk]
-        some |= {"causal": False, "mask": past[None, None] if some["mask"] is None else some["mask"] & past}
+        some |= {"causal": False, "mask": past[None, None] if some["mask"] is None else visible(some) & past}
     if found["path_row"] is not None:
         path = path_of(found).of_queries(numbers)
         some |= {"path_row": None, "bias": path if some["bias"] is None else some["bias"] + path}

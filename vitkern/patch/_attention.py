@@ -32,16 +32,14 @@ def index_refusal(module: Any, grid: tuple[int, int], stride: int = 1) -> str | 
 
 
 def multihead(
-    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, seen: Any = None, **_: Any
 ) -> tuple[Tensor, None]:
-    """What torch's multi-head attention gives without weights: q [Q, B, C], k and v [N, B, C], a bool mask [B, Q, N], the
-    same for all heads, where True hides."""
+    """What torch's multi-head attention gives without weights: q [Q, B, C], k and v [N, B, C], under the mask `seen`."""
     heads = module.num_heads
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     q, k, v = (
         split_heads(nn.functional.linear(x.transpose(0, 1), weight, bias), heads)
         for x, weight, bias in zip((query, key, value), module.in_proj_weight.chunk(3), biases, strict=True)
     )
-    seen = None if attn_mask is None else ~attn_mask[:, None]
     out = attention(q, k, v, mask=seen, dropout_p=module.dropout if module.training else 0.0)
     return module.out_proj(merged(out)).transpose(0, 1), None

@@ -11,7 +11,6 @@ from vitkern.bias import DecomposedRelativePosition, RelativePosition
 from vitkern.mask import FromLogits
 from vitkern.ops.attention import attention
 from vitkern.ops.attention_varlen import attention_varlen
-from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.patch._attention import index_refusal, merged, multihead, relative_on_grid, split_heads
 from vitkern.patch._interface import View, refusal, weights_wanted
 from vitkern.rope import Rope
@@ -132,27 +131,35 @@ def _self_attention(
     return module.out_proj(merged(out)).transpose(0, 1), None
 
 
-def _layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """The layer's own forward with its two attentions on vitkern."""
-    cross, own = partial(multihead, layer.cross_attn), partial(_self_attention, layer.self_attn)
+def _layer(layer: Any, predicted: list[FromLogits], *args: Any, **kwargs: Any) -> Any:
+    """The layer's own forward with its two attentions on vitkern, the first where the last predicted mask is on."""
+    cross = partial(multihead, layer.cross_attn, seen=predicted[-1])
+    own = partial(_self_attention, layer.self_attn)
     return type(layer).forward(View(layer, cross_attn=cross, self_attn=own), *args, **kwargs)
 
 
 def _predicted(
-    predictor: Any, outputs: Tensor, pixel_embeddings: Tensor, attention_mask_target_size: tuple[int, int]
+    predictor: Any,
+    predicted: list[FromLogits],
+    outputs: Tensor,
+    pixel_embeddings: Tensor,
+    attention_mask_target_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """The mask logits [B, Q, h, w], and where they hide the cells of the next map, once for all heads: [B, Q, cells]."""
+    """The mask logits [B, Q, h, w], and in place of a mask one that hides nothing, [B, Q, 1]: the next layer takes what is
+    appended to `predicted`."""
     embedded = predictor.mask_embedder(outputs.transpose(0, 1))
     logits = torch.einsum("bqc,bchw->bqhw", embedded, pixel_embeddings)
-    return logits, ~mask_from_logits(FromLogits(logits, tuple(attention_mask_target_size)))
+    predicted.append(FromLogits(logits, tuple(attention_mask_target_size)))
+    return logits, logits.new_zeros((*logits.shape[:2], 1), dtype=torch.bool)
 
 
 def _mask2former(decoder: nn.Module) -> Any:
     def forward(self: Any, *args: Any, output_attentions: bool | None = None, **kwargs: Any) -> Any:
         seen = self
         if not (self.config.output_attentions if output_attentions is None else output_attentions):
-            layers = [partial(_layer, layer) for layer in self.layers]
-            seen = View(self, mask_predictor=partial(_predicted, self.mask_predictor), layers=layers)
+            predicted: list[FromLogits] = []
+            layers = [partial(_layer, layer, predicted) for layer in self.layers]
+            seen = View(self, mask_predictor=partial(_predicted, self.mask_predictor, predicted), layers=layers)
         return type(self).forward(seen, *args, output_attentions=output_attentions, **kwargs)
 
     return refusal() or forward

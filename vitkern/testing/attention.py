@@ -107,9 +107,9 @@ def make(
 ) -> Call:
     """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
     and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
-    both; `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor;
-    `extra`: further keys; `beside`: NAMES of attention_options, joined by "+"; `repeated`: bias and factors are expanded to all
-    scores; `layout` as of window_attention."""
+    block (of some pairs), both; `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights;
+    `scale`: "heads" is a tensor; `extra`: further keys; `beside`: NAMES of attention_options, joined by "+"; `repeated`: bias
+    and factors are expanded to all scores; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -130,8 +130,8 @@ def make(
     if masks in ("segments", "table", "levels"):
         tensors["ids"] = torch.randint(-1, 3, (1, max(queries, keys)), generator=g)
         tensors["allow"] = torch.rand(3, 3, generator=g) < 0.6
-    if masks == "logits":
-        tensors["logits"] = normal(batch, queries, 3, 4)
+    if masks in ("logits", "block"):
+        tensors["logits"] = normal(batch, queries - (masks == "block" and queries > 0), 3, 4)
     if typed == "decomposed":
         tensors["rel_y"], tensors["rel_x"] = normal(batch, queries, heads, grid[0]), normal(1, queries, 1, grid[1])
     if typed in AXES:
@@ -196,6 +196,9 @@ def make(
             hidden.append(RULES[masks](t["ids"][:, : q.shape[1]], t["ids"][:, : k.shape[1]], t["allow"]))
         if masks == "logits":
             hidden.append(FromLogits(t["logits"], (1, k.shape[1])))
+        if masks == "block":
+            rows, cols = (q.shape[1] - t["logits"].shape[1], q.shape[1]), (k.shape[1] // 3, k.shape[1])
+            hidden.append(FromLogits(t["logits"], (1, cols[1] - cols[0]), empty="none", rows=rows, cols=cols))
         given["modulation"] = [FACTORS[name](t, grid) for name in factors]
         if weighed:
             given["query_weight"] = t["query_weight"]
@@ -277,7 +280,7 @@ def draw(rng: random.Random) -> Call:
         "bias": rng.choice((None, None, rng.choice(PATTERNS))),
         "key_bias": rng.random() < 0.2,
         "masks": rng.choice(
-            ("none", "none", "dense", "empty", "causal", "segments", "table", "levels", "logits", "both")
+            ("none", "none", "dense", "empty", "causal", "segments", "table", "levels", "logits", "block", "both")
         ),
         **more,
         "cosine": cosine,
@@ -384,6 +387,12 @@ def offsets() -> list[Call]:
         *mixed(),
         make(44, 2, 6, 9, heads=4, kv_heads=2, d=4, typed="context", modulation="weight+heads", masks="dense", dropout_p=0.2,
              dropout_seed=7),
+        make(66, 2, 5, 33, heads=4, kv_heads=2, d=4, masks="block", bias=(0, 1, 1, 1), sink=True, extra=3),
+        make(67, 2, 9, 65, heads=2, d=4, masks="block", modulation="heads", dropout_p=0.2, dropout_seed=4),
+        make(68, 1, 17, 64, heads=2, masks="block", topk=9, return_stats=("lse", "key_mean")),
+        make(69, 2, 66, 66, d=4, typed="table", grid=(6, 11), masks="block"),  # tiles that begin inside a word
+        make(70, 2, 7, 66, d=4, typed="decomposed", grid=(6, 11), masks="block"),
+        make(71, 3, 1, 31, d=4, masks="logits", normalizer="sigmoid", return_stats=("row",), stat_rows=(0,)),
         make(30, 2, 6, 6, typed="decay", grid=(2, 3), modulation="soft+mixture", return_stats=("key_mean",)),
         make(27, 2, 99, 99, d=4, typed="prefix", grid=(1, 97), modulation="behind", masks="segments", normalizer="sigmoid",
              dropout_p=0.2, dropout_seed=3),

@@ -17,8 +17,13 @@ from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.testing.registry import Call, Entry, label
 
 
-def on(logits: Tensor, open_rows: Tensor | None, *, backend: str | None, **options: Any) -> Tensor:
-    return mask_from_logits(FromLogits(logits, open_rows=open_rows, **options), backend=backend)
+def words(
+    logits: Tensor, open_rows: Tensor | None, *, around: tuple[int, int, int, int], backend: str | None, **options: Any
+) -> Tensor:
+    first, left = around[::2]
+    rows, cols = (first, first + logits.shape[1]), (left, left + math.prod(options["size"]))
+    m = FromLogits(logits, open_rows=open_rows, rows=rows, cols=cols, **options)
+    return mask_from_logits(m, rows[1] + around[1], cols[1] + around[3], backend=backend)
 
 
 def make(
@@ -32,9 +37,11 @@ def make(
     open_rows: bool = False,
     layout: str = "plain",
     damage: str = "none",
+    around: tuple[int, int, int, int] = (0, 0, 0, 0),
     **options: Any,
 ) -> Call:
-    """`shift`: eighths added to all logits. `damage`: none, nan, inf (some logits). `layout`: plain, transposed, sliced."""
+    """`shift`: eighths added to all logits. `damage`: none, nan, inf (some logits). `layout`: plain, transposed, sliced, expanded.
+    `around`: queries before and behind, keys before and behind."""
     g = torch.Generator().manual_seed(number)
     exact = all(math.log2(a / b).is_integer() for a, b in zip(sides, size, strict=True))
     logits = torch.randint(-24, 25, (batch, queries, *sides), generator=g).double().add(shift).div(8)
@@ -45,19 +52,24 @@ def make(
     tensors = {"logits": logits}
     if layout == "transposed":
         tensors["logits"] = logits.mT.contiguous()
+    elif layout == "expanded":
+        tensors["logits"] = logits[:1]
     elif layout == "sliced":
         tensors["logits"] = torch.stack((logits, logits + 1), -1)
     if open_rows:
         tensors["open_rows"] = torch.rand(batch, queries, generator=g) < 0.4
-    options = {"size": size, "threshold": 0.0 if exact else math.sqrt(0.5)} | options
+    options = {"size": size, "threshold": 0.0 if exact else math.sqrt(0.5), "around": around} | options
 
     def build(t: dict[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = t["logits"]
-        x = {"plain": x, "transposed": x.mT, "sliced": x[..., 0] if x.dim() == 5 else x}[layout]
+        if layout == "expanded":
+            x = x.expand(batch, *x.shape[1:])
+        elif layout != "plain":
+            x = x.mT if layout == "transposed" else x[..., 0]
         return (x, t.get("open_rows")), options
 
     facts = {"B": batch, "Q": queries, "sides": sides, "shift": shift, "open": open_rows, "layout": layout}
-    return Call(label(number, facts | {"damage": damage} | options), on, build, tensors, seed=number)
+    return Call(label(number, facts | {"damage": damage} | options), words, build, tensors, seed=number)
 
 
 def draw(rng: random.Random) -> Call:
@@ -73,7 +85,8 @@ def draw(rng: random.Random) -> Call:
         (int(sides[0] * step), int(sides[1] * step)) if exact else free,
         shift=rng.choice((0, 0, -20, -60)),
         open_rows=rng.random() < 0.3,
-        layout=rng.choice(("plain", "plain", "transposed", "sliced")),
+        layout=rng.choice(("plain", "plain", "transposed", "sliced", "expanded")),
+        around=rng.choice(((0, 0, 0, 0), (0, 0, 5, 0), (0, 3, 33, 0), (2, 0, 0, 40), (1, 1, 7, 8))),
         damage=rng.choice(("none", "none", "none", "nan", "inf")),
         empty=rng.choice(("full", "full", "none")),
         inclusive=rng.random() < 0.6,
@@ -97,6 +110,10 @@ def small() -> list[Call]:
         make(12, 2, 2, (4, 4), (4, 4), damage="inf", layout="transposed"),
         make(13, 2, 2, (4, 4), (4, 8), damage="inf"),
         make(14, 1, 2, (33, 3), (11, 30), shift=-30, layout="transposed"),
+        *(make(15 + n, 2, 3, (1, 32), (1, n), shift=-20) for n in (31, 32, 33, 63, 64, 65)),  # words that are not full
+        make(21, 2, 3, (4, 4), (8, 8), around=(2, 1, 31, 3), open_rows=True, shift=-30),  # EoMT: a block in the middle
+        make(22, 3, 2, (4, 4), (4, 4), around=(0, 1, 1, 0), empty="none", shift=-60, layout="expanded"),
+        make(23, 2, 3, (4, 6), (8, 12), around=(1, 0, 70, 50), damage="nan", inclusive=False),
     ]
 
 
