@@ -25,9 +25,10 @@ from ._attention_heads_tiles import (
     tile_weights,
     times_factors,
     token_numbers,
+    visited_tile,
 )
 from ._attention_host import UNSPECIALIZED
-from ._attention_terms import of_sample, stream, visited
+from ._attention_terms import of_sample, stream
 from ._attention_tiles import SOFTMAX
 from ._tiles import LOG2E, clean
 
@@ -65,14 +66,14 @@ def _head_deltas(
     image = pid // tiles
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
-    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     delta = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dgiven = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dweight = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dpost = tl.zeros([BLOCK_M, HEADS, HEADS], tl.float32)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        start = visited(visit_ptr, at, n, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -166,7 +167,7 @@ def _heads_queries(
     column = tl.program_id(1) * BLOCK_D
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
-    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     flat, real = row_places(terms, image, i, sizes[1], sizes[8], heads)
     factor = head_factors(terms, term_strides, heads, scale)
     dq = tl.zeros([HEADS, BLOCK_M, BLOCK_D], tl.float32)
@@ -174,8 +175,8 @@ def _heads_queries(
     doffset = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dfactor = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dpre = tl.zeros([BLOCK_M, HEADS, HEADS], tl.float32)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        start = visited(visit_ptr, at, n, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s, p, given, before, ds, dy = _gradients(
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
             dout_strides, d_strides, term_strides, image, row, start, sizes, scale, threshold, keep_scale,
@@ -231,8 +232,8 @@ def _heads_keys(
     dk = tl.zeros([HEADS, BLOCK_N, BLOCK_D], tl.float32)
     dcolumn = tl.zeros([HEADS, BLOCK_N], tl.float32)
     begin, end, at = key_visits(count_ptr, visit_strides, image, start, sizes, CAUSAL, BLOCK_M, BLOCK_N)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        row = visited(visit_ptr, at, n, BLOCK_M)
+    for n in tl.range(begin, end, BLOCK_M if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        row = visited_tile(visit_ptr, at, n, BLOCK_M)
         a, x, y, s, p, given, before, ds, dy = _gradients(
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
             dout_strides, d_strides, term_strides, image, row, start, sizes, scale, threshold, keep_scale,
@@ -273,8 +274,8 @@ def _heads_values(
     sizes = of_sample(terms, sizes, image)
     dv = tl.zeros([HEADS, BLOCK_N, CHUNK_V], tl.float32)
     begin, end, at = key_visits(count_ptr, visit_strides, image, start, sizes, CAUSAL, BLOCK_M, BLOCK_N)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        row = visited(visit_ptr, at, n, BLOCK_M)
+    for n in tl.range(begin, end, BLOCK_M if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        row = visited_tile(visit_ptr, at, n, BLOCK_M)
         i = row + tl.arange(0, BLOCK_M)
         lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
         a, x, y, s = mixed_scores(

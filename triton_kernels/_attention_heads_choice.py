@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_hard import _better
-from ._attention_heads_tiles import HEADS, key_visits, mixed_scores, query_visits, row_places
+from ._attention_heads_tiles import HEADS, key_visits, mixed_scores, query_visits, row_places, visited_tile
 from ._attention_host import UNSPECIALIZED
-from ._attention_terms import of_sample, visited
+from ._attention_terms import of_sample
 from ._attention_topk import _ranked
 from ._attention_visits import lists
 
@@ -39,7 +39,7 @@ def _head_survivors(
     image = pid // tiles
     heads = sizes[3]
     sizes = of_sample(terms, sizes, image)
-    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     least = tl.zeros([HEADS, BLOCK_M], tl.uint32)                                      # the k-th key, from its first bits on
     left = tl.zeros([HEADS, BLOCK_M], tl.int32) + topk                                 # how many of its equals survive
     shift = tl.full([], 32, tl.uint32)
@@ -49,8 +49,8 @@ def _head_survivors(
         of_two = of_three
         of_one = of_three
         of_none = of_three
-        for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-            start = visited(visit_ptr, at, n, BLOCK_N)
+        for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+            start = visited_tile(visit_ptr, at, n, BLOCK_N)
             a, x, y, s = mixed_scores(
                 q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
                 AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -70,8 +70,8 @@ def _head_survivors(
         least = least | (tl.where(enough, found, 0).to(tl.uint32) << shift)
         left -= tl.where(enough, above, 0)
     flat, real = row_places(terms, image, row + tl.arange(0, BLOCK_M), sizes[1], sizes[8], heads)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        start = visited(visit_ptr, at, n, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -109,9 +109,9 @@ def _head_choices(
     if BY_KEYS:
         begin, end, at = key_visits(count_ptr, visit_strides, image, own, sizes, CAUSAL, BLOCK_M, BLOCK_N)
     else:
-        begin, end, at = query_visits(count_ptr, visit_strides, terms, image, own, sizes, CAUSAL, BLOCK_M, BLOCK_N)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        other = visited(visit_ptr, at, n, OTHER)
+        begin, end, at = query_visits(count_ptr, visit_strides, terms, image, own, sizes, CAUSAL, BLOCK_M)
+    for n in tl.range(begin, end, OTHER if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        other = visited_tile(visit_ptr, at, n, OTHER)
         row = other if BY_KEYS else own
         start = own if BY_KEYS else other
         i = (row + tl.arange(0, BLOCK_M))[None, :, None]

@@ -23,9 +23,10 @@ from ._attention_heads_tiles import (
     store_heads,
     tile_weights,
     token_numbers,
+    visited_tile,
 )
 from ._attention_host import HARD, MIXTURES, UNSPECIALIZED, Call, arguments
-from ._attention_terms import of_sample, stream, visited
+from ._attention_terms import of_sample, stream
 from ._attention_tiles import ARGMAX_K, ARGMAX_Q
 from ._attention_visits import lists
 from ._host import power
@@ -55,7 +56,7 @@ def _head_rows(
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
     flat, real = row_places(terms, image, i, sizes[1], sizes[8], heads)
-    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     top = tl.full([HEADS, BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([HEADS, BLOCK_M], tl.float32)
     if terms[4] is not None:
@@ -63,8 +64,8 @@ def _head_rows(
         sink = tl.load(terms[4] + h.to(tl.int64) * term_strides[13], mask=h < heads, other=0.0).to(tl.float32)
         top = tl.zeros([HEADS, BLOCK_M], tl.float32) + sink[:, None]
         norm = tl.where(top == float("-inf"), 0.0, 1.0)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        start = visited(visit_ptr, at, n, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -99,11 +100,11 @@ def _heads_forward(
     column = tl.program_id(1) * CHUNK_V
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
-    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     acc = tl.zeros([HEADS, BLOCK_M, CHUNK_V], tl.float32)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        start = visited(visit_ptr, at, n, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -144,8 +145,8 @@ def _head_means(
     sizes = of_sample(terms, sizes, image)
     mean = tl.zeros([HEADS, BLOCK_N], tl.float32)
     begin, end, at = key_visits(count_ptr, visit_strides, image, start, sizes, CAUSAL, BLOCK_M, BLOCK_N)
-    for n in tl.range(begin, end, num_stages=1, disable_licm=True):
-        row = visited(visit_ptr, at, n, BLOCK_M)
+    for n in tl.range(begin, end, BLOCK_M if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        row = visited_tile(visit_ptr, at, n, BLOCK_M)
         i = row + tl.arange(0, BLOCK_M)
         lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
         a, x, y, s = mixed_scores(
