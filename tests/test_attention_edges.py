@@ -200,6 +200,52 @@ def test_rows_of_what_depends_on_all_queries():
         torch.testing.assert_close(row, stats.row)
 
 
+ROWS = {
+    "policy": lambda: {"modulation": modulation.Policy(drawn(2, 33).abs().requires_grad_(), 1e-2), "mask": drawn(20, 33) < 1},
+    "policy without its diagonal": lambda: {"modulation": modulation.Policy(drawn(1, 33).abs(), 1e-3, False), "topk": 9},
+    "argmax_q": lambda: {"normalizer": "argmax_q", "mask": [drawn(2, 4, 20, 33) < 1, mask.Causal(13)]},
+    "argmax_q of a NaN": lambda: {"normalizer": "argmax_q", "mask": mask.Segments(*(torch.arange(n)[None] // 9 for n in (20, 33)))},
+    "argmax_q of heads that mix": lambda: {"normalizer": "argmax_q", "modulation": talking(4), "bias": drawn(1, 4, 20, 33)},
+    "argmax_q of further keys": lambda: {"normalizer": "argmax_q", "extra_kv": (drawn(1, 3, 2, 8), drawn(1, 3, 2, 8))},
+}  # fmt: skip
+
+
+def talking(heads):
+    shapes = ((heads, heads), (heads,)) * 2
+    return modulation.TalkingHeads(*(drawn(*shape, seed=n) for n, shape in enumerate(shapes)))
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_what_depends_on_all_queries_take_no_definition(case):
+    """Alone, without values, and beside what else the op returns; the last row by its number from behind."""
+    q, k, v = (drawn(2, n, h, 8, seed=s).requires_grad_() for s, (n, h) in enumerate(((20, 4), (33, 2), (33, 2))))
+    if case.endswith("NaN"):
+        with torch.no_grad():
+            k[0, 4], q[1, 5] = math.nan, math.inf
+    options, rows = ROWS[case](), (5, 0, -1)
+    keep = getattr(options.get("modulation"), "keep", None)
+    learned = [q, k] + [t for t in (keep,) if t is not None and t.requires_grad]
+    others = ("key_mean",)
+    assert "takes" not in vitkern.explain(vitkern.attention, q, k, v, return_stats="row", stat_rows=rows, **options)
+    want = vitkern.attention(q, k, v, return_stats=("row", *others), stat_rows=rows, backend="reference", **options)
+    for values, stats in ((v, ("row",)), (None, ("row",)), (v, ("row", *others))):
+        if values is None and "extra_kv" in options:
+            continue
+        got = vitkern.attention(q, k, values, return_stats=stats, stat_rows=rows, backend="cpu", **options)
+        if values is not None:
+            torch.testing.assert_close(got[0], want[0], equal_nan=True)
+        if "key_mean" in stats:
+            torch.testing.assert_close(got[1].key_mean, want[1].key_mean, equal_nan=True)
+        if case.startswith("argmax"):
+            assert torch.equal(got[1].row, want[1].row) and got[1].row.any() and not got[1].row.requires_grad
+            continue
+        torch.testing.assert_close(got[1].row, want[1].row)
+        grads = [torch.autograd.grad(s.row.sin().sum(), learned, retain_graph=True) for s in (got[1], want[1])]
+        for a, b in zip(*grads, strict=True):
+            assert b.any()
+            torch.testing.assert_close(a, b)
+
+
 def test_a_hard_choice_has_no_gradient_however_large_the_scale():
     q, k, v = (
         t.detach().requires_grad_() for t in (drawn(1, 2048, 1, 8), drawn(1, 16, 1, 8), drawn(1, 16, 1, 8, seed=1))

@@ -66,3 +66,40 @@ def test_packed_sequences_see_nothing_hidden_nor_of_each_other(kind, dtype):
 @pytest.mark.parametrize("kind", LEARNED)
 def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind, backend):
     learned(kind, backend)
+
+
+def seen_in_runs():
+    """[1, 3, 70, 90]: all heads together see three runs of keys, the last of them by one query of each block of 64."""
+    seen = torch.zeros(1, 3, 70, 90, dtype=torch.bool)
+    seen[:, 0, :, :30] = seen[:, 1, :40, 50:60] = True
+    seen[:, 2, [63, 69], 66:74] = seen[:, 2, ::3, :12] = True
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["finite", "keys", "queries", "factors"])
+@pytest.mark.parametrize("places", ["scores", "weights", "both"])
+def test_heads_that_mix_see_runs_of_keys(kind, places):
+    """What is not finite in a seen run, between runs, in a query, or in a factor of what is hidden."""
+    seen = seen_in_runs()
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, n, 3, 8, generator=g, dtype=torch.float64) for n in (70, 90, 90))
+    mixtures = [torch.randn(*n, generator=g, dtype=torch.float64) for n in ((3, 3), (3,)) * 2]
+    gain = torch.randn(1, 3, 70, 90, generator=g, dtype=torch.float64)
+    if kind == "keys":
+        k[0, [7, 40, 55, 70], 1] = k[0, 9, 0] = k[0, 80] = v[0, 44] = math.nan
+    if kind == "queries":
+        q[0, [5, 69], 0] = math.inf
+    if kind == "factors":
+        gain = gain.masked_fill(~seen.any(1, keepdim=True), math.nan)
+    wanted = [t.requires_grad_() for t in (q, k, v, gain, *mixtures)]
+    mixed = {"scores": (*mixtures[:2], None, None), "weights": (None, None, *mixtures[2:]), "both": mixtures}[places]
+    heads = [vitkern.modulation.ElementwiseMask(gain), vitkern.modulation.TalkingHeads(*mixed)]
+    found = []
+    for backend in ("cpu", "reference"):
+        out = vitkern.attention(q, k, v, mask=seen, modulation=heads, backend=backend)
+        grads = torch.autograd.grad(out.nan_to_num().sin().sum(), wanted, allow_unused=True)
+        found.append([out, *(torch.zeros(()) if t is None else t for t in grads)])
+    assert found[0][0].isnan().any() == (kind in ("keys", "queries")) and not found[0][0].isnan().all()
+    count = len(wanted) if kind in ("finite", "factors") else 0  # a NaN that is seen may be that of the gradients, too
+    for a, b in zip(*(x[: 1 + count] for x in found), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)

@@ -10,7 +10,8 @@ torch.set_num_threads(1)
 def leaf(*shape):
     return torch.randn(*shape, requires_grad=True)
 def learn(out):
-    sum(t.sum() for t in (out if isinstance(out, tuple) else (out,))).backward()
+    out, stats = out if isinstance(out, tuple) and len(out) == 2 else (out, ())
+    sum(t.sum() for t in (*(out if isinstance(out, tuple) else (out,)), *stats) if t is not None).backward()
 def call(n, samples=1):
     heads = 4 // samples
     q, k, v = (leaf(samples, n, heads, 16) for _ in range(3))
@@ -38,6 +39,10 @@ CASES = {
         "extra_kv=(leaf(1, 5, 4, 16), leaf(1, 5, 4, 16))",
     ),
     "choices": ("topk=8", "normalizer='argmax_k'", "normalizer='argmax_q'"),
+    "rows": tuple(
+        f"return_stats=('row', 'key_mean'), stat_rows=(0, n - 1), {options}"
+        for options in ("normalizer='argmax_q'", "modulation=modulation.Policy(torch.rand(1, n, requires_grad=True))")
+    ),
 }
 PACKED = """
     more = tuple(leaf(7 * 64 + n, 4, 16) for _ in range(3))
@@ -82,7 +87,9 @@ def test_what_a_shared_bias_or_mask_has_beside_it_for_the_keys_of_a_sample_makes
     assert more < 22 * 1024**2 * 4 + 12 * 24 * 1024 * 8 * 8 * 4
 
 
-PREDICTED = "q = leaf(1, n // 8, 1, 8); k, v = leaf(1, n, 1, 8), leaf(1, n, 1, 8); logits = torch.randn(1, n // 8, 4, 4); "
+PREDICTED = (
+    "q = leaf(1, n // 8, 1, 8); k, v = leaf(1, n, 1, 8), leaf(1, n, 1, 8); logits = torch.randn(1, n // 8, 4, 4); "
+)
 
 
 def test_a_predicted_mask_takes_a_bit_for_every_pair():

@@ -130,6 +130,23 @@ def test_chosen_rows_of_every_sequence():
         torch.testing.assert_close(a, b)
 
 
+def test_chosen_rows_of_the_queries_that_keys_go_to():
+    q, k, v, cu_q, cu_k, *most = packed()
+    options = {"normalizer": "argmax_q", "return_stats": ("row", "key_mean"), "stat_rows": (0, 4)}
+    out, stats = vitkern.attention_varlen(q, k, v, cu_q, cu_k, *most, **options)
+    alone = vitkern.attention_varlen(q, k, v, cu_q, cu_k, *most, **options | {"return_stats": "row"})
+    assert torch.equal(alone[0], out) and torch.equal(alone[1].row, stats.row)
+    want = torch.zeros_like(stats.row)
+    for s, (n, m) in enumerate(LENGTHS):
+        one = (t[None, a : a + b] for t, a, b in ((q, cu_q[s], n), (k, cu_k[s], m), (v, cu_k[s], m)))
+        if n and m:
+            whole = vitkern.attention(*one, normalizer="argmax_q", return_stats="probs")[1].probs
+            for place, row in enumerate(options["stat_rows"]):
+                if row < n:
+                    want[s, place, :, :m] = whole[0, :, row]
+    assert torch.equal(stats.row, want) and want.any()
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_sequence_sees_the_further_keys(wide):
     arguments = packed(grad=True)

@@ -9,24 +9,26 @@ from ._attention_heads_tiles import (
     GAIN,
     HEADS,
     PRE,
-    first_query,
     head_factors,
     head_gradients,
     keep_heads,
+    key_visits,
     known_rows,
     load_heads,
     mixed,
     mixed_scores,
     mixed_weights,
+    query_visits,
     row_places,
     score_gradients,
     store_heads,
     tile_weights,
     times_factors,
     token_numbers,
+    visited_tile,
 )
 from ._attention_host import UNSPECIALIZED
-from ._attention_terms import last_key, of_sample, stream
+from ._attention_terms import of_sample, stream
 from ._attention_tiles import SOFTMAX
 from ._tiles import LOG2E, clean
 
@@ -47,8 +49,8 @@ def _store_mixture(ptr, pid, acc, heads):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _head_deltas(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, dlse_ptr, delta_ptr, drow_ptr, dsink_ptr, dgiven_ptr, dweight_ptr, dpost_ptr,
-    mixtures, terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, d_strides, term_strides, sizes, scale, threshold,
-    keep_scale,
+    visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides, v_strides, dout_strides, dlse_strides, d_strides,
+    term_strides, sizes, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -64,13 +66,14 @@ def _head_deltas(
     image = pid // tiles
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
-    last = last_key(terms, sizes, row, sizes[2], sizes[4], CAUSAL, BLOCK_M)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     delta = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dgiven = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dweight = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dpost = tl.zeros([BLOCK_M, HEADS, HEADS], tl.float32)
-    for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -145,7 +148,8 @@ def _gradients(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dq_ptr, drow_ptr, doffset_ptr, dfactor_ptr, dpre_ptr,
-    mixtures, terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, scale, threshold, keep_scale,
+    visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides,
+    sizes, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -163,7 +167,7 @@ def _heads_queries(
     column = tl.program_id(1) * BLOCK_D
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
-    last = last_key(terms, sizes, row, sizes[2], sizes[4], CAUSAL, BLOCK_M)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     flat, real = row_places(terms, image, i, sizes[1], sizes[8], heads)
     factor = head_factors(terms, term_strides, heads, scale)
     dq = tl.zeros([HEADS, BLOCK_M, BLOCK_D], tl.float32)
@@ -171,7 +175,8 @@ def _heads_queries(
     doffset = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dfactor = tl.zeros([HEADS, BLOCK_M], tl.float32)
     dpre = tl.zeros([BLOCK_M, HEADS, HEADS], tl.float32)
-    for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s, p, given, before, ds, dy = _gradients(
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
             dout_strides, d_strides, term_strides, image, row, start, sizes, scale, threshold, keep_scale,
@@ -206,7 +211,8 @@ def _heads_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dk_ptr, dcolumn_ptr,
-    mixtures, terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, scale, threshold, keep_scale,
+    visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides,
+    sizes, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -225,7 +231,9 @@ def _heads_keys(
     factor = head_factors(terms, term_strides, heads, scale)
     dk = tl.zeros([HEADS, BLOCK_N, BLOCK_D], tl.float32)
     dcolumn = tl.zeros([HEADS, BLOCK_N], tl.float32)
-    for row in tl.range(first_query(start, sizes, CAUSAL, BLOCK_M), sizes[1], BLOCK_M, num_stages=1, disable_licm=True):
+    begin, end, at = key_visits(count_ptr, visit_strides, image, start, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_M if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        row = visited_tile(visit_ptr, at, n, BLOCK_M)
         a, x, y, s, p, given, before, ds, dy = _gradients(
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
             dout_strides, d_strides, term_strides, image, row, start, sizes, scale, threshold, keep_scale,
@@ -248,8 +256,8 @@ def _heads_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_values(
-    q_ptr, k_ptr, dout_ptr, lse_ptr, low_ptr, dv_ptr, mixtures, terms, q_strides, k_strides, dout_strides, d_strides, term_strides,
-    sizes, scale, threshold, keep_scale,
+    q_ptr, k_ptr, dout_ptr, lse_ptr, low_ptr, dv_ptr, visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides,
+    dout_strides, d_strides, term_strides, sizes, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -265,7 +273,9 @@ def _heads_values(
     column = tl.program_id(1) * CHUNK_V
     sizes = of_sample(terms, sizes, image)
     dv = tl.zeros([HEADS, BLOCK_N, CHUNK_V], tl.float32)
-    for row in tl.range(first_query(start, sizes, CAUSAL, BLOCK_M), sizes[1], BLOCK_M, num_stages=1, disable_licm=True):
+    begin, end, at = key_visits(count_ptr, visit_strides, image, start, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_M if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        row = visited_tile(visit_ptr, at, n, BLOCK_M)
         i = row + tl.arange(0, BLOCK_M)
         lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
         a, x, y, s = mixed_scores(
@@ -285,16 +295,17 @@ def _heads_values(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_bias(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dbias_ptr,
-    mixtures, terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, sizes, members, chunks, origin,
-    scale, threshold, keep_scale,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dbias_ptr, seen_ptr,
+    mixtures, terms, q_strides, k_strides, v_strides, dout_strides, d_strides, term_strides, seen_strides, sizes, members, chunks,
+    origin, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARED: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one sample of a bias or factor TARGET, a place in `terms`, summed over a chunk of the samples
-    that share it, and over the heads if SHARED; members = (bias samples, samples sharing), from the sample `origin` on.
+    that share it, and over the heads if SHARED; members = (bias samples, samples sharing), from the sample `origin` on. `seen`
+    says which of them see something of the tile.
     Grid: query tiles (fastest) x key tiles x bias samples x chunks, on axis 0. Writes [chunks, bias samples, bias heads, Nq, Nk].
     Any strides: q, k, v, dout and the terms."""
     queries, keys, heads = sizes[1], sizes[2], sizes[3]
@@ -310,27 +321,35 @@ def _heads_bias(
     acc = tl.zeros([HEADS, BLOCK_M, BLOCK_N], tl.float32)
     first = (chunk * samples // chunks).to(tl.int32)
     last = ((chunk + 1) * samples // chunks).to(tl.int32)
+    if CAUSAL:
+        last = tl.where(start <= row + (BLOCK_M - 1) + sizes[4], last, first)          # nothing is seen: 0
     for member in tl.range(first, last, num_stages=1, disable_licm=True):
         image = origin + bias_sample + member
-        own = of_sample(terms, sizes, image)
-        a, x, y, s, p, given, before, ds, dy = _gradients(
-            q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
-            dout_strides, d_strides, term_strides, image, row, start, own, scale, threshold, keep_scale,
-            NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
-        if TARGET == 7 or TARGET == 27 or TARGET == 28:
-            p = mixed_weights(
-                p, s, mixtures, terms, term_strides, image, row, start, own, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
-            acc += p * given
-        elif TARGET == 34:
-            acc += p * before
-        elif TARGET == 33:
-            dx = mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N)
-            acc += tl.where(a == a, dx * (clean(a) * head_factors(terms, term_strides, heads, scale)), 0.0)
-        elif TARGET == 6 or TARGET == 26:
-            x = tl.where(ds == 0.0, 0.0, ds * y)
-            acc += times_factors(x, terms, term_strides, image, row, start, own, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
-        else:
-            acc += ds
+        visit = 1
+        if seen_ptr is not None:
+            at = image.to(tl.int64) * seen_strides[0] + row // BLOCK_M * n_tiles + start // BLOCK_N
+            visit = tl.load(seen_ptr + at).to(tl.int32)
+        if visit != 0:
+            own = of_sample(terms, sizes, image)
+            a, x, y, s, p, given, before, ds, dy = _gradients(
+                q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
+                dout_strides, d_strides, term_strides, image, row, start, own, scale, threshold, keep_scale,
+                NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
+            if TARGET == 7 or TARGET == 27 or TARGET == 28:
+                p = mixed_weights(
+                    p, s, mixtures, terms, term_strides, image, row, start, own, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+                acc += p * given
+            elif TARGET == 34:
+                acc += p * before
+            elif TARGET == 33:
+                dx = mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N)
+                acc += tl.where(a == a, dx * (clean(a) * head_factors(terms, term_strides, heads, scale)), 0.0)
+            elif TARGET == 6 or TARGET == 26:
+                x = tl.where(ds == 0.0, 0.0, ds * y)
+                acc += times_factors(
+                    x, terms, term_strides, image, row, start, own, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+            else:
+                acc += ds
     i = row + tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)
     at = chunk * bias_samples + bias_sample

@@ -8,21 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_hard import _better
-from ._attention_heads_tiles import HEADS, first_query, mixed_scores, row_places
+from ._attention_heads_tiles import HEADS, key_visits, mixed_scores, query_visits, row_places, visited_tile
 from ._attention_host import UNSPECIALIZED
-from ._attention_terms import last_key, of_sample
+from ._attention_terms import of_sample
 from ._attention_topk import _ranked
+from ._attention_visits import lists
 
 OF_SCORES = (
-    "q_ptr", "k_ptr", "mixtures", "terms", "q_strides", "k_strides", "d_strides", "term_strides", "sizes", "scale", "AXES", "RULE",
-    "FAR", "CAUSAL", "GROUP", "WIDTH", "ALIGN", "CLIP", "ALIKE", "CHUNK", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages",
-    "enable_fp_fusion", "maxnreg",
+    "q_ptr", "k_ptr", "visit_ptr", "count_ptr", "visit_strides", "mixtures", "terms", "q_strides", "k_strides", "d_strides",
+    "term_strides", "sizes", "scale", "AXES", "RULE", "FAR", "CAUSAL", "GROUP", "WIDTH", "ALIGN", "CLIP", "ALIKE", "CHUNK",
+    "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "enable_fp_fusion", "maxnreg",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "topk"))
 def _head_survivors(
-    q_ptr, k_ptr, half_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, sizes, scale, topk, words,
+    q_ptr, k_ptr, half_ptr, visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides, d_strides, term_strides,
+    sizes, scale, topk, words,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, ALIKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -37,7 +39,7 @@ def _head_survivors(
     image = pid // tiles
     heads = sizes[3]
     sizes = of_sample(terms, sizes, image)
-    last = last_key(terms, sizes, row, sizes[2], sizes[4], CAUSAL, BLOCK_M)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     least = tl.zeros([HEADS, BLOCK_M], tl.uint32)                                      # the k-th key, from its first bits on
     left = tl.zeros([HEADS, BLOCK_M], tl.int32) + topk                                 # how many of its equals survive
     shift = tl.full([], 32, tl.uint32)
@@ -47,7 +49,8 @@ def _head_survivors(
         of_two = of_three
         of_one = of_three
         of_none = of_three
-        for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
+        for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+            start = visited_tile(visit_ptr, at, n, BLOCK_N)
             a, x, y, s = mixed_scores(
                 q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
                 AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -67,7 +70,8 @@ def _head_survivors(
         least = least | (tl.where(enough, found, 0).to(tl.uint32) << shift)
         left -= tl.where(enough, above, 0)
     flat, real = row_places(terms, image, row + tl.arange(0, BLOCK_M), sizes[1], sizes[8], heads)
-    for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -81,7 +85,8 @@ def _head_survivors(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _head_choices(
-    q_ptr, k_ptr, chosen_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, sizes, scale,
+    q_ptr, k_ptr, chosen_ptr, visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides, d_strides,
+    term_strides, sizes, scale,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, ALIKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_KEYS: tl.constexpr,
@@ -101,9 +106,12 @@ def _head_choices(
     queries, keys = sizes[1], sizes[2]
     top = tl.full([HEADS, OWN], float("-inf"), tl.float32)
     best = tl.full([HEADS, OWN], -1, tl.int32)
-    first = first_query(own, sizes, CAUSAL, BLOCK_M) if BY_KEYS else own * 0
-    last = queries if BY_KEYS else last_key(terms, sizes, own, keys, sizes[4], CAUSAL, BLOCK_M)
-    for other in tl.range(first, last, OTHER, num_stages=1, disable_licm=True):
+    if BY_KEYS:
+        begin, end, at = key_visits(count_ptr, visit_strides, image, own, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    else:
+        begin, end, at = query_visits(count_ptr, visit_strides, terms, image, own, sizes, CAUSAL, BLOCK_M)
+    for n in tl.range(begin, end, OTHER if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        other = visited_tile(visit_ptr, at, n, OTHER)
         row = other if BY_KEYS else own
         start = own if BY_KEYS else other
         i = (row + tl.arange(0, BLOCK_M))[None, :, None]
@@ -145,6 +153,8 @@ def head_choices(shared: dict, by_keys: bool) -> Tensor:
     rows = shared["k_ptr" if by_keys else "q_ptr"].shape[:2]
     chosen = torch.full((*rows, q.shape[2]), -1, dtype=torch.int32, device=q.device)
     given = {name: shared[name] for name in OF_SCORES if name in shared}
+    if by_keys:
+        given |= lists(shared, shared, of_keys=True, together=True)
     if chosen.numel():
         _head_choices[(_tiles(shared, 2 if by_keys else 1),)](**given, chosen_ptr=chosen, BY_KEYS=by_keys)
     return chosen

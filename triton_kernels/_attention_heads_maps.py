@@ -10,11 +10,20 @@ from ._attention_bwd_tables import map_gradient
 from ._attention_heads_bwd_tiles import _heads_bias
 from ._attention_host import TABLES, Call, folded
 from ._attention_position_sums import map_rows
+from ._attention_visits import seen_tiles, shared_strides
 from ._reduce import add_parts
 
 PROGRAMS = 2048                         # from so many on, the samples that share a map are not shared out
 MOST = 2**26                            # bytes of the maps of dS that stand at once, or one sample
 FACTORS = {"gain": 6, "weight": 7, "early_gain": 33, "early_weight": 34}
+
+
+def _tile_by_tile(shared: dict) -> dict:
+    """The arguments of a kernel that asks of each tile whether it is seen, in place of lists."""
+    seen = seen_tiles(shared, shared, together=True)
+    lists = "visit_ptr", "count_ptr", "visit_strides"
+    rest = {name: x for name, x in shared.items() if name not in lists}
+    return rest | {"seen_ptr": seen, "seen_strides": shared_strides(seen)}
 
 
 def dense_gradient(shared: dict, like: Tensor, target: int, most: int = PROGRAMS) -> Tensor:
@@ -26,8 +35,8 @@ def dense_gradient(shared: dict, like: Tensor, target: int, most: int = PROGRAMS
     chunks = max(1, min(members[1], most, PROGRAMS // fans))
     parts = torch.empty((chunks, *like.shape), dtype=torch.float32, device=like.device)
     _heads_bias[(fans * chunks,)](
-        **shared, dbias_ptr=parts, members=members, chunks=chunks, origin=0, SHARED=like.shape[1] < shared["sizes"][3],
-        TARGET=target)
+        **_tile_by_tile(shared), dbias_ptr=parts, members=members, chunks=chunks, origin=0,
+        SHARED=like.shape[1] < shared["sizes"][3], TARGET=target)
     return add_parts(parts, like.dtype)
 
 
@@ -68,7 +77,7 @@ def _maps(shared: dict, first: int, count: int) -> Tensor:
     ds = torch.empty((count, heads, queries, keys), dtype=torch.float32, device=shared["q_ptr"].device)
     tiles = -(-queries // shared["BLOCK_M"]) * -(-keys // shared["BLOCK_N"])
     _heads_bias[(tiles * count,)](
-        **shared, dbias_ptr=ds, members=(count, 1), chunks=1, origin=first, SHARED=False, TARGET=0)
+        **_tile_by_tile(shared), dbias_ptr=ds, members=(count, 1), chunks=1, origin=first, SHARED=False, TARGET=0)
     return ds
 
 

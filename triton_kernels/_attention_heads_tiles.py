@@ -8,7 +8,7 @@ hoists what stays the same: registers are short. ALIKE: what is added to the pro
 import triton
 import triton.language as tl
 
-from ._attention_terms import gains, places, score_term, scores, stream, weighed
+from ._attention_terms import gains, last_key, places, score_term, scores, stream, weighed
 from ._attention_tiles import ARGMAX_K, ARGMAX_Q, SOFTMAX, plain_weights, slopes
 from ._tiles import LOG2E, clean, counted
 
@@ -30,12 +30,36 @@ def row_places(terms, image, n, count, first, heads):
 
 
 @triton.jit
-def first_query(start, sizes, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The first row of a tile of queries that may see keys start..."""
-    first = start * 0
-    if CAUSAL:
-        first = tl.maximum(start - sizes[4], 0) // BLOCK_M * BLOCK_M
-    return first
+def query_visits(count_ptr, strides, terms, image, row, sizes, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The visits of queries row.. to tiles of keys: from, to, and where their list begins. Without lists from and to are keys."""
+    at = image.to(tl.int64) * strides[0] + row // BLOCK_M
+    end = last_key(terms, sizes, row, sizes[2], sizes[4], CAUSAL, BLOCK_M)
+    if count_ptr is not None:
+        end = tl.load(count_ptr + at)
+    return end * 0, end, at * strides[2]
+
+
+@triton.jit
+def key_visits(count_ptr, strides, image, start, sizes, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The visits of keys start.. to tiles of queries, or without lists to queries."""
+    at = image.to(tl.int64) * strides[0] + start // BLOCK_N
+    begin = start * 0
+    if count_ptr is not None:
+        end = tl.load(count_ptr + at)
+    else:
+        end = sizes[1]
+        if CAUSAL:
+            begin = tl.maximum(start - sizes[4], 0) // BLOCK_M * BLOCK_M
+    return begin, end, at * strides[2]
+
+
+@triton.jit
+def visited_tile(visit_ptr, at, n, BLOCK: tl.constexpr):
+    """The first token of visit n of a list that begins at `at`; without lists n itself."""
+    start = n
+    if visit_ptr is not None:
+        start = tl.load(visit_ptr + (at + n)) * BLOCK
+    return start
 
 
 @triton.jit

@@ -36,11 +36,12 @@ def _visible(
     tl.store(seen_ptr + pid, tl.max(tl.max(seen, 1), 0).to(tl.int8))
 
 
-def seen_tiles(shared: dict, blocks: dict, of_keys: bool = False) -> Tensor | None:
-    """Which tiles hold a score that is seen, [B|1, H|1, query tiles, key tiles] int8; None where all are to be visited."""
+def seen_tiles(shared: dict, blocks: dict, of_keys: bool = False, together: bool = False) -> Tensor | None:
+    """Which tiles hold a score that is seen, [B|1, H|1, query tiles, key tiles] int8, by any head if `together`; None where all
+    are to be visited."""
     terms, strides = shared["terms"], shared["term_strides"]
     batch, queries, keys, heads = shared["sizes"][:4]
-    hides = terms[2] is not None and shared["AXES"][2] == (True, True)
+    hides = terms[2] is not None and shared["AXES"][2][1] and (together or shared["AXES"][2][0])
     packed = terms[13] is not None
     tiles = -(-queries // blocks["BLOCK_M"]), -(-keys // blocks["BLOCK_N"])
     if not (hides or shared["RULE"]) or tiles[not of_keys] < FEWEST:
@@ -53,7 +54,7 @@ def seen_tiles(shared: dict, blocks: dict, of_keys: bool = False) -> Tensor | No
         seen, hiding, strides, (batch, queries, keys, heads, *shared["sizes"][4:]), AXES=shared["AXES"], RULE=shared["RULE"],
         FAR=shared["FAR"], CAUSAL=shared["CAUSAL"], CLIP=blocks["CLIP"], BLOCK_M=blocks["BLOCK_M"], BLOCK_N=blocks["BLOCK_N"],
         num_warps=4, num_stages=1, enable_fp_fusion=True)
-    return seen
+    return seen.amax(1, keepdim=True) if together else seen
 
 
 def shared_strides(seen: Tensor | None) -> tuple[int, int]:
@@ -61,10 +62,10 @@ def shared_strides(seen: Tensor | None) -> tuple[int, int]:
     return (0, 0) if seen is None else tuple(0 if seen.shape[n] == 1 else seen.stride(n) for n in (0, 1))
 
 
-def lists(shared: dict, blocks: dict, of_keys: bool = False) -> dict:
+def lists(shared: dict, blocks: dict, of_keys: bool = False, together: bool = False) -> dict:
     """The lists of visits [B|1, H|1, tiles, visits] of the query tiles (`of_keys`: of the key tiles), how many of each hold,
     and their strides (sample, head, tile), 0 where shared; None where every tile is visited."""
-    seen = seen_tiles(shared, blocks, of_keys)
+    seen = seen_tiles(shared, blocks, of_keys, together)
     if seen is None:
         return {"visit_ptr": None, "count_ptr": None, "visit_strides": (0, 0, 0)}
     seen = seen.mT if of_keys else seen

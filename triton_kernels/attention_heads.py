@@ -12,20 +12,23 @@ from torch import Tensor
 from ._attention_heads_choice import head_choices, head_survivors
 from ._attention_heads_tiles import (
     HEADS,
-    first_query,
     keep_heads,
+    key_visits,
     known_rows,
     load_heads,
     mixed_scores,
     mixed_weights,
+    query_visits,
     row_places,
     store_heads,
     tile_weights,
     token_numbers,
+    visited_tile,
 )
 from ._attention_host import HARD, MIXTURES, UNSPECIALIZED, Call, arguments
-from ._attention_terms import last_key, of_sample, stream
+from ._attention_terms import of_sample, stream
 from ._attention_tiles import ARGMAX_K, ARGMAX_Q
+from ._attention_visits import lists
 from ._host import power
 from ._tiles import LN2, LOG2E, clean
 
@@ -36,7 +39,8 @@ OF_VALUES = ("v_ptr", "v_strides", "threshold", "keep_scale")
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _head_rows(
-    q_ptr, k_ptr, lse_ptr, low_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, sizes, scale,
+    q_ptr, k_ptr, lse_ptr, low_ptr, visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides, d_strides,
+    term_strides, sizes, scale,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, ALIKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -52,7 +56,7 @@ def _head_rows(
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
     flat, real = row_places(terms, image, i, sizes[1], sizes[8], heads)
-    last = last_key(terms, sizes, row, sizes[2], sizes[4], CAUSAL, BLOCK_M)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     top = tl.full([HEADS, BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([HEADS, BLOCK_M], tl.float32)
     if terms[4] is not None:
@@ -60,7 +64,8 @@ def _head_rows(
         sink = tl.load(terms[4] + h.to(tl.int64) * term_strides[13], mask=h < heads, other=0.0).to(tl.float32)
         top = tl.zeros([HEADS, BLOCK_M], tl.float32) + sink[:, None]
         norm = tl.where(top == float("-inf"), 0.0, 1.0)
-    for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -78,8 +83,8 @@ def _head_rows(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, low_ptr, mixtures, terms, q_strides, k_strides, v_strides, d_strides, term_strides,
-    sizes, scale, threshold, keep_scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, low_ptr, visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides,
+    v_strides, d_strides, term_strides, sizes, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -95,10 +100,11 @@ def _heads_forward(
     column = tl.program_id(1) * CHUNK_V
     sizes = of_sample(terms, sizes, image)
     i = row + tl.arange(0, BLOCK_M)
-    last = last_key(terms, sizes, row, sizes[2], sizes[4], CAUSAL, BLOCK_M)
+    begin, end, at = query_visits(count_ptr, visit_strides, terms, image, row, sizes, CAUSAL, BLOCK_M)
     lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
     acc = tl.zeros([HEADS, BLOCK_M, CHUNK_V], tl.float32)
-    for start in tl.range(0, last, BLOCK_N, num_stages=1, disable_licm=True):
+    for n in tl.range(begin, end, BLOCK_N if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        start = visited_tile(visit_ptr, at, n, BLOCK_N)
         a, x, y, s = mixed_scores(
             q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, image, row, start, sizes, scale,
             AXES, RULE, FAR, CAUSAL, CLIP, GROUP, WIDTH, ALIGN, ALIKE, CHUNK, BLOCK_M, BLOCK_N)
@@ -122,7 +128,8 @@ def _heads_forward(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _head_means(
-    q_ptr, k_ptr, lse_ptr, low_ptr, mean_ptr, mixtures, terms, q_strides, k_strides, d_strides, term_strides, sizes, scale,
+    q_ptr, k_ptr, lse_ptr, low_ptr, mean_ptr, visit_ptr, count_ptr, mixtures, terms, visit_strides, q_strides, k_strides,
+    d_strides, term_strides, sizes, scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr, ALIKE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -137,8 +144,9 @@ def _head_means(
     image = pid // tiles
     sizes = of_sample(terms, sizes, image)
     mean = tl.zeros([HEADS, BLOCK_N], tl.float32)
-    first = first_query(start, sizes, CAUSAL, BLOCK_M)
-    for row in tl.range(first, sizes[1], BLOCK_M, num_stages=1, disable_licm=True):
+    begin, end, at = key_visits(count_ptr, visit_strides, image, start, sizes, CAUSAL, BLOCK_M, BLOCK_N)
+    for n in tl.range(begin, end, BLOCK_M if visit_ptr is None else 1, num_stages=1, disable_licm=True):
+        row = visited_tile(visit_ptr, at, n, BLOCK_M)
         i = row + tl.arange(0, BLOCK_M)
         lse, low, live, real, flat = known_rows(lse_ptr, low_ptr, terms, image, i, sizes, NORM, BLOCK_M)
         a, x, y, s = mixed_scores(
@@ -167,7 +175,7 @@ def heads_arguments(call: Call, others=(), dkey_mean=None) -> dict:
         "CLIP": keys % TILE != 0 or terms[13] is not None, "BLOCK_M": TILE, "BLOCK_N": TILE,
         "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True,
     }  # fmt: skip
-    return head_survivors(made, call.topk)
+    return head_survivors(made | lists(made, made, together=True), call.topk)
 
 
 def columns(width: int, itemsize: int) -> tuple[int, int]:
@@ -212,6 +220,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     _heads_forward[(programs(shared, 1), count)](
         **shared, out_ptr=out, lse_ptr=found, low_ptr=low, WIDTH_V=v.shape[3], CHUNK_V=chunk)
     if key_mean.numel():
+        shared |= lists(shared, shared, of_keys=True, together=True)
         _head_means[(programs(shared, 2),)](**without(shared, *OF_VALUES), lse_ptr=found, low_ptr=low, mean_ptr=key_mean)
     if call.normalizer == "argmax_q":
         found = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from ._attention_heads_bwd_tiles import _head_deltas, _heads_keys, _heads_queries, _heads_values
 from ._attention_heads_maps import dense_gradient, factor_gradients, position_gradients
 from ._attention_host import DIFFERENTIABLE, HARD, Call, folded, row_strides, whole_bias
+from ._attention_visits import lists
 from ._reduce import add_parts
 from .attention_heads import columns, head_rows, heads_arguments, programs, without
 
@@ -70,6 +71,7 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     walk(_heads_queries, QUERIES, 1, column[1], block, dq_ptr=dq)
     walk(_heads_queries, QUERIES, 1, 1, block, drow_ptr=None if softmax else drow, doffset_ptr=doffset, dfactor_ptr=dfactor)
     walk(_heads_queries, QUERIES, 1, 1, block, dpre_ptr=dpre)
+    shared |= lists(shared, shared, of_keys=True, together=True)
 
     def of_each_head(like, condition):
         """What every head gives to its keys: the gradient itself where each has its own."""

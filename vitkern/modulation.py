@@ -116,6 +116,10 @@ class Policy:
         m = self.keep.to(e.dtype)[:, None, None, :]  # [B|1, 1, 1, Nk]
         m = m.masked_fill(~visible & m.isnan(), 0.0)
         if self.keep_diagonal:
-            m = m + (1 - m) * torch.eye(e.shape[2], e.shape[3], dtype=e.dtype, device=e.device)
+            m = m + (1 - m) * self._diagonal(e)
         e = e * m
         return (e + self.eps / max(1, e.shape[3])) / (e.sum(-1, keepdim=True) + self.eps)
+
+    def _diagonal(self, e: Tensor) -> Tensor:
+        """1 where a query meets the key of its own place, ``[Nq, Nk]``."""
+        return torch.eye(e.shape[2], e.shape[3], dtype=e.dtype, device=e.device)

@@ -9,7 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention_op import HALF, arguments, check_op, mixtures, scores, small_tiles
+from gpu_path import tokens_on_gpu
 
+import vitkern
+from vitkern import mask, modulation
 from vitkern.ops.attention import OP
 from vitkern.triton_kernels import _host
 from vitkern.triton_kernels import attention as kernels
@@ -104,6 +107,31 @@ def test_policies(tuned):
     check_op([*one._replace(policy=torch.rand(2, 1), policy_eps=1e-3, policy_diagonal=True)])
     call = call._replace(cu_q=torch.zeros(2, dtype=torch.int32))
     assert "Policy has no Triton kernel of packed" in " ".join(kernels.supported(*call))
+
+
+def test_rows_of_policies_and_of_best_queries():
+    """By heads alone and by heads that mix; packed too."""
+    q, k, v = (torch.randn(2, n, 3, 8, requires_grad=True) for n in (20, 33, 33))
+    heads = modulation.TalkingHeads(torch.randn(3, 3), torch.randn(3), torch.randn(3, 3), torch.randn(3))
+    keep = torch.rand(2, 33, requires_grad=True)
+    for options in (
+        {"normalizer": "argmax_q", "return_stats": ("row", "key_mean"), "mask": mask.Causal(13)},
+        {"normalizer": "argmax_q", "return_stats": "row", "modulation": heads},
+        {"modulation": modulation.Policy(keep), "return_stats": "row"},
+    ):
+        with tokens_on_gpu("triton"):
+            _, got = vitkern.attention(q, k, v, stat_rows=(0, -1, 5), backend="triton", **options)
+        _, want = vitkern.attention(q, k, v, stat_rows=(0, -1, 5), backend="reference", **options)
+        torch.testing.assert_close(got, want)
+        if "normalizer" not in options:
+            grads = [torch.autograd.grad(s.row.sin().sum(), (q, k, keep)) for s in (got, want)]
+            for a, b in zip(*grads, strict=True):
+                torch.testing.assert_close(a, b)
+    bounds = [torch.tensor(n).int() for n in ((0, 5, 5, 20), (0, 18, 20, 33))]
+    given, options = (q[0], k[0], v[0], *bounds, 15, 18), {"normalizer": "argmax_q", "stat_rows": (1, 6)}
+    with tokens_on_gpu("triton"):
+        got = vitkern.attention_varlen(*given, return_stats="row", backend="triton", **options)[1].row
+    assert torch.equal(got, vitkern.attention_varlen(*given, return_stats="row", backend="cpu", **options)[1].row)
 
 
 def survivors(args, keys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from attention_op import HALF, arguments, check_op, scores, small_tiles, wide
+from attention_op import HALF, arguments, check_op, mixtures, scores, small_tiles, wide
 
 from vitkern import testing
 from vitkern.ops.attention import OP
@@ -59,6 +59,69 @@ def test_tiles_that_are_wholly_hidden_are_not_visited(tuned, monkeypatch):
         tuned(16, 16)
 
 
+def mixed_visits(monkeypatch):
+    """A list that grows with every tile of scores of mixed heads."""
+    visits = []
+    for name in ("attention_heads", "_attention_heads_choice", "_attention_heads_bwd_tiles"):
+        module = sys.modules[f"vitkern.triton_kernels.{name}"]
+        monkeypatch.setattr(module, "mixed_scores", lambda *x, inner=module.mixed_scores: visits.append(1) or inner(*x))
+    return visits
+
+
+def of_two_heads():
+    """Two heads see 3, 2 and all 5 tiles of keys together."""
+    seen = torch.rand(1, 2, 40, 70) < 0.5
+    seen[:, 0, :16, 32:] = seen[:, 0, 16:32] = seen[:, 1, :, 16:64] = False
+    return {"mask": seen}
+
+
+HIDDEN = {
+    "masks of two heads": (of_two_heads, 3 + 2 + 5),
+    "keys": (lambda: {"mask": (torch.arange(70) < 30)[None, None, None]}, 3 * 2),
+    "ids": (lambda: {name: torch.arange(n)[None].int() // 16 for name, n in (("q_ids", 40), ("k_ids", 70))}
+            | {"rule": "equal"}, 3),
+    "levels and causal": (lambda: {name: torch.arange(n)[None].int() // 32 for name, n in (("q_ids", 40), ("k_ids", 70))}
+                          | {"rule": "upto", "causal": True, "offset": -8}, 1 + 2 + 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_tiles_that_are_hidden_from_all_heads_that_mix_are_not_visited(case, monkeypatch):
+    """Walks of lse, out, lse again, delta, dq, dk and dv; the bias and the mean of keys; both choices, top-k."""
+    change, tiles = HIDDEN[case]
+    call = Call(*arguments(1, 40, 70, 2, d=16))._replace(**mixtures(2), **change())
+    visits = mixed_visits(monkeypatch)
+
+    def visited(args, need=None):
+        visits.clear()
+        out, *saved = kernels.fwd(*args)
+        if need is not None:
+            kernels.bwd(out, None, None, *saved, *args, need)
+        return len(visits)
+
+    assert visited(call) == 2 * tiles
+    assert visited(call, 0b111) == 7 * tiles
+    assert visited(call._replace(query_weight=torch.rand(1, 40, 2))) == 3 * tiles
+    assert visited(call._replace(normalizer="argmax_k")) == visited(call._replace(normalizer="argmax_q")) == 2 * tiles
+    assert visited(call._replace(normalizer="none", bias=scores((1, 2, 40, 70))), 0b1000) == 2 * tiles
+    assert visited(call._replace(normalizer="relu", topk=3)) == (16 + 1 + 1) * tiles
+
+
+def test_what_mixed_heads_make_of_the_tiles_that_they_visit():
+    """All gradients, of hidden keys that are NaN too."""
+    check_op([*Call(*arguments(2, 40, 70, 2, bias=scores((1, 2, 40, 70)), sink=torch.randn(2)))._replace(
+        **mixtures(2), **of_two_heads(), query_weight=torch.rand(2, 40, 2))])  # fmt: skip
+    call = Call(*arguments(1, 40, 70, 2, normalizer="sigmoid"))._replace(**mixtures(2), **HIDDEN["keys"][0]())
+    call.k[:, 40:] = call.v[:, 36:] = math.nan
+    check_op([*call])
+    for normalizer in ("argmax_k", "argmax_q"):
+        check_op([*call._replace(normalizer=normalizer, **HIDDEN["ids"][0]())])
+    call = Call(*arguments(1, 40, 70, 3, mask=HIDDEN["masks of two heads"][0]()["mask"][:, :1]))._replace(
+        **mixtures(3), **HIDDEN["levels and causal"][0](), gain=scores((1, 1, 40, 70)), weight=scores((1, 3, 40, 70)),
+        early_gain=scores((1, 3, 40, 70)), topk=5)  # fmt: skip
+    check_op([*call])
+
+
 @pytest.mark.parametrize("normalizer", ["argmax_k", "argmax_q", "sigmoid"])
 def test_hidden_tiles_neither_choose_nor_count_for_the_means_of_keys(normalizer, tuned, monkeypatch):
     """Of two samples; a sample's row of tiles and another's column see nothing."""
@@ -102,6 +165,12 @@ def test_hidden_tiles_of_a_bias_and_of_packed_sequences_are_not_visited(tuned, m
     out, *saved = kernels.fwd(*args)
     kernels.bwd(out, None, None, *saved, *args, 0b1111)
     assert len(visits) == 4 * 2 * (3 + 2)  # delta, dq, dk and dv, the bias
+    check_op([*args])
+    visits = mixed_visits(monkeypatch)
+    args = args._replace(**mixtures(2))
+    out, *saved = kernels.fwd(*args)
+    kernels.bwd(out, None, None, *saved, *args, 0b1111)
+    assert len(visits) == 8 * (3 + 2)
     check_op([*args])
 
 

@@ -1,5 +1,6 @@
 """attention: the arguments of the op and its definition on them."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,6 +126,17 @@ def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, key_mean.contiguous()
 
 
+@dataclass(frozen=True, eq=False)
+class PolicyOfRows(Policy):
+    """Of some of the queries, whose places among the keys are `rows`."""
+
+    rows: Tensor | None = None
+
+    def _diagonal(self, e: Tensor) -> Tensor:
+        assert self.rows is not None
+        return (self.rows[:, None] == torch.arange(e.shape[3], device=e.device)).to(e.dtype)
+
+
 def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | None, Stats]:
     """The reference on slots, those of the typed modifiers in their dense form."""
     q, k, v = (found[name] for name in "qkv")
@@ -167,7 +179,9 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
         if found[f"{name}_table"] is not None
     )
     if found["policy"] is not None:
-        factors = (*factors, Policy(found["policy"], found["policy_eps"], found["policy_diagonal"]))
+        policy = found["policy"], found["policy_eps"], found["policy_diagonal"]
+        rows = found.get("policy_rows")
+        factors = (*factors, Policy(*policy) if rows is None else PolicyOfRows(*policy, rows))
     scale = found["scale"] if found["factor"] is None else found["factor"]
     return reference(
         q, k, v, tuple(biases), tuple(masks), factors, found["normalizer"], None, None, scale, found["sink"], None,

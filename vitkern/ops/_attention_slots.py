@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern._constants import constant
 from vitkern.bias import (
     ContextualPosition,
     DecomposedRelativePosition,
@@ -24,7 +23,7 @@ from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops import _sharded
-from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, axes_of, dense_call, padded, path_of, visible
+from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS
 from vitkern.ops._attention_named import batch_of_named
 from vitkern.ops._op import once, once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
@@ -47,8 +46,6 @@ def unserved(lowered: dict[str, Any], backend: str | None) -> str:
     mixtures = sum(isinstance(m, TalkingHeads) for m in lowered["modulations"])
     if mixtures and (mixtures > 1 or policies or lowered["q"].shape[2] > MIXED_HEADS):
         return f"modulation.TalkingHeads has a kernel once in a call, without Policy, of at most {MIXED_HEADS} heads"
-    if "row" in lowered["stats"] and (policies or lowered["normalizer"] == "argmax_q"):
-        return "return_stats 'row' of a policy or of argmax_q takes the weights of all queries"
     stored = [name for name in lowered["stats"] if name not in KERNEL_STATS]
     if stored:
         return f"return_stats {stored[0]!r} stores the whole map of scores, which no kernel does"
@@ -195,6 +192,8 @@ def slots(
         found |= {"early_gain": joined(early["logit"], torch.mul), "early_weight": joined(early["prob"], torch.mul)}
     if "key_mean" in lowered["stats"]:
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
+    elif numbered(lowered):
+        found["query_weight"] = ranks(q, found["cu_q"])
     if packed is not None and packed.key_index is not None:
         return batch_of_named(found, packed.key_index, 0 if extra is None else extra[0].shape[1])
     return found
@@ -359,49 +358,16 @@ def shares(weight: Tensor | None, q: Tensor, cu: Tensor | None) -> Tensor:
     return torch.where(total == 0, 0.0, w / total.masked_fill(total == 0, 1.0))
 
 
-# statistics that need no kernel ---------------------------------------------------------------------------------------
+def numbered(lowered: dict[str, Any]) -> bool:
+    """Whether the call asks which query each key goes to."""
+    return "row" in lowered["stats"] and lowered["normalizer"] == "argmax_q"
 
 
-def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
-    """The weights of some queries, [B, H, R, Nk]; of packed sequences [1, S, R, H, max_k], from a padded batch."""
-    if found["cu_q"] is not None:
-        return rows_of(padded(found)[0], rows).transpose(1, 2)[None]
-    count, keys = found["q"].shape[1], found["k"].shape[1]
-    numbers = [i % count for i in rows]
-    chosen = constant(numbers, found["q"].device)  # [R]
-    if found["rel_y"] is not None and found["rel_y"].dim() == 2:
-        by_row, by_column = axes_of(found).per_query(found["q"])
-        found = found | {"rel_y": by_row, "rel_x": by_column}
-    some = dict(found)
-    for name in ("q", "rel_y", "rel_x", "q_xy", "q_ids", "position_index", "position_q"):
-        some[name] = None if found[name] is None else found[name][:, chosen]
-    for name in ("bias", "mask", "gain", "early_gain"):
-        t = found[name]
-        some[name] = t if t is None or t.shape[2] == 1 else t[:, :, chosen]
-    if found["causal"]:
-        past = torch.arange(keys, device=chosen.device) <= chosen[:, None] + found["offset"]  # [R, Nk]
-        some |= {"causal": False, "mask": past[None, None] if some["mask"] is None else visible(some) & past}
-    if found["path_row"] is not None:
-        path = path_of(found).of_queries(numbers)
-        some |= {"path_row": None, "bias": path if some["bias"] is None else some["bias"] + path}
-    for name in ("bias", "gain"):
-        if found[f"{name}_table"] is not None:
-            of_offsets = tables.dense(found, f"{name}_table")[:, :, chosen]
-            both = [t for t in (some[name], of_offsets) if t is not None]
-            some |= {f"{name}_table": None, name: joined(both, torch.add if name == "bias" else torch.mul)}
-    of_weights = ("weight", "weight_table", "early_weight", "later_ratio", "position_v", "query_weight")
-    some |= dict.fromkeys(of_weights) | {"dropout_p": 0.0}
-    probs = dense_call(some, ("probs",))[1].probs
-    assert probs is not None
-    return probs
-
-
-def mean_logits(found: dict[str, Any]) -> Tensor:
-    """The head mean of the scaled products, [B, Nq, Nk]: one product of the concatenated heads."""
-    q, k, factor = found["q"], found["k"], found["factor"]
-    acc = torch.promote_types(q.dtype, torch.float32)
-    a, b = (t.to(acc).masked_fill(~t.isfinite().all(-1, keepdim=True), 0.0) for t in (q, k))
-    a = a * (found["scale"] if factor is None else _sharded.like(factor, q).to(acc)[:, None]) / q.shape[2]
-    mean = a.flatten(2) @ b.repeat_interleave(q.shape[2] // k.shape[2], 2).flatten(2).mT
-    whole = [t.isfinite().flatten(2).all(-1) for t in (q, k)]  # [B, N]: a head that is NaN makes the mean so
-    return mean.masked_fill(~(whole[0][:, :, None] & whole[1][:, None]), math.nan)
+def ranks(q: Tensor, cu: Tensor | None) -> Tensor:
+    """[B, Nq, H]: the places of the queries in their sequence, from 1 on; as weights of queries they make "key_mean" the place of
+    the one that a key goes to, 0 for none."""
+    token = torch.arange(q.shape[1], device=q.device)
+    if cu is not None:
+        token = token - cu[torch.bucketize(token, cu[1:], right=True).clamp(max=len(cu) - 2)]
+    places = (token + 1).to(torch.promote_types(q.dtype, torch.float32))
+    return _sharded.like(places[None, :, None].expand(q.shape[:3]), q)

@@ -14,6 +14,7 @@ from vitkern.ops import _attention_modifier_checks as modifier_checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks, _dropout, _sharded
 from vitkern.ops._attention_named import named_keys
+from vitkern.ops._attention_stats import mean_logits, rows_of, rows_of_winners
 from vitkern.ops._gpu import Gpu
 from vitkern.ops._op import Op
 from vitkern.reference.attention import attention as reference
@@ -150,13 +151,20 @@ def run(
     if type(found["q"]) not in _sharded.PLAIN:
         found = {n: _sharded.like(t, found["q"]) if isinstance(t, Tensor) else t for n, t in found.items()}
     wanted, result = lowered["stats"], {}
-    if lowered["v"] is not None or "lse" in wanted or "key_mean" in wanted or "index" in wanted:
+    numbered = slots.numbered(lowered)
+    if lowered["v"] is not None or numbered or "lse" in wanted or "key_mean" in wanted or "index" in wanted:
         out, lse, key_mean = _call.run(OP, tuple(found.values()), backend)
         result = {"lse": lse, "key_mean": key_mean, "index": lse}
-    if "row" in wanted:
-        result["row"] = slots.rows_of(found, lowered["stat_rows"])
+    if numbered:
+        if "key_mean" in wanted:
+            with torch.no_grad():
+                places = slots.ranks(found["q"], found["cu_q"])
+                key_mean = _call.run(OP, tuple((found | {"query_weight": places}).values()), backend)[2]
+        result["row"] = rows_of_winners(key_mean, found, lowered["stat_rows"])
+    elif "row" in wanted:
+        result["row"] = rows_of(found, lowered["stat_rows"])
     if "logits_mean" in wanted:
-        result["logits_mean"] = slots.mean_logits(found)
+        result["logits_mean"] = mean_logits(found)
     if "index" in wanted:
         result["index"] = result["index"].to(torch.int32)
     stats = Stats(**{name: result[name] for name in wanted})

@@ -61,7 +61,12 @@ RULES = {
     "segments": lambda q, k, allow: Segments(q, k),
     "table": lambda q, k, allow: Segments(q, k, allow),
     "levels": lambda q, k, allow: BlockCausal(q, k),
+    "stripes": lambda q, k, allow: Segments(q, k),
 }
+MASKS = (
+    "none", "none", "dense", "empty", "causal", "segments", "table", "levels", "logits", "block", "both", "stripes",
+    "tiles",
+)  # fmt: skip
 FACTORS = {
     "gain": lambda t, grid: ElementwiseMask(t["factors"]),
     "weight": lambda t, grid: ElementwiseMask(t["factors"], "prob"),
@@ -105,11 +110,12 @@ def make(
     expanded_gradient: bool = False,
     **options: Any,
 ) -> Call:
-    """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed
-    and euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
-    block (of some pairs), both; `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights;
-    `scale`: "heads" is a tensor; `extra`: further keys; `beside`: NAMES of attention_options, joined by "+"; `repeated`: bias
-    and factors are expanded to all scores; `layout` as of window_attention."""
+    """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed and
+    euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
+    block (of some pairs), both, stripes (segments in order), tiles (most of 16 by 16 scores of a head are hidden);
+    `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor; `extra`:
+    further keys; `beside`: NAMES of attention_options, joined by "+"; `repeated`: bias and factors are expanded to all scores;
+    `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -127,6 +133,13 @@ def make(
         tensors["mask"] = torch.rand(batch, 1, queries, keys, generator=g) < 0.7
         if masks == "empty":
             tensors["mask"][:, :, 0] = False
+    if masks == "tiles":
+        seen = torch.rand(batch, heads, -(-queries // 16), -(-keys // 16), generator=g) < 0.1
+        tensors["mask"] = seen.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, :queries, :keys].contiguous()
+        tensors["mask"] &= torch.rand(batch, 1, queries, keys, generator=g) < 0.8
+    if masks == "stripes":
+        tensors["ids"] = torch.arange(max(queries, keys))[None] * 4 // max(1, queries, keys)
+        tensors["allow"] = torch.ones(1, 1, dtype=torch.bool)
     if masks in ("segments", "table", "levels"):
         tensors["ids"] = torch.randint(-1, 3, (1, max(queries, keys)), generator=g)
         tensors["allow"] = torch.rand(3, 3, generator=g) < 0.6
@@ -279,9 +292,7 @@ def draw(rng: random.Random) -> Call:
         "dv": rng.choice((d, d, rng.choice(HEAD_SIZES[:9]))),
         "bias": rng.choice((None, None, rng.choice(PATTERNS))),
         "key_bias": rng.random() < 0.2,
-        "masks": rng.choice(
-            ("none", "none", "dense", "empty", "causal", "segments", "table", "levels", "logits", "block", "both")
-        ),
+        "masks": rng.choice(MASKS),
         **more,
         "cosine": cosine,
         "scale": None if cosine else rng.choice((None, None, 0.3, 0.0, "heads")),
@@ -321,6 +332,9 @@ def small() -> list[Call]:
         make(22, 2, 6, 9, heads=2, normalizer="argmax_q", masks="dense", dropout_p=0.3, dropout_seed=8),
         *offsets(),
         *with_further_options(),
+        *mixed_tiles(),
+        make(72, 2, 9, 9, heads=2, d=4, modulation="policy", masks="empty", return_stats=("row", "key_mean"), stat_rows=(0, -1)),
+        make(73, 2, 9, 7, heads=4, kv_heads=2, normalizer="argmax_q", masks="empty", return_stats=("row",), stat_rows=(0, 3, 8)),
         make(63, 2, 5, 6, heads=4, kv_heads=2, d=4, repeated=True, bias=(0, 0, 1, 1), modulation="gain+weight", masks="dense"),
         make(64, 3, 4, 7, repeated=True, bias=(1, 0, 1, 0), key_bias=True, normalizer="sigmoid", dropout_p=0.3, dropout_seed=4),
         make(65, 2, 5, 5, heads=4, d=4, repeated=True, bias=(0, 1, 0, 1), modulation="gain+heads+weight", return_stats=("lse",)),
@@ -347,6 +361,22 @@ def mixed() -> list[Call]:
     options: dict[str, Any] = {"heads": 4, "kv_heads": 2, "d": 4, "grid": (3, 4), "masks": "empty"}
     each = enumerate(MIXED)
     return [make(36 + i, 2, 12, 12, typed="decay" * (i % 2), modulation=m, **options, **more) for i, (m, more) in each]
+
+
+def mixed_tiles() -> list[Call]:
+    """Calls whose heads mix where whole tiles of keys are hidden from all of them, or from some."""
+    options: dict[str, Any] = {"heads": 3, "d": 4}
+    return [
+        make(66, 2, 70, 75, masks="tiles", modulation="gain+heads+weight", bias=(0, 1, 1, 1), sink=True, dropout_p=0.3,
+             dropout_seed=3, return_stats=("lse", "key_mean"), **options),
+        make(67, 1, 90, 70, masks="stripes", modulation="heads+gain+weight", key_bias=True, scale="heads",
+             return_stats=("key_mean", "row"), stat_rows=(1, 80), weighed=True, **options),
+        make(68, 1, 70, 90, masks="causal", modulation="weight+heads", normalizer="sigmoid", typed="euclidean", **options),
+        make(69, 2, 70, 90, masks="tiles", modulation="heads", topk=5, return_stats=("row",), stat_rows=(1, 66), **options),
+        make(70, 2, 90, 70, masks="stripes", modulation="gain+heads", normalizer="argmax_k", return_stats=("index",), **options),
+        make(71, 2, 90, 70, masks="tiles", modulation="heads", normalizer="argmax_q", return_stats=("row", "key_mean"),
+             stat_rows=(1, 89), weighed=True, **options),
+    ]  # fmt: skip
 
 
 def with_further_options() -> list[Call]:
