@@ -118,7 +118,9 @@ def seen_pairs(
     """Where the resized logits are on, or are not."""
     acc = torch.promote_types(logits.dtype, torch.float32)
     resized = logits.to(acc)
-    if logits.shape[2:] != (height, width):  # interpolate would multiply by 0, on some devices infinities too
+    if 0 in (*logits.shape[:2], height, width):  # interpolate takes no empty maps
+        resized = resized.new_zeros((*logits.shape[:2], height, width))
+    elif logits.shape[2:] != (height, width):  # interpolate would multiply by 0, on some devices infinities too
         resized = torch.nn.functional.interpolate(resized, size=(height, width), mode="bilinear", align_corners=False)
     resized = resized.flatten(2)  # [B, Q, cells]
     on = ~(resized < threshold) if inclusive else resized > threshold

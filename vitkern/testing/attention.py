@@ -210,8 +210,9 @@ def make(
         if masks == "logits":
             hidden.append(FromLogits(t["logits"], (1, k.shape[1])))
         if masks == "block":
-            rows, cols = (q.shape[1] - t["logits"].shape[1], q.shape[1]), (k.shape[1] // 3, k.shape[1])
-            hidden.append(FromLogits(t["logits"], (1, cols[1] - cols[0]), empty="none", rows=rows, cols=cols))
+            last, behind = (q.shape[1] - t["logits"].shape[1], q.shape[1]), (k.shape[1] // 3, k.shape[1])
+            size = (1, behind[1] - behind[0])
+            hidden.append(FromLogits(t["logits"], size, empty="none", rows=last, cols=behind))
         given["modulation"] = [FACTORS[name](t, grid) for name in factors]
         if weighed:
             given["query_weight"] = t["query_weight"]

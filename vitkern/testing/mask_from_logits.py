@@ -113,6 +113,7 @@ def small() -> list[Call]:
         *(make(15 + n, 2, 3, (1, 32), (1, n), shift=-20) for n in (31, 32, 33, 63, 64, 65)),  # words that are not full
         make(21, 2, 3, (4, 4), (8, 8), around=(2, 1, 31, 3), open_rows=True, shift=-30),  # EoMT: a block in the middle
         make(22, 3, 2, (4, 4), (4, 4), around=(0, 1, 1, 0), empty="none", shift=-60, layout="expanded"),
+        make(24, 2, 0, (4, 4), (8, 8), around=(3, 1, 0, 2)),  # no maps
         make(23, 2, 3, (4, 6), (8, 12), around=(1, 0, 70, 50), damage="nan", inclusive=False),
     ]
 
