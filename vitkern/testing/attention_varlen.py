@@ -12,7 +12,7 @@ from vitkern import DepthwiseValue, Rope
 from vitkern.bias import KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
 from vitkern.mask import Causal, NoSelf, Segments
 from vitkern.modulation import GaussianMixture
-from vitkern.testing.attention import NORMALIZERS
+from vitkern.testing.attention_inputs import NORMALIZERS
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES
 
