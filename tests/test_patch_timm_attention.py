@@ -52,15 +52,11 @@ def test_cait_mixes_heads_in_both_places(fused, train):
 # LeViT ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("conv", [False, True])
-def test_levit_matches_on_grids_that_stride_does_not_divide(conv, pool):
-    model = levit.Levit(
-        img_size=(80, 112), embed_dim=(8, 16), key_dim=4, depth=(1, 1), num_heads=(1, 2), attn_ratio=(2, 3),
-        num_classes=0, use_conv=conv, down_op="subsample_pool" if pool else "subsample",
-    )  # fmt: skip
-    for train in (False, True):
-        patch_cases.check(random(model), (80, 112), replaced=3, train=train)
+def test_levit_matches_on_grids_that_stride_does_not_divide(conv, pool, train):
+    timm_patches.check_levit(conv, pool, train)
 
 
 def test_a_foreign_index_is_refused():
