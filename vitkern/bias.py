@@ -147,7 +147,7 @@ class DecomposedRelativePosition:
         learns = self.rel_h.requires_grad or self.rel_w.requires_grad
         queries = finite(q.to(acc), learns).unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
         tables = [  # [qh, kh, D] and [qw, kw, D]
-            like(torch.nn.functional.embedding(_axis_rows(a, b, q.device), table.to(acc)), q)
+            torch.nn.functional.embedding(like(_axis_rows(a, b, q.device), q), like(table.to(acc), q))
             for table, a, b in zip((self.rel_h, self.rel_w), self.q_grid, self.k_grid, strict=True)
         ]
         rows = torch.einsum("byxhd,yud->byxhu", queries, tables[0]).flatten(1, 2)  # [B, Nq, H, kh]

@@ -19,7 +19,7 @@ def rows_of(found: dict[str, Any], rows: tuple[int, ...]) -> Tensor:
         return rows_of(padded(found)[0], rows).transpose(1, 2)[None]
     count, keys = found["q"].shape[1], found["k"].shape[1]
     numbers = [i % count for i in rows]
-    chosen = constant(numbers, found["q"].device)  # [R]
+    chosen = _sharded.like(constant(numbers, found["q"].device), found["q"])  # [R]
     if found["rel_y"] is not None and found["rel_y"].dim() == 2:
         by_row, by_column = axes_of(found).per_query(found["q"])
         found = found | {"rel_y": by_row, "rel_x": by_column}
