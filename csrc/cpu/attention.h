@@ -136,14 +136,16 @@ struct AttentionKernels {
 // Keys that are looked at together: a tile that no query of a block sees is passed over.
 constexpr int32_t kKeyTile = 16;
 
-// The bits of a row of the mask from a key on, those of its word.
-static inline uint32_t seen_bits(const AttentionProblem& p, const char* row, int32_t key) {
-  return uint32_t(*reinterpret_cast<const int32_t*>(row + key / 32 * p.mask.column)) >> (key % 32);
+// The bits of a row of the mask from a key on, those of its word; `column`: the step of words in bytes.
+static inline uint32_t seen_bits(const char* row, int64_t column, int32_t key) {
+  return uint32_t(*reinterpret_cast<const int32_t*>(row + (key >> 5) * column)) >> (key & 31);
 }
+constexpr uint32_t kTileBits = (uint32_t(1) << kKeyTile) - 1;
+
 // Whether tiles of keys can be judged by the mask, and whether a row of it shows one of the tile from `begin` on.
 static inline bool has_tiles(const AttentionProblem& p) { return p.mask.data && (p.mask_bits || p.mask.column == 1); }
 static inline bool shows_tile(const AttentionProblem& p, const char* row, int32_t begin) {
-  if (p.mask_bits) return seen_bits(p, row, begin) & ((uint32_t(1) << kKeyTile) - 1);
+  if (p.mask_bits) return seen_bits(row, p.mask.column, begin) & kTileBits;
   uint64_t half[2];
   __builtin_memcpy(half, row + begin, sizeof half);
   return half[0] | half[1];
