@@ -57,7 +57,8 @@ gpu:
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with the stock torch. Python looks for modules where
 # it is started before it looks anywhere else: in the sanitized tree.
-ASAN_TESTS := ops window_attention window_options window_groups window_hidden attention_varlen mask_from_logits bipartite_match \
+ASAN_TESTS := ops window_attention window_options window_groups window_hidden attention_varlen attention_scattered mask_from_logits \
+  bipartite_match \
   merge_plan merge_tokens unmerge_tokens \
   select_tokens restore_tokens drop_tokens cluster_tokens cluster_tokens_methods cluster_kmeans reconstruct_tokens soft_merge \
   linear_attention linear_decay channel_attention selective_scan deformable_attention \

@@ -76,6 +76,7 @@ struct AttentionProblem {
   int32_t padded;   // keys, rounded up to the vector length
   int32_t pitch;    // of rows of keys that are transposed, the same for all samples
   int32_t block;    // rows of scores worked on together
+  bool scattered;   // the queries of a block see few keys, each other ones
   int32_t topk;     // 0: all keys
   Normalizer normalizer;
   Rule rule;

@@ -328,13 +328,13 @@ void AttentionCall::read_mixtures(const AttentionOptions& o) {
   units = mixes(p) ? 1 : p.kv_heads;
 }
 
-// A block holds what the cache does, 8 to 64 rows. Where a mask shows each query other keys, and few, every query goes alone:
-// what a block sees together would be most of the keys. Judged by some of the rows.
+// A block holds what the cache does, 8 to 64 rows. Where a mask shows each query other keys, and few, a block is scattered: what it
+// sees together would be most of the keys. Judged by some of the rows. Of its scores few are touched, so that it may be larger.
 void AttentionCall::choose_block() {
   const int64_t row = int64_t(std::max(p.padded, 1)) * (wide ? 8 : 4), tiles = p.keys / kKeyTile;
   p.block = int32_t(std::clamp<int64_t>(kBlockBytes / row, 8, 64));
   if (mixes(p)) p.block = int32_t(std::clamp<int64_t>(kBlockBytes / (row * p.heads), 4, 64));
-  if (mixes(p)) return;
+  if (mixes(p) || is_hard(p) || p.position_v.data) return;
   if (!has_tiles(p) || !p.mask.row || p.queries < 16 || tiles < 16 || !batch) return;
   int64_t alone = 0, together = 0;
   for (int64_t part = 0; part < 4; ++part) {
@@ -350,7 +350,8 @@ void AttentionCall::choose_block() {
     }
     together += 16 * std::count(some.begin(), some.end(), true);
   }
-  if (3 * alone < together) p.block = 1;
+  p.scattered = 3 * alone < together;
+  if (p.scattered) p.block = int32_t(std::clamp<int64_t>(8 * kBlockBytes / row, 8, 128));
 }
 
 AttentionProblem AttentionCall::sample(int64_t s) const {

@@ -11,6 +11,7 @@
 #include "feature_rows.h"
 #include "grid_sum.h"
 #include "linear_attention.h"
+#include "mask_from_logits.h"
 #include "merge_tokens.h"
 #include "neighborhood_attention.h"
 #include "soft_merge.h"
@@ -48,6 +49,7 @@ struct Kernels {
   NearKernels near_f32, near_f64;
   SampledKernels sampled_f32, sampled_f64;
   DepthwiseKernels depthwise_f32, depthwise_f64;
+  ResizeKernels resize_f32, resize_f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512_bf16;

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels.h"
 #include "tensors.h"
 
 namespace vitkern {
@@ -31,20 +32,8 @@ struct Between {
       share.push_back(std::clamp(at - Acc(low), Acc(0), Acc(1)));
     }
   }
+  ResizedSide side(int64_t from) const { return {first.data(), second.data(), share.data(), int32_t(from), int32_t(first.size())}; }
 };
-
-// The cells of a row, `at(x)` each, compared; returns whether one of them is on.
-template <typename Acc, typename At>
-bool compare(const At& at, int64_t width, Acc limit, bool inclusive, uint8_t* to) {
-  int some = 0;
-  for (int64_t x = 0; x < width; ++x) {
-    const Acc logit = at(x);
-    const int on = inclusive ? !(logit < limit) : logit > limit;
-    to[x] = uint8_t(on);
-    some |= on;
-  }
-  return some != 0;
-}
 
 // Where the maps lie among all queries and keys; the other pairs are seen.
 struct Among {
@@ -64,54 +53,25 @@ uint32_t packed(const uint8_t* seen) {
 
 template <typename Acc>
 void resize(const Tensor& logits, const std::optional<Tensor>& open_rows, int64_t height, int64_t width, double threshold, bool full,
-            bool inclusive, const Among& among, uint32_t* out) {
+            bool inclusive, const Among& among, const ResizeKernels& kernels, uint32_t* out) {
   const Dtype dtype = dtype_of(logits, kOp);
   const int64_t rows = logits.size(2), columns = logits.size(3), cells = height * width, words = (among.keys + 31) / 32;
   const Between<Acc> down(rows, height), across(columns, width);
-  const int32_t *left = across.first.data(), *right = across.second.data();
-  const Acc *aside = across.share.data(), limit = Acc(threshold);
-  const bool same = rows == height && columns == width;  // nothing infinite is multiplied by 0
-  const bool ready = logits.stride(3) == 1 && logits.stride(2) == columns;
+  const ResizeProblem problem{dtype, logits.stride(2), logits.stride(3), down.side(rows), across.side(columns), threshold, inclusive};
   const char* data = static_cast<const char*>(logits.const_data_ptr());
   torch::stable::parallel_for(0, logits.size(0) * among.queries, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> map(static_cast<size_t>(rows * columns)), line(static_cast<size_t>(columns));
+    Scratch scratch(kernels.scratch_bytes(problem));
     std::vector<uint8_t> seen(static_cast<size_t>(words * 32));  // of all keys
     std::fill_n(seen.begin(), among.keys, uint8_t(1));
     uint8_t* to = seen.data() + among.first_key;
-    const auto pack = [&](int64_t task) {
-      for (int64_t n = 0; n < words; ++n) out[task * words + n] = packed(seen.data() + 32 * n);
-    };
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / among.queries, q = task % among.queries - among.first_query;
-      const bool inside = q >= 0 && q < logits.size(1);
-      if (!inside || (open_rows && static_cast<const uint8_t*>(open_rows->const_data_ptr())[b * open_rows->stride(0) + q * open_rows->stride(1)])) {
-        std::memset(to, 1, size_t(cells));
-        pack(task);
-        continue;
-      }
-      const Acc* cells_in = map.data();
-      with_element(dtype, [&](auto element) {
-        const auto* from = reinterpret_cast<const decltype(element)*>(data) + b * logits.stride(0) + q * logits.stride(1);
-        if constexpr (std::is_same_v<decltype(element), Acc>)
-          if (ready) return void(cells_in = from);
-        for (int64_t y = 0; y < rows; ++y)
-          for (int64_t x = 0; x < columns; ++x)
-            map[size_t(y * columns + x)] = widened<Acc>(from[y * logits.stride(2) + x * logits.stride(3)]);
-      });
-      bool some = false;
-      for (int64_t y = 0; y < height; ++y) {
-        const Acc *top = cells_in + down.first[size_t(y)] * columns, *below = cells_in + down.second[size_t(y)] * columns;
-        const Acc share = down.share[size_t(y)];
-        if (same) {
-          some |= compare([top](int64_t x) { return top[x]; }, width, limit, inclusive, to + y * width);
-          continue;
-        }
-        for (int64_t x = 0; x < columns; ++x) line[size_t(x)] = top[x] * (1 - share) + below[x] * share;
-        const auto stretched = [=, from = line.data()](int64_t x) { return from[left[x]] * (1 - aside[x]) + from[right[x]] * aside[x]; };
-        some |= compare(stretched, width, limit, inclusive, to + y * width);
-      }
-      if (full && !some) std::memset(to, 1, size_t(cells));
-      pack(task);
+      bool some = q >= 0 && q < logits.size(1);
+      if (some && open_rows) some = !static_cast<const uint8_t*>(open_rows->const_data_ptr())[b * open_rows->stride(0) + q * open_rows->stride(1)];
+      const bool open = !some;
+      if (some) some = kernels.compare(problem, data + (b * logits.stride(0) + q * logits.stride(1)) * size_of(dtype), to, scratch.data());
+      if (open || (full && !some)) std::memset(to, 1, size_t(cells));
+      for (int64_t n = 0; n < words; ++n) out[task * words + n] = packed(seen.data() + 32 * n);
     }
   });
 }
@@ -130,8 +90,8 @@ Tensor mask_from_logits(Tensor logits, std::optional<Tensor> open_rows, int64_t 
   if (!words.numel()) return words;
   auto* out = static_cast<uint32_t*>(words.mutable_data_ptr());
   const Among among{queries, keys, first_query, first_key};
-  if (dtype_of(logits, kOp) == Dtype::f64) resize<double>(logits, open_rows, height, width, threshold, full, inclusive, among, out);
-  else resize<float>(logits, open_rows, height, width, threshold, full, inclusive, among, out);
+  if (dtype_of(logits, kOp) == Dtype::f64) resize<double>(logits, open_rows, height, width, threshold, full, inclusive, among, kernels().resize_f64, out);
+  else resize<float>(logits, open_rows, height, width, threshold, full, inclusive, among, kernels().resize_f32, out);
   return words;
 }
 
