@@ -219,38 +219,63 @@ def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
 def _place_biases(found: dict[str, Any], biases: Any, at: Place) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Fills the slots of the typed biases; returns the dense biases, those of the keys alone, and factors of the weights."""
     dense, of_keys, of_weights = [], [], []
+    relative: list[Any] = []
+    of_rows: list[RowBias] = []
     longest, extended = at.longest, at.extended
-    relative = (DecomposedRelativePosition, ManhattanDecay) if longest is None else DecomposedRelativePosition
     for b in biases:
         if isinstance(b, Tensor):
             dense.append(b)
         elif isinstance(b, KeyBias):
             of_keys.append(b.dense(at.q, at.k))
-        elif at.axes and isinstance(b, DecomposedRelativePosition) and _place_axes(found, b):
-            pass
-        elif (
-            isinstance(b, relative)
-            and getattr(b, "place", "logit") == "logit"
-            and found["rel_y"] is None
-            and not extended
-        ):
-            found["rel_y"], found["rel_x"] = b.per_query(at.q)
+        elif isinstance(b, RowBias) and not extended:
+            of_rows.append(b)
+        elif not extended and _adds_per_query(b, at) and (not relative or _keys_of(b) == _keys_of(relative[0])):
+            relative.append(b)
         elif at.native and tables.place(found, b):
             pass
         elif isinstance(b, ManhattanDecay) and b.place == "prob":
             of_weights.append(at.dense(b).exp())
-        elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None and not extended:
-            found["rel_y"] = b.vector.transpose(1, 2)[..., None]  # [1, Tq, H|1, 1]
-            found["rel_x"] = b.vector.new_zeros(()).expand(1, at.q.shape[1], 1, found["max_k"])
         elif isinstance(b, PolylinePath) and found["path_row"] is None and not extended:
             found |= {"path_row": b.row.flatten(1, 2), "path_col": b.col.flatten(1, 2)}
             found |= {"path_width": b.row.shape[2], "path_transposed": b.transpose}
         elif isinstance(b, EuclideanDistance) and found["slope"] is None and not extended:
             found |= {"slope": b.slope, "q_xy": b.q_xy, "k_xy": b.k_xy}
+        elif isinstance(b, EuclideanDistance) and found["q_xy"] is b.q_xy and found["k_xy"] is b.k_xy:
+            found["slope"] = found["slope"] + b.slope
         else:
             _refuse_second(b, longest)
             dense.append(at.dense(b))
-    return dense, of_keys, of_weights
+    if relative or (of_rows and longest is not None):
+        of_rows = _place_relative(found, relative, of_rows, bool(dense), at)
+    if of_rows and dense:
+        at.mapped.extend(of_rows)
+    return dense + [b.dense(at.q, at.k) for b in of_rows], of_keys, of_weights
+
+
+def _adds_per_query(b: Any, at: Place) -> bool:
+    """Whether the bias is a sum of what each query adds to the rows and to the columns of the keys."""
+    alike = isinstance(b, ManhattanDecay) and b.place == "logit" and at.longest is None  # else a table of offsets
+    return alike or isinstance(b, DecomposedRelativePosition)
+
+
+def _keys_of(b: Any) -> tuple[int, int]:
+    return tuple(b.grid if isinstance(b, ManhattanDecay) else b.k_grid)
+
+
+def _place_relative(
+    found: dict[str, Any], relative: list[Any], of_rows: list[RowBias], beside: bool, at: Place
+) -> list[RowBias]:
+    """Fills the slots of what each query adds with the sum of all, or with the tables of the one; `beside`: there are maps.
+    Returns the biases of rows that found no place there."""
+    one = relative[0] if len(relative) == 1 and isinstance(relative[0], DecomposedRelativePosition) else None
+    if one is not None and at.axes and not (of_rows and beside) and _place_axes(found, one):
+        return of_rows
+    acc = torch.promote_types(at.q.dtype, torch.float32)
+    parts = [b.per_query(at.q) for b in relative]
+    rows = [p[0] for p in parts] + [b.vector.to(acc).transpose(1, 2)[..., None] for b in of_rows]
+    columns = [p[1] for p in parts] or [at.q.new_zeros((), dtype=acc).expand(1, at.q.shape[1], 1, found["max_k"])]
+    found["rel_y"], found["rel_x"] = (functools.reduce(torch.add, _sharded.alike(t)) for t in (rows, columns))
+    return []
 
 
 def _keys_apart(parts: list[Tensor], beside: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -266,11 +291,7 @@ def _keys_apart(parts: list[Tensor], beside: int = 0) -> tuple[list[Tensor], lis
 def _place_axes(found: dict[str, Any], b: DecomposedRelativePosition) -> bool:
     """Whether the tables of a modifier whose queries and keys share the grid of the call went into their slots."""
     geometry = dict(zip(tables.GRID, (*b.k_grid, 0, 1), strict=True))
-    if (
-        found["rel_y"] is not None
-        or b.q_grid != b.k_grid
-        or (found["grid_height"] and any(found[n] != geometry[n] for n in geometry))
-    ):
+    if b.q_grid != b.k_grid or (found["grid_height"] and any(found[n] != geometry[n] for n in geometry)):
         return False
     found |= geometry | {"rel_y": b.rel_h, "rel_x": b.rel_w}
     return True

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vitkern
 from vitkern import DepthwiseValue, Rope
-from vitkern.bias import KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
+from vitkern.bias import DecomposedRelativePosition, KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
 from vitkern.mask import Causal, NoSelf, Segments
 from vitkern.modulation import GaussianMixture
 from vitkern.testing.attention_inputs import NORMALIZERS
@@ -20,12 +20,13 @@ from vitkern.testing.window_attention import HEAD_SIZES
 def packed(
     seed: int, lengths: tuple[tuple[int, int], ...], *, heads: int = 2, kv_heads: int = 1, d: int = 8, bias: bool = True,
     rows: bool = False, causal: bool = False, ids: bool = False, grid: tuple[int, int] | None = None, named: int = 0,
-    values: bool = True, maps: tuple[tuple[int, int], ...] = (), beside: str = "", **options: Any,
+    values: bool = True, maps: tuple[tuple[int, int], ...] = (), beside: str = "", sides: tuple[int, int] = (1, 1),
+    **options: Any,
 ) -> Call:  # fmt: skip
     """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key; `grid`: of
     the longest sequence, for tables of offsets; `named`: so many keys of each query; `values`: whether there are any; `maps`: the
     sides of every sequence, behind a prefix of one token, for a convolution of the values; `beside`: some of "expanded",
-    "no self", "turned", joined by "+"."""
+    "no self", "turned", "relative", joined by "+"; `sides`: of the grid of the longest sequence, for these."""
     g = torch.Generator().manual_seed(seed)
     of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
     longest = (max(of_queries, default=0), max(of_keys, default=0))
@@ -56,6 +57,11 @@ def packed(
     if "turned" in names:
         angle = normal(1, math.gcd(sum(of_queries), sum(of_keys)), 1, max(1, d // 2 - seed % 2))
         tensors |= {"cos": angle.cos(), "sin": angle.sin()}
+    if "relative" in names:
+        tensors |= {
+            "rel_y": normal(1, sum(of_queries), heads, sides[0]),
+            "rel_x": normal(1, sum(of_queries), 1, sides[1]),
+        }
     if named:
         own = torch.tensor([n[1] for n in lengths for _ in range(n[0])])[:, None]
         tensors["index"] = (torch.rand(sum(of_queries), named, generator=g) * (own + 1)).long() - 1
@@ -68,6 +74,9 @@ def packed(
         hidden += [NoSelf()] if "no self" in names else []
         biases: list[Any] = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])]
         biases += [t["bias"].expand(heads, *longest) if "expanded" in names else t["bias"]] if bias else []
+        if "relative" in names:
+            of_heads = (t["rel_y"], t["rel_y"][:, :, :1])
+            biases += [DecomposedRelativePosition(y, t["rel_x"], None, sides) for y in of_heads]
         rope = Rope(t["cos"], t["sin"], ("interleaved", "half")[seed % 2]) if "turned" in names else None
         if grid:
             options["modulation"] = GaussianMixture(t["sigma"], t["alpha"], grid)
@@ -80,14 +89,14 @@ def packed(
         return (t["q"], t["k"], t.get("v"), t["cu_q"], t["cu_k"], *most), given
 
     facts = {"lengths": lengths, "H": heads, "Hk": kv_heads, "D": d, "bias": bias, "rows": rows, "beside": beside}
-    facts |= {"named": named, "maps": maps}
+    facts |= {"named": named, "maps": maps, "sides": sides}
     text = label(seed, facts | options)
     return Call(
         text,
         vitkern.attention_varlen,
         build,
         tensors,
-        frozenset(("vector", "bias", "table", "rate", "sigma", "alpha", "cos", "sin", "filter", "offset")),
+        frozenset(tensors) - {"q", "k", "v", "cu_q", "cu_k", "q_ids", "k_ids", "index"},
         False,
         seed,
     )
@@ -127,6 +136,7 @@ def small_packed() -> list[Call]:
                dropout_seed=4),
         packed(9, ((2, 9), (5, 5)), ids=True, values=False, return_stats=("lse", "key_mean", "row"), stat_rows=(1,)),
         packed(10, ((7, 7), (7, 7), (13, 13), (1, 1), (3, 3)), maps=((2, 3), (2, 3), (3, 4), (0, 2), (1, 2))),
+        packed(13, ((4, 6), (0, 3), (7, 5)), rows=True, normalizer="sigmoid", beside="relative", sides=(2, 3)),
         packed(4, ((0, 0),), bias=False),
     ]  # fmt: skip
 
