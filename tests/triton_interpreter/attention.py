@@ -162,6 +162,8 @@ PACKED = [
     packed.packed(6, ((18, 3), (0, 1), (2, 40)), bias=False, normalizer="argmax_k", return_stats=("index", "key_mean")),
     packed.packed(9, ((18, 3), (3, 0), (2, 40)), causal=True, normalizer="argmax_q"),
     packed.packed(8, ((18, 3), (2, 40)), bias=False, rows=True, normalizer="sigmoid", return_stats=("key_mean",)),
+    packed.packed(16, ((18, 40), (0, 2), (33, 17), (3, 0), (5, 5)), causal=True, beside="policy", return_stats=("key_mean",)),
+    packed.packed(17, ((5, 140), (7, 3)), kv_heads=2, beside="policy"),
 ]
 
 

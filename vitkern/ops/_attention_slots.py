@@ -23,14 +23,14 @@ from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops import _sharded
-from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS
+from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, places_inside
 from vitkern.ops._attention_named import batch_of_named
 from vitkern.ops._op import once, once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
 
-PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal)
+PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal, Policy)
 MIXED_HEADS = 128
 KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean", "index")
 
@@ -387,8 +387,6 @@ def numbered(lowered: dict[str, Any]) -> bool:
 def ranks(q: Tensor, cu: Tensor | None) -> Tensor:
     """[B, Nq, H]: the places of the queries in their sequence, from 1 on; as weights of queries they make "key_mean" the place of
     the one that a key goes to, 0 for none."""
-    token = torch.arange(q.shape[1], device=q.device)
-    if cu is not None:
-        token = token - cu[torch.bucketize(token, cu[1:], right=True).clamp(max=len(cu) - 2)]
+    token = torch.arange(q.shape[1], device=q.device) if cu is None else places_inside(cu, q.shape[1])
     places = (token + 1).to(torch.promote_types(q.dtype, torch.float32))
     return _sharded.like(places[None, :, None].expand(q.shape[:3]), q)

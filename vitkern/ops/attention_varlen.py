@@ -8,8 +8,8 @@ from torch import Tensor
 from vitkern import backends
 from vitkern import bias as biases
 from vitkern import mask as masks
-from vitkern import modulation as modulations
 from vitkern.cosine import CosineScore
+from vitkern.modulation import Policy
 from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks, _sharded
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vitkern.ops._options import AttentionOptions
 
 NAME = "attention_varlen"
-UNPACKED = (biases.PolylinePath, biases.ContextualPosition, masks.FromLogits, modulations.Policy)
+UNPACKED = (biases.PolylinePath, biases.ContextualPosition, masks.FromLogits)
 LONGEST = 2**30
 STATS = ("lse", "key_mean", "row", "index")
 
@@ -89,12 +89,12 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
         bias, mask, modulation: as of attention. Tensors are ``[H|1, max_seqlen_q, max_seqlen_k]``, the same for all
             sequences and aligned at the top left. Positions (Causal, a grid, SoftCausal) count inside a sequence. What belongs
-            to tokens (KeyBias and RowBias ``[1, H|1, T]``, ids, levels, coordinates, rope, ``rel_h`` and ``rel_w`` per query)
-            is packed as q and k are.
+            to tokens (KeyBias and RowBias ``[1, H|1, T]``, ``keep`` of Policy ``[1, Tk]``, ids, levels, coordinates, rope, ``rel_h``
+            and ``rel_w`` per query) is packed as q and k are; Policy divides eps by the keys of the own sequence.
         extra_kv: ``(k, v) [1, E, Hk, D|Dv]``: further keys of every sequence; with neither topk nor argmax nor ids and levels.
         key_index: integers ``[Tq, K]``: query i sees the keys ``key_index[i]`` of its own sequence alone, which count from 0 there,
             one that is named twice counts twice, -1 names none. Costs a padded batch and a map
-            ``[S, max_seqlen_q, max_seqlen_k]``; not with topk, nor with statistics without softmax.
+            ``[S, max_seqlen_q, max_seqlen_k]``; not with topk, nor with statistics without softmax, nor with Policy.
         lepe: a :class:`vitkern.DepthwiseValue` whose grid has the sides ``(h, w)`` of every sequence, a map of its own; the
             queries and the values are the same tokens.
         return_stats: ``"lse"`` ``[Tq, H]``; ``"key_mean"`` ``[Tk, H]``, over the queries of the key's own sequence (behind
@@ -107,8 +107,8 @@ def attention_varlen(
         ``out [Tq, H, Dv]`` (None for ``v=None``), with return_stats ``(out, Stats)``.
 
     Raises:
-        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, ContextualPosition, FromLogits,
-            Policy, two modifiers of one kind that belong to tokens, and the other statistics have no form for packed sequences.
+        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, ContextualPosition, FromLogits, whose images would
+            have sizes of their own, two modifiers of one kind that belong to tokens, and the other statistics have no form for packed sequences.
     """
     if type(q) not in _sharded.PLAIN and _sharded.met(q):
         return _sharded.call(attention_varlen, locals())
@@ -205,8 +205,11 @@ def _check_key_index(index: Any, q: Tensor, cu_q: Tensor, cu_k: Tensor, lowered:
         own = cu_k.diff()[torch.bucketize(torch.arange(len(q), device=q.device), cu_q[1:], right=True)]
         if bool((index < -1).any()) or bool((index >= own[:, None]).any()):
             raise ValueError(f"{NAME}: key_index must be -1 or a key of the query's own sequence, counted from 0 there")
-    if lowered["topk"] is not None or (lowered["normalizer"] != "softmax" and lowered["stats"]):
-        raise NotImplementedError(f"{NAME}: key_index goes neither with topk nor with statistics without softmax")
+    kept = any(isinstance(m, Policy) for m in lowered["modulations"])
+    if kept or lowered["topk"] is not None or (lowered["normalizer"] != "softmax" and lowered["stats"]):
+        raise NotImplementedError(
+            f"{NAME}: key_index goes neither with topk nor with statistics without softmax nor with Policy"
+        )
 
 
 def _check_lepe(lepe: Any, q: Tensor, v: Any, cu_q: Tensor, cu_k: Tensor) -> None:

@@ -11,7 +11,7 @@ import vitkern
 from vitkern import DepthwiseValue, Rope
 from vitkern.bias import DecomposedRelativePosition, KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
 from vitkern.mask import Causal, NoSelf, Segments
-from vitkern.modulation import GaussianMixture
+from vitkern.modulation import GaussianMixture, Policy
 from vitkern.testing.attention_inputs import NORMALIZERS
 from vitkern.testing.registry import Call, Entry, label
 from vitkern.testing.window_attention import HEAD_SIZES
@@ -26,7 +26,7 @@ def packed(
     """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key; `grid`: of
     the longest sequence, for tables of offsets; `named`: so many keys of each query; `values`: whether there are any; `maps`: the
     sides of every sequence, behind a prefix of one token, for a convolution of the values; `beside`: some of "expanded",
-    "no self", "turned", "relative", joined by "+"; `sides`: of the grid of the longest sequence, for these."""
+    "no self", "turned", "relative", "policy", joined by "+"; `sides`: of the grid of the longest sequence, for these."""
     g = torch.Generator().manual_seed(seed)
     of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
     longest = (max(of_queries, default=0), max(of_keys, default=0))
@@ -62,6 +62,8 @@ def packed(
             "rel_y": normal(1, sum(of_queries), heads, sides[0]),
             "rel_x": normal(1, sum(of_queries), 1, sides[1]),
         }
+    if "policy" in names:
+        tensors["keep"] = torch.rand(1, sum(of_keys), generator=g, dtype=torch.float64).round(decimals=1)
     if named:
         own = torch.tensor([n[1] for n in lengths for _ in range(n[0])])[:, None]
         tensors["index"] = (torch.rand(sum(of_queries), named, generator=g) * (own + 1)).long() - 1
@@ -78,12 +80,13 @@ def packed(
             of_heads = (t["rel_y"], t["rel_y"][:, :, :1])
             biases += [DecomposedRelativePosition(y, t["rel_x"], None, sides) for y in of_heads]
         rope = Rope(t["cos"], t["sin"], ("interleaved", "half")[seed % 2]) if "turned" in names else None
+        factors: list[Any] = [Policy(t["keep"], 1e-3, seed % 2 == 0)] if "policy" in names else []
         if grid:
-            options["modulation"] = GaussianMixture(t["sigma"], t["alpha"], grid)
+            factors.append(GaussianMixture(t["sigma"], t["alpha"], grid))
             biases += [RelativePosition(t["table"].t(), None, grid), ManhattanDecay(t["rate"], grid)]
             biases += [ManhattanDecay(t["rate"], grid, "prob")]
         most = t["bias"].shape[1:] if bias and "expanded" not in names else longest
-        given = {"bias": biases, "mask": hidden, "rope": rope, **options}
+        given = {"bias": biases, "mask": hidden, "modulation": factors, "rope": rope, **options}
         given |= {"key_index": t["index"]} if named else {}
         given |= {"lepe": DepthwiseValue(t["filter"], t["offset"], maps, 1)} if maps else {}
         return (t["q"], t["k"], t.get("v"), t["cu_q"], t["cu_k"], *most), given
@@ -116,6 +119,13 @@ def draw_packed(rng: random.Random) -> Call:
         "named": rng.choice((0, 0, 0, 1, 20)),
     }  # fmt: skip
     beside = [name for name in ("expanded", "no self", "turned") if rng.random() < 0.2]
+    if (
+        options["normalizer"] == "softmax"
+        and "lse" not in options["return_stats"]
+        and not made["named"]
+        and rng.random() < 0.3
+    ):
+        beside.append("policy")
     if made["d"] == 1 or not all(map(sum, zip(*lengths, strict=True))):
         beside = [name for name in beside if name != "turned"]
     return packed(**made, lengths=lengths, beside="+".join(beside), **options)
@@ -137,6 +147,8 @@ def small_packed() -> list[Call]:
         packed(9, ((2, 9), (5, 5)), ids=True, values=False, return_stats=("lse", "key_mean", "row"), stat_rows=(1,)),
         packed(10, ((7, 7), (7, 7), (13, 13), (1, 1), (3, 3)), maps=((2, 3), (2, 3), (3, 4), (0, 2), (1, 2))),
         packed(13, ((4, 6), (0, 3), (7, 5)), rows=True, normalizer="sigmoid", beside="relative", sides=(2, 3)),
+        packed(14, ((3, 5), (0, 2), (4, 0), (7, 7), (2, 1)), kv_heads=2, causal=True, beside="policy", return_stats=("key_mean",)),
+        packed(15, ((4, 6), (5, 2)), beside="policy+turned", return_stats=("row",), stat_rows=(0, 4)),
         packed(4, ((0, 0),), bias=False),
     ]  # fmt: skip
 
