@@ -91,6 +91,17 @@ def padded(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return one | {"cu_q": None, "cu_k": None}, places
 
 
+def batch_of_alike(found: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of packed sequences of max_q tokens each as a batch of them."""
+    one, longest = dict(found), found["max_q"]
+    samples = found["q"].shape[1] // max(1, longest)
+    for name in (name for names in OF_TOKENS.values() for name in names if found[name] is not None):
+        axis = 3 if name == "key_bias" else 1
+        t = found[name].squeeze(0).unflatten(axis - 1, (samples, longest))
+        one[name] = t.movedim(axis - 1, 0)
+    return one | {"cu_q": None, "cu_k": None, "max_q": 0, "max_k": 0}
+
+
 def places_in_batch(cu: Tensor, tokens: int, longest: int) -> Tensor:
     """Where each token of packed sequences lies in a padded batch, whose samples lie one behind the other."""
     token = torch.arange(tokens, device=cu.device)

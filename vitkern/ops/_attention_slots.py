@@ -23,7 +23,7 @@ from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops import _sharded
-from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, places_inside
+from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, batch_of_alike, padded, places_inside
 from vitkern.ops._attention_named import batch_of_named
 from vitkern.ops._op import once, once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
@@ -90,7 +90,10 @@ def notes(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
     mapped: list[Any] = []
     found = slots(lowered, packed, backend, mapped)
     names = [type(m).__name__ for m in mapped if not isinstance(m, ElementwiseMask)]
-    return found, [f"{name} takes its dense form, a map of scores" for name in dict.fromkeys(names)]
+    said = [f"{name} takes its dense form, a map of scores" for name in dict.fromkeys(names)]
+    if packed is not None and found["path_row"] is None and as_batch(lowered, packed, backend):
+        said.append("the sequences become a padded batch, with a mask of it")
+    return found, said
 
 
 def seen_by(modifier: Any, q: Tensor, k: Tensor, longest: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -119,8 +122,11 @@ def slots(
     biases, cpu = lowered["biases"], on_cpu(q, backend)
     context = positions.chosen(biases) if biases else None
     if context is not None:
-        positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
-        biases = [b for b in biases if b is not context]
+        positions.place(
+            found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1], longest is not None
+        )
+        place = next(i for i, b in enumerate(biases) if b is context)  # it may be there twice
+        biases = (*biases[:place], *biases[place + 1 :])
     native = extra is None
     axes = (
         native and cpu and lowered["rope"] is None and lowered["cosine"] is None and longest is None
@@ -169,6 +175,8 @@ def slots(
         if longest is not None:  # in front of the own keys, where the columns of all sequences meet
             places = keys_of_all(found["cu_k"], own=k.shape[1] - more, more=more)
             k, v, of_keys = k[:, places], v[:, places], [t[..., places] for t in of_keys]
+            if found["position_k"] is not None:
+                found["position_k"] = found["position_k"][:, places]
             dense, seen, factors, of_weights = (
                 [t.roll(more, -1) for t in x] for x in (dense, seen, factors, of_weights)
             )
@@ -194,9 +202,19 @@ def slots(
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
     elif numbered(lowered):
         found["query_weight"] = ranks(q, found["cu_q"])
-    if packed is not None and packed.key_index is not None:
+    if packed is None or not as_batch(lowered, packed, backend):
+        return found
+    if packed.key_index is not None:
         return batch_of_named(found, packed.key_index, 0 if extra is None else extra[0].shape[1])
-    return found
+    return padded(found)[0] if found["path_row"] is None else batch_of_alike(found)
+
+
+def as_batch(lowered: dict[str, Any], packed: Packed, backend: str | None) -> bool:
+    """Whether the sequences are a batch in the kernels: those of a path, which are alike, and padded ones whose queries name keys,
+    or, but on CPUs, that have contextual positions without Policy, whose share follows the number of keys."""
+    kinds = {type(m) for m in (*lowered["biases"], *lowered["modulations"])}
+    context = ContextualPosition in kinds and Policy not in kinds and not on_cpu(lowered["q"], backend)
+    return packed.key_index is not None or PolylinePath in kinds or context
 
 
 def keys_of_all(cu: Tensor, own: int, more: int) -> Tensor:
@@ -271,7 +289,8 @@ def _place_relative(
     if one is not None and at.axes and not (of_rows and beside) and _place_axes(found, one):
         return of_rows
     acc = torch.promote_types(at.q.dtype, torch.float32)
-    parts = [b.per_query(at.q) for b in relative]
+    places = () if at.longest is None else (places_inside(found["cu_q"], at.q.shape[1]),)
+    parts = [b.per_query(at.q, *places) for b in relative]
     rows = [p[0] for p in parts] + [b.vector.to(acc).transpose(1, 2)[..., None] for b in of_rows]
     columns = [p[1] for p in parts] or [at.q.new_zeros((), dtype=acc).expand(1, at.q.shape[1], 1, found["max_k"])]
     found["rel_y"], found["rel_x"] = (functools.reduce(torch.add, _sharded.alike(t)) for t in (rows, columns))
@@ -314,8 +333,8 @@ def _place_ratio(found: dict[str, Any], modifier: Any, acc: torch.dtype) -> bool
 
 
 def _refuse_second(modifier: Any, longest: Any) -> None:
-    """Of packed sequences there is no dense form of what belongs to tokens."""
-    if longest is not None and isinstance(modifier, PER_TOKEN):
+    """Of packed sequences there is no dense form of what belongs to tokens, or meets them."""
+    if longest is not None and isinstance(modifier, (*PER_TOKEN, PolylinePath, ContextualPosition)):
         raise NotImplementedError(
             f"attention_varlen: {type(modifier).__name__} has no form for packed sequences beside another modifier of its kind, "
             "or beside extra_kv"

@@ -9,7 +9,16 @@ from torch import Tensor
 
 import vitkern
 from vitkern import DepthwiseValue, Rope
-from vitkern.bias import DecomposedRelativePosition, KeyBias, ManhattanDecay, RelativePosition, RowBias, table_rows
+from vitkern.bias import (
+    ContextualPosition,
+    DecomposedRelativePosition,
+    KeyBias,
+    ManhattanDecay,
+    PolylinePath,
+    RelativePosition,
+    RowBias,
+    table_rows,
+)
 from vitkern.mask import Causal, NoSelf, Segments
 from vitkern.modulation import GaussianMixture, Policy
 from vitkern.testing.attention_inputs import NORMALIZERS
@@ -26,7 +35,8 @@ def packed(
     """A call of attention_varlen: (queries, keys) of each sequence; `rows`: a bias per query in place of one per key; `grid`: of
     the longest sequence, for tables of offsets; `named`: so many keys of each query; `values`: whether there are any; `maps`: the
     sides of every sequence, behind a prefix of one token, for a convolution of the values; `beside`: some of "expanded",
-    "no self", "turned", "relative", "policy", joined by "+"; `sides`: of the grid of the longest sequence, for these."""
+    "no self", "turned", "relative", "axes", "policy", "context", "path", joined by "+"; `sides`: of the grid of
+    the longest sequence, for these."""
     g = torch.Generator().manual_seed(seed)
     of_queries, of_keys = ([n[i] for n in lengths] for i in (0, 1))
     longest = (max(of_queries, default=0), max(of_keys, default=0))
@@ -62,6 +72,13 @@ def packed(
             "rel_y": normal(1, sum(of_queries), heads, sides[0]),
             "rel_x": normal(1, sum(of_queries), 1, sides[1]),
         }
+    if "axes" in names:
+        tensors |= {f"axis_{name}": normal(2 * n - 1, d) / 2 for name, n in zip("yx", sides, strict=True)}
+    if "context" in names:
+        tensors["rows"] = torch.randint(0, 7, longest, generator=g, dtype=torch.int32)
+        tensors |= {"t_q": normal(7, 1, d) / 2, "t_k": normal(7, heads, d) / 2, "t_v": normal(7, heads, d)}
+    if "path" in names:
+        tensors |= {name: -normal(len(lengths), *sides, heads).abs() / 4 for name in ("row", "col")}
     if "policy" in names:
         tensors["keep"] = torch.rand(1, sum(of_keys), generator=g, dtype=torch.float64).round(decimals=1)
     if named:
@@ -76,6 +93,12 @@ def packed(
         hidden += [NoSelf()] if "no self" in names else []
         biases: list[Any] = [RowBias(t["vector"]) if rows else KeyBias(t["vector"])]
         biases += [t["bias"].expand(heads, *longest) if "expanded" in names else t["bias"]] if bias else []
+        if "axes" in names:
+            biases.append(DecomposedRelativePosition(t["axis_y"], t["axis_x"], sides, sides))
+        if "context" in names:
+            biases.append(ContextualPosition(t["t_q"], t["t_k"], t["t_v"], t["rows"]))
+        if "path" in names:
+            biases.append(PolylinePath(t["row"], t["col"], seed % 2 == 0))
         if "relative" in names:
             of_heads = (t["rel_y"], t["rel_y"][:, :, :1])
             biases += [DecomposedRelativePosition(y, t["rel_x"], None, sides) for y in of_heads]
@@ -99,7 +122,7 @@ def packed(
         vitkern.attention_varlen,
         build,
         tensors,
-        frozenset(tensors) - {"q", "k", "v", "cu_q", "cu_k", "q_ids", "k_ids", "index"},
+        frozenset(tensors) - {"q", "k", "v", "cu_q", "cu_k", "q_ids", "k_ids", "index", "rows"},
         False,
         seed,
     )
@@ -149,7 +172,22 @@ def small_packed() -> list[Call]:
         packed(13, ((4, 6), (0, 3), (7, 5)), rows=True, normalizer="sigmoid", beside="relative", sides=(2, 3)),
         packed(14, ((3, 5), (0, 2), (4, 0), (7, 7), (2, 1)), kv_heads=2, causal=True, beside="policy", return_stats=("key_mean",)),
         packed(15, ((4, 6), (5, 2)), beside="policy+turned", return_stats=("row",), stat_rows=(0, 4)),
+        *placed(),
         packed(4, ((0, 0),), bias=False),
+    ]  # fmt: skip
+
+
+def placed() -> list[Call]:
+    """Calls with positions on the grid of the longest sequence, and of pairs of tokens."""
+    return [
+        packed(18, ((3, 5), (6, 6), (0, 2), (4, 0), (1, 1)), beside="axes", sides=(2, 3)),
+        packed(19, ((3, 3), (6, 6)), kv_heads=2, rows=True, beside="axes+turned", sides=(3, 2), normalizer="sigmoid"),
+        packed(20, ((3, 5), (0, 2), (4, 0), (2, 7)), kv_heads=2, beside="context", return_stats=("lse",)),
+        packed(21, ((4, 3), (7, 5)), causal=True, beside="context+expanded", normalizer="sigmoid", dropout_p=0.2, dropout_seed=3),
+        packed(22, ((5, 4), (2, 6)), beside="context+policy", return_stats=("key_mean",)),
+        packed(23, ((6, 6), (6, 6), (6, 6)), kv_heads=2, beside="path+axes", sides=(2, 3), return_stats=("lse", "key_mean")),
+        packed(24, ((6, 6), (6, 6)), causal=True, beside="path+context", sides=(3, 2), return_stats=("row",), stat_rows=(0, 5)),
+        packed(25, ((4, 4), (4, 4)), beside="path+turned", sides=(2, 2), named=3, dropout_p=0.3, dropout_seed=5),
     ]  # fmt: skip
 
 
