@@ -231,3 +231,16 @@ def mixed_in_front(kind, place, backend, dtype=torch.float64):
         if name == "factor":
             want = want.masked_fill(~seen, 0)
         torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{kind}: {name}: {text}")
+
+
+def seen_in_front(place, backend, dtype=torch.float64):
+    """A factor of NaN in front of heads that mix, seen by its own head: what every head gives, by the definition too."""
+    t = {n: x.to(dtype) for n, x in qkv(QUERIES, KEYS, heads=3, kv=1).items()}
+    factor, pre, post = (normal(*n, seed=5).to(dtype) for n in ((1, 3, QUERIES, KEYS), (3, 3), (3, 3)))
+    factor[0, 1, 4] = factor[0, 1, 4].masked_fill(OWN[0, 1, 4], math.nan)
+    mixed = [ElementwiseMask(factor, place), TalkingHeads(pre, None, post)]
+    got, want = (
+        vitkern.attention(t["q"], t["k"], t["v"], mask=OWN, modulation=mixed, backend=b) for b in (backend, "reference")
+    )
+    assert want[:, 4].isnan().all() and not want[:, :4].isnan().any()
+    torch.testing.assert_close(got, want, equal_nan=True)

@@ -17,6 +17,7 @@ from hidden_cases import (
     learned,
     masks_of,
     mixed_in_front,
+    seen_in_front,
 )
 from masked_systems import qkv
 
@@ -86,6 +87,11 @@ def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind, backend):
 @pytest.mark.parametrize("kind", HEADS_HIDE)
 def test_no_factor_that_a_head_hides_reaches_the_others(kind, place, backend):
     mixed_in_front(kind, place, backend)
+
+
+@pytest.mark.parametrize("place", ["logit", "prob"])
+def test_a_factor_that_a_head_sees_reaches_the_others(place):
+    seen_in_front(place, "cpu")
 
 
 def seen_in_runs():

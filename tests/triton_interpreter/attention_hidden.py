@@ -21,6 +21,7 @@ from hidden_cases import (
     learned,
     masks_of,
     mixed_in_front,
+    seen_in_front,
 )
 from masked_systems import qkv
 
@@ -64,6 +65,12 @@ def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind):
 def test_no_factor_that_a_head_hides_reaches_the_others(kind, place):
     with tokens_on_gpu("triton"):
         mixed_in_front(kind, place, "triton", FULL)
+
+
+@pytest.mark.parametrize("place", ["logit", "prob"])
+def test_a_factor_that_a_head_sees_reaches_the_others(place):
+    with tokens_on_gpu("triton"):
+        seen_in_front(place, "triton", FULL)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 20, 70), (2, 1, 1, 70), (2, 2, 20, 70)], ids=str)
