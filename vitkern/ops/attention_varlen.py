@@ -195,9 +195,8 @@ def _lower(
     why = slots.unserved(lowered, None)
     if why:
         raise NotImplementedError(f"{NAME}: {why}")
-    if any(isinstance(b, PolylinePath) for b in lowered["biases"]) and {len(q), len(k)} != {
-        (len(cu_q) - 1) * lengths[0]
-    }:
+    whole = (len(cu_q) - 1) * lengths[0]
+    if any(isinstance(b, PolylinePath) for b in lowered["biases"]) and (len(q) != whole or len(k) != whole):
         raise ValueError(
             f"{NAME}: bias PolylinePath must go with sequences of {lengths[0]} tokens each, got {len(q)} queries and {len(k)} "
             f"keys in {len(cu_q) - 1} sequences"
