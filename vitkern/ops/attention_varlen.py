@@ -87,9 +87,10 @@ def attention_varlen(
             host; on the CPU and with ``VITKERN_CHECK=1`` they are checked.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
         bias, mask, modulation: as of attention. Tensors are ``[H|1, max_seqlen_q, max_seqlen_k]``, the same for all
-            sequences and aligned at the top left. Positions (Causal, a grid, SoftCausal) count inside a sequence. What belongs
-            to tokens (KeyBias and RowBias ``[1, H|1, T]``, ``keep`` of Policy ``[1, Tk]``, ids, levels, coordinates, rope,
-            ``rel_h`` and ``rel_w`` per query) is packed as q and k are; Policy divides eps by the keys of the own sequence.
+            sequences and aligned at the top left, as is an index of pairs. Positions (Causal, SoftCausal, a grid, which holds the
+            longest sequence) count inside a sequence. What belongs to tokens (KeyBias and RowBias ``[1, H|1, T]``, ``keep`` of
+            Policy ``[1, Tk]``, ids, levels, coordinates, rope, ``rel_h`` and ``rel_w`` per query) is packed as q and k are; Policy
+            divides eps by the keys of the own sequence.
             PolylinePath ``[S|1, Hs, Ws, H|1]`` has a map of each sequence, all of Hs Ws tokens.
         extra_kv: ``(k, v) [1, E, Hk, D|Dv]``: further keys of every sequence; with neither topk nor argmax nor ids and levels.
         key_index: integers ``[Tq, K]``: query i sees the keys ``key_index[i]`` of its own sequence alone, which count from 0 there,
