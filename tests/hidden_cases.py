@@ -190,3 +190,57 @@ def learned(kind, backend, dtype=torch.float64):
     for name, got, want in zip(["out", *t], *found, strict=True):
         assert got.isfinite().all(), f"{kind}: {name} is not finite"
         torch.testing.assert_close(got, want, msg=f"{kind}: {name}")
+
+
+OWN = torch.rand(1, 3, QUERIES, KEYS, generator=GENERATOR) < 0.7
+HEADS_HIDE = {  # what hides a pair: its options, and what it shows; the first three from each head others
+    "tensor": lambda t: ({"mask": OWN}, OWN),
+    "bias": lambda t: ({"bias": t["low"], "mask": KINDS["causal"]}, OWN & KINDS["causal"].dense(t["q"], t["k"])),
+    "topk": lambda t: ({"mask": OWN, "topk": 5}, OWN),
+    **{
+        name: (lambda t, m=KINDS[name]: ({"mask": m}, m.dense(t["q"], t["k"]) & torch.ones(1, 3, 1, 1).bool()))
+        for name in ("causal", "segments", "levels", "logits")
+    },
+    "alike": lambda t: ({"mask": OWN[:, :, :1]}, OWN[:, :, :1].expand_as(OWN)),  # the same row for all queries
+}
+
+
+def mixed_in_front(kind, place, backend, dtype=torch.float64):
+    """A factor of NaN in front of heads that mix, where its own head sees nothing, against one of 1; only the latter learns."""
+    t = qkv(QUERIES, KEYS, heads=3, kv=1) | {"low": torch.zeros(()).masked_fill(~OWN, -math.inf)}
+    t |= {"factor": normal(2, 3, QUERIES, KEYS, seed=5), "pre": normal(3, 3, seed=6), "post": normal(3, 3, seed=7)}
+    t = {n: x.to(dtype) for n, x in t.items()}
+    low = t.pop("low")
+    options, seen = HEADS_HIDE[kind](t | {"low": low})
+    heads = TalkingHeads(t["pre"], None, t["post"])
+    if kind == "topk" and place == "prob":
+        given = {"modulation": heads, "return_stats": ("probs",), "backend": "reference"}
+        seen = vitkern.attention(t["q"], t["k"], t["v"], **options, **given)[1].probs > 0
+    found = []
+    for blank in (math.nan, 1.0):
+        x = t | {"factor": t["factor"].masked_fill(~seen, blank)}
+        x = {n: framed(a).detach().requires_grad_() for n, a in x.items()}
+        mixed = [ElementwiseMask(x["factor"], place), TalkingHeads(x["pre"], None, x["post"])]
+        out, stats = vitkern.attention(
+            x["q"], x["k"], x["v"], modulation=mixed, **options, return_stats=("key_mean",), backend=backend
+        )
+        loss = out.sin().sum() + stats.key_mean.sin().sum()
+        found.append([out, stats.key_mean, *torch.autograd.grad(loss, [*x.values()])])
+    assert not found[0][2 + [*x].index("factor")].masked_fill(seen, 0).any(), "what is hidden learns"
+    for name, got, want in zip(["out", "key_mean", *x], *found, strict=True):
+        if name == "factor":
+            want = want.masked_fill(~seen, 0)
+        torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{kind}: {name}: {text}")
+
+
+def seen_in_front(place, backend, dtype=torch.float64):
+    """A factor of NaN in front of heads that mix, seen by its own head: what every head gives, by the definition too."""
+    t = {n: x.to(dtype) for n, x in qkv(QUERIES, KEYS, heads=3, kv=1).items()}
+    factor, pre, post = (normal(*n, seed=5).to(dtype) for n in ((1, 3, QUERIES, KEYS), (3, 3), (3, 3)))
+    factor[0, 1, 4] = factor[0, 1, 4].masked_fill(OWN[0, 1, 4], math.nan)
+    mixed = [ElementwiseMask(factor, place), TalkingHeads(pre, None, post)]
+    got, want = (
+        vitkern.attention(t["q"], t["k"], t["v"], mask=OWN, modulation=mixed, backend=b) for b in (backend, "reference")
+    )
+    assert want[:, 4].isnan().all() and not want[:, :4].isnan().any()
+    torch.testing.assert_close(got, want, equal_nan=True)

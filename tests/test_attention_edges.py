@@ -318,6 +318,25 @@ def test_explain_names_what_becomes_a_map_of_scores():
     assert "takes its dense form" in vitkern.explain(vitkern.attention_varlen, *wide, cu, cu, n, n, bias=listed)
 
 
+def test_modifiers_of_one_kind_are_joined_and_make_no_map():
+    q, k, v = qkv(16, 16)
+    rel_h, rel_w, rate, slope = drawn(7, 8), drawn(7, 8), drawn(4), drawn(4)
+    rows, xy = bias.RowBias(drawn(1, 4, 16)), (drawn(1, 16, 2), drawn(1, 16, 2))
+    axes, decay = bias.DecomposedRelativePosition(rel_h, rel_w, (4, 4), (4, 4)), bias.ManhattanDecay(rate, (4, 4))
+    near = bias.EuclideanDistance(slope, *xy)
+    given, other = drawn(1, 4, 16, 16), bias.ManhattanDecay(rate, (2, 8))
+    lists = [rows], [rows, rows], [axes, rows], [rows, given, decay], [axes, axes, decay], [near, near, axes]
+    for joined in (*lists, [axes, rows, given], [decay, other]):
+        assert "map of scores" not in vitkern.explain(vitkern.attention, q, k, v, bias=joined)
+        each = [b if isinstance(b, torch.Tensor) else b.dense(q, k).expand(2, 4, 16, 16) for b in joined]
+        got, want = (vitkern.attention(q, k, v, bias=b, normalizer="sigmoid") for b in (joined, each))
+        torch.testing.assert_close(got, want)
+    other = bias.EuclideanDistance(slope, xy[0], xy[0].clone())
+    for mapped in ([near, other], [rows, given]):
+        kind = type(mapped[0]).__name__
+        assert f"{kind} takes its dense form" in vitkern.explain(vitkern.attention, q, k, v, bias=mapped)
+
+
 def test_one_number_is_a_bias_a_mask_or_a_factor_also_beside_further_keys():
     q, k, v = qkv()
     more = (k[:1, :2], v[:1, :2])

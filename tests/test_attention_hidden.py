@@ -4,7 +4,21 @@ import math
 
 import pytest
 import torch
-from hidden_cases import HIDING, KEYS, LEARNED, PAIRS, QUERIES, check, framed, hidden, learned, masks_of
+from hidden_cases import (
+    HEADS_HIDE,
+    HIDING,
+    KEYS,
+    LEARNED,
+    PAIRS,
+    QUERIES,
+    check,
+    framed,
+    hidden,
+    learned,
+    masks_of,
+    mixed_in_front,
+    seen_in_front,
+)
 from masked_systems import qkv
 
 import vitkern
@@ -66,6 +80,18 @@ def test_packed_sequences_see_nothing_hidden_nor_of_each_other(kind, dtype):
 @pytest.mark.parametrize("kind", LEARNED)
 def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind, backend):
     learned(kind, backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("place", ["logit", "prob"])
+@pytest.mark.parametrize("kind", HEADS_HIDE)
+def test_no_factor_that_a_head_hides_reaches_the_others(kind, place, backend):
+    mixed_in_front(kind, place, backend)
+
+
+@pytest.mark.parametrize("place", ["logit", "prob"])
+def test_a_factor_that_a_head_sees_reaches_the_others(place):
+    seen_in_front(place, "cpu")
 
 
 def seen_in_runs():

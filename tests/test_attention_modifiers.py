@@ -164,6 +164,13 @@ def test_contextual_positions_meet_queries_keys_and_values():
     check(4, 6, *tables, bias=modifier)
 
 
+def test_one_contextual_position_may_stand_twice_in_a_list():
+    q, k, v = qkv(4, 5, heads=2, d=4)
+    table, index = normal(3, 1, 4), torch.arange(20).view(4, 5) % 3
+    twice, double = (bias.ContextualPosition(table * n, None, None, index) for n in (1, 2))
+    torch.testing.assert_close(vitkern.attention(q, k, v, bias=[twice, twice]), vitkern.attention(q, k, v, bias=double))
+
+
 def test_a_key_that_a_bias_hides_may_be_nan_beside_contextual_positions():
     q, k, v = qkv(4, 6, heads=2, kv_heads=1, d=4, dv=3)
     modifier = bias.ContextualPosition(

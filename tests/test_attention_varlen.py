@@ -326,7 +326,14 @@ def test_no_sequence_at_all():
         (lambda a: {"max_seqlen_k": 2.5}, "max_seqlen_k must be an int, got 2.5"),
         (lambda a: {"bias": torch.zeros(4, 153, 106)}, r"bias must broadcast to \[B, H, Nq, Nk\] = \[1, 4, 64, 64\]"),
         (lambda a: {"mask": torch.zeros(64, 64)}, "mask must be bool"),
-        (lambda a: {"modulation": modulation.Policy(torch.ones(1, 106))}, "Policy has no form for packed sequences"),
+        (
+            lambda a: {"modulation": modulation.Policy(torch.ones(1, 64))},
+            r"Policy.keep must have shape \[B or 1, Nk = 106\], got \[1, 64\]",
+        ),
+        (
+            lambda a: {"key_index": torch.full((153, 2), -1), "modulation": modulation.Policy(torch.ones(1, 106))},
+            "key_index goes neither with topk nor with statistics without softmax nor with Policy",
+        ),
         (lambda a: {"return_stats": "row", "stat_rows": (64,)}, r"stat_rows must be queries of \[0, 64\), got 64"),
         (lambda a: {"topk": 65}, "topk must be at most max_seqlen_k = 64, got 65"),
         (lambda a: {"return_stats": "row", "stat_rows": 0}, "stat_rows must be a tuple of ints, got int"),

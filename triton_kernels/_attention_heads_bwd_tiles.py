@@ -23,6 +23,7 @@ from ._attention_heads_tiles import (
     score_gradients,
     store_heads,
     tile_weights,
+    times_early,
     times_factors,
     token_numbers,
     visited_tile,
@@ -188,7 +189,7 @@ def _heads_queries(
         if doffset_ptr is not None:
             doffset += tl.sum(dy, 2)
         dx = tl.where(a == a, mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N), 0.0)
-        dx = times_factors(dx, terms, term_strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+        dx = times_early(dx, s, terms, term_strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
         if dfactor_ptr is not None:
             dfactor += tl.sum(dx * clean(a), 2)
         if dq_ptr is not None:
@@ -245,7 +246,7 @@ def _heads_keys(
             inside = (tl.arange(0, HEADS) < heads)[:, None] & (i < sizes[1])[None, :]
             q = load_heads(q_ptr, q_strides, d_strides[0], image, i + sizes[8], inside, column, heads, WIDTH, BLOCK_D, 1, ALIGN)
             dx = tl.where(a == a, mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N) * factor, 0.0)
-            dx = times_factors(dx, terms, term_strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+            dx = times_early(dx, s, terms, term_strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
             dk = tl.dot(tl.permute(dx, (0, 2, 1)).to(q.dtype), clean(q).to(q.dtype), dk, input_precision="ieee")
     flat, real = row_places(terms, image, start + tl.arange(0, BLOCK_N), sizes[2], sizes[9], heads)
     if dk_ptr is not None:
@@ -343,6 +344,10 @@ def _heads_bias(
                 acc += p * before
             elif TARGET == 33:
                 dx = mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N)
+                one = tl.full([HEADS, BLOCK_M, BLOCK_N], 1.0, tl.float32)
+                one = times_factors(
+                    one, terms, term_strides, image, row, start, own, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+                dx = tl.where((one != one) & (s == float("-inf")), 0.0, dx)            # the factor counted as 1
                 acc += tl.where(a == a, dx * (clean(a) * head_factors(terms, term_strides, heads, scale)), 0.0)
             elif TARGET == 6 or TARGET == 26:
                 x = tl.where(ds == 0.0, 0.0, ds * y)

@@ -198,6 +198,18 @@ def times_factors(
 
 
 @triton.jit
+def times_early(
+    x, s, terms, strides, image, row, start, sizes,
+    PLACE: tl.constexpr, AXES: tl.constexpr, FAR: tl.constexpr, CLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """x times a factor in front of the mixtures; one that is NaN where the head sees nothing, s being -inf, counts as 1."""
+    y = times_factors(x, terms, strides, image, row, start, sizes, PLACE, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    if has_factor(terms, PLACE, -1):
+        y = tl.where((y != y) & (s == float("-inf")), x, y)
+    return y
+
+
+@triton.jit
 def mixed_scores(
     q_ptr, k_ptr, mixtures, terms, q_strides, k_strides, d_strides, strides, image, row, start, sizes, scale,
     AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr, CLIP: tl.constexpr, GROUP: tl.constexpr,
@@ -217,8 +229,8 @@ def mixed_scores(
     a += a * 0.0                                                                       # an infinity becomes NaN
     more = head_terms(terms, strides, image, row, start, sizes, AXES, RULE, FAR, CAUSAL, CLIP, ALIKE, BLOCK_M, BLOCK_N)
     seen = tl.where((a != a) & (more == float("-inf")), 0.0, a)
-    x = times_factors(seen * head_factors(terms, strides, heads, scale), terms, strides, image, row, start, sizes,
-                      EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    x = times_early(seen * head_factors(terms, strides, heads, scale), more, terms, strides, image, row, start, sizes,
+                    EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     y = mixed(mixtures[PRE], x, heads, False, BLOCK_M, BLOCK_N) + offset_of_heads(mixtures[PRE + 1], heads)
     s = times_factors(y, terms, strides, image, row, start, sizes, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     return a, x, y, tl.where(more == float("-inf"), float("-inf"), s + more)
@@ -319,7 +331,7 @@ def head_gradients(
     given = tl.where((s != float("-inf")) & live[:, :, None], given, 0.0)
     after = times_factors(given, terms, strides, image, row, start, sizes, WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     before = mixed(mixtures[POST], after, heads, True, BLOCK_M, BLOCK_N)
-    dp = times_factors(before, terms, strides, image, row, start, sizes, EARLY_WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+    dp = times_early(before, s, terms, strides, image, row, start, sizes, EARLY_WEIGHT, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
     if terms[16] is not None:
         share = token_numbers(terms[15], strides, 36, image, i, sizes[1], sizes[8], heads)
         mean = token_numbers(terms[16], strides, 39, image, j, sizes[2], sizes[9], heads)

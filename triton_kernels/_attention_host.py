@@ -120,8 +120,6 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
         why += [f"modulation.TalkingHeads has no Triton kernel together with {name}" for name in beside]
     if call.position_index is not None and call.cu_q is not None:
         why.append("bias.ContextualPosition has no kernel of packed sequences")
-    if call.policy is not None and call.cu_q is not None:
-        why.append("modulation.Policy has no Triton kernel of packed sequences")
     if not 0.0 <= call.dropout_p < 1.0:
         why.append(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
     if call.rel_y is not None and call.rel_y.dim() == 2:
@@ -188,7 +186,7 @@ def arguments(call: Call, others=(), dkey_mean=None) -> dict:
                   drawn[0], call.gain, call.weight, call.rel_y, call.rel_x,
                   call.q_ids, call.k_ids, None if call.allow is None else call.allow.view(torch.int8),
                   call.cu_q, call.cu_k, call.query_weight, dkey_mean, call.slope, call.q_xy, call.k_xy, *(path or (None, None)),
-                  call.policy, None if call.policy is None else call.policy_eps / max(1, keys), None,
+                  call.policy, None if call.policy is None else call.policy_eps, None,
                   *by_offset, call.later_ratio, *positions, None, call.early_gain, call.early_weight,
                   *drawn[1:]),
         "q_strides": row_strides(q), "k_strides": row_strides(k), "v_strides": row_strides(v),

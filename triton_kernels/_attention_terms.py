@@ -3,7 +3,7 @@
 What a score is made of stands in `terms`, each a pointer or None:
     0 bias, 1 key_bias, 2 mask, 3 factor, 4 sink, 5 seed, 6 gain, 7 weight, 8 rel_y, 9 rel_x, 10 q_ids, 11 k_ids, 12 allow,
     13 cu_q, 14 cu_k, 15 query_weight, 16 the gradient of key_mean (of a backward), 17 slope, 18 q_xy, 19 k_xy,
-    20 and 21 the prefix sums of path_row and path_col, 22 policy, 23 the number that it adds to every weight's exponential,
+    20 and 21 the prefix sums of path_row and path_col, 22 policy, 23 the number that it adds to the exponentials of a row,
     24 the bits of the keys that survive top-k, [B, Nq, H, words] and contiguous, 25 bias_table, 26 gain_table, 27 weight_table,
     28 later_ratio, 29 position_index, 30 position_q, 31 position_k, 32 the products of dout and position_v (of a backward),
     33 early_gain, 34 early_weight, 35 and 36 of dropout: the number of head 0, and image 2^32 + token of the queries [B, Nq]

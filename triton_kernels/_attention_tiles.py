@@ -121,7 +121,7 @@ def policy_tile(terms, strides, image, row, start, sizes, BLOCK_M: tl.constexpr,
     """What queries row.. keep of keys start..: [BLOCK_M, BLOCK_N]."""
     i = (row + tl.arange(0, BLOCK_M))[:, None]
     j = start + tl.arange(0, BLOCK_N)
-    at = terms[22] + (image.to(tl.int64) * strides[52] + j.to(tl.int64) * strides[53])
+    at = terms[22] + (image.to(tl.int64) * strides[52] + (j + sizes[9]).to(tl.int64) * strides[53])
     keep = tl.load(at, mask=j < sizes[2], other=0.0).to(tl.float32)
     return tl.where((i == j[None, :]) & (sizes[12] != 0), 1.0, keep[None, :])
 
@@ -138,7 +138,8 @@ def divided_weights(
         e = tl.where(s == float("-inf"), 0.0, tl.exp2((s - lse[:, None]) * LOG2E))
         kept = e * policy_tile(terms, strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
         kept = tl.where(s == float("-inf"), 0.0, kept)                                 # whatever the policy is there
-        p = tl.where(s == float("-inf"), 0.0, (kept + terms[23]) / low[:, None])       # 1 where there is one key
+        share = terms[23] / tl.maximum(sizes[2], 1)
+        p = tl.where(s == float("-inf"), 0.0, (kept + share) / low[:, None])           # 1 where there is one key
         inverse = 1.0 / low[:, None]
         slope = kept * inverse
         bare = e * inverse

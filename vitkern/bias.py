@@ -139,13 +139,17 @@ class DecomposedRelativePosition:
         rows, columns = self.per_query(q)
         return (rows[..., :, None] + columns[..., None, :]).flatten(3).transpose(1, 2)  # [B, H, Nq, kh kw]
 
-    def per_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """What each query adds to the rows and to the columns of the keys: ``[B|1, Nq, H|1, kh]``, ``[B|1, Nq, H|1, kw]``."""
+    def per_query(self, q: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What each query adds to the rows and to the columns of the keys: ``[B|1, Nq, H|1, kh]``, ``[B|1, Nq, H|1, kw]``. `places`
+        ``[Nq]``: where the queries stand on their grid, if not in its order."""
         acc = torch.promote_types(q.dtype, torch.float32)
         if self.q_grid is None:
             return self.rel_h.to(acc), self.rel_w.to(acc)
         learns = self.rel_h.requires_grad or self.rel_w.requires_grad
-        queries = finite(q.to(acc), learns).unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
+        queries = finite(q.to(acc), learns)
+        if places is not None:
+            return self._at(queries, places.clamp(0, math.prod(self.q_grid) - 1))
+        queries = queries.unflatten(1, self.q_grid)  # [B, qh, qw, H, D]
         tables = [  # [qh, kh, D] and [qw, kw, D]
             torch.nn.functional.embedding(like(_axis_rows(a, b, q.device), q), like(table.to(acc), q))
             for table, a, b in zip((self.rel_h, self.rel_w), self.q_grid, self.k_grid, strict=True)
@@ -153,6 +157,17 @@ class DecomposedRelativePosition:
         rows = torch.einsum("byxhd,yud->byxhu", queries, tables[0]).flatten(1, 2)  # [B, Nq, H, kh]
         columns = torch.einsum("byxhd,xwd->byxhw", queries, tables[1]).flatten(1, 2)  # [B, Nq, H, kw]
         return rows, columns
+
+    def _at(self, queries: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """per_query by products with all rows of the tables, of which each query takes its own."""
+        assert self.q_grid is not None
+        width, found = self.q_grid[1], []
+        axes = (self.rel_h, places // width, 0), (self.rel_w, places % width, 1)
+        for table, place, axis in axes:
+            rows = _axis_rows(self.q_grid[axis], self.k_grid[axis], queries.device)[place]  # [Nq, k]
+            products = torch.einsum("bihd,rd->bihr", queries, table.to(queries.dtype))
+            found.append(products.gather(3, rows[None, :, None].expand(*queries.shape[:3], -1)))
+        return found[0], found[1]
 
 
 def _axis_rows(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -118,7 +118,13 @@ class Policy:
         if self.keep_diagonal:
             m = m + (1 - m) * self._diagonal(e)
         e = e * m
-        return (e + self.eps / max(1, e.shape[3])) / (e.sum(-1, keepdim=True) + self.eps)
+        total = e.sum(-1, keepdim=True) + self.eps
+        total = total.masked_fill(~visible.any(-1, keepdim=True), 1.0)  # never 0: finite gradients
+        return (e + self._share(e)) / total
+
+    def _share(self, e: Tensor) -> float | Tensor:
+        """What every weight gets."""
+        return self.eps / max(1, e.shape[3])
 
     def _diagonal(self, e: Tensor) -> Tensor:
         """1 where a query meets the key of its own place, ``[Nq, Nk]``."""

@@ -152,7 +152,7 @@ void AttentionCall::read_sequences(const AttentionOptions& o) {
   check(o.max_q < (int64_t(1) << 30) && o.max_k < (int64_t(1) << 30), kOp, "max_seqlen_q and max_seqlen_k must be below 2^30");
   p.queries = int32_t(o.max_q);
   p.keys = int32_t(o.max_k);
-  if (o.bias || o.gain || o.weight || o.mask || o.early_gain || o.early_weight) return;  // whose shapes are of the greatest lengths
+  if (o.bias || o.gain || o.weight || o.mask || o.early_gain || o.early_weight || o.position_index) return;  // whose shapes are of the greatest lengths
   p.queries = p.keys = 0;
   for (const Tokens& t : samples) {
     p.queries = std::max(p.queries, int32_t(t.queries));
@@ -216,7 +216,7 @@ void AttentionCall::read_positions(const AttentionOptions& o) {
   }
   if (o.policy) {
     const Tensor& t = *o.policy;
-    check(!packed && t.dim() == 2 && (t.size(0) == 1 || t.size(0) == batch) && t.size(1) == tokens_k_, kOp, "the policy must have shape [B or 1, Nk]");
+    check(t.dim() == 2 && (t.size(0) == 1 || t.size(0) == batch) && t.size(1) == tokens_k_, kOp, "the policy must have shape [B or 1, Nk]");
     p.policy = {static_cast<char*>(const_cast<void*>(t.const_data_ptr())), dtype_of(t, kOp), t.size(0) == 1 ? 0 : t.stride(0),
                 t.stride(1), 1};
     p.policy_eps = o.policy_eps;
@@ -244,7 +244,7 @@ void AttentionCall::read_contexts(const AttentionOptions& o) {
   if (!o.position_index) return;
   const Tensor& index = *o.position_index;
   const Dtype acc = wide ? Dtype::f64 : Dtype::f32;
-  check(!packed && index.dim() == 3 && (index.size(0) == 1 || index.size(0) == batch) && index.size(1) == p.queries && index.size(2) == p.keys &&
+  check(index.dim() == 3 && (index.size(0) == 1 || index.size(0) == batch) && index.size(1) == p.queries && index.size(2) == p.keys &&
             index.scalar_type() == torch::headeronly::ScalarType::Int,
         kOp, "position_index must be int32 [B or 1, Nq, Nk]");
   p.positions = {static_cast<const int32_t*>(index.const_data_ptr()), index.size(0) == 1 ? 0 : index.stride(0), index.stride(1), index.stride(2)};

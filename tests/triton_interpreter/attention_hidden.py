@@ -9,7 +9,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from attention_op import FULL, HALF, arguments, check_op, small_tiles
 from gpu_path import tokens_on_gpu
-from hidden_cases import HIDING, KEYS, LEARNED, PAIRS, QUERIES, check, hidden, learned, masks_of
+from hidden_cases import (
+    HEADS_HIDE,
+    HIDING,
+    KEYS,
+    LEARNED,
+    PAIRS,
+    QUERIES,
+    check,
+    hidden,
+    learned,
+    masks_of,
+    mixed_in_front,
+    seen_in_front,
+)
 from masked_systems import qkv
 
 from vitkern import testing
@@ -45,6 +58,19 @@ def test_nothing_around_the_inputs_nor_behind_a_mask_is_seen(kind):
 def test_nothing_hidden_reaches_the_gradient_of_what_learns(kind):
     with tokens_on_gpu("triton"):
         learned(kind, "triton", FULL)
+
+
+@pytest.mark.parametrize("place", ["logit", "prob"])
+@pytest.mark.parametrize("kind", HEADS_HIDE)
+def test_no_factor_that_a_head_hides_reaches_the_others(kind, place):
+    with tokens_on_gpu("triton"):
+        mixed_in_front(kind, place, "triton", FULL)
+
+
+@pytest.mark.parametrize("place", ["logit", "prob"])
+def test_a_factor_that_a_head_sees_reaches_the_others(place):
+    with tokens_on_gpu("triton"):
+        seen_in_front(place, "triton", FULL)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 20, 70), (2, 1, 1, 70), (2, 2, 20, 70)], ids=str)

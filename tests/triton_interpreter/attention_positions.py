@@ -14,6 +14,8 @@ from vitkern import testing
 from vitkern.bias import ContextualPosition
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops.attention import OP, lower
+from vitkern.ops.attention_varlen import _lower as lower_packed
+from vitkern.testing.attention_varlen import packed
 from vitkern.triton_kernels import _host
 from vitkern.triton_kernels import attention as kernels
 from vitkern.triton_kernels._attention_host import Call
@@ -118,6 +120,15 @@ def test_what_a_mask_hides_does_not_leak(tuned):
     (out, lse, _), (want, same, _) = kernels.fwd(*dirty), kernels.fwd(*c)
     assert torch.equal(lse, same)
     testing.assert_close_to_oracle("out", out, OP.definition(*wide([*c]))[0], want)
+
+
+def test_packed_sequences_are_said_to_become_a_padded_batch():
+    call = packed(20, ((3, 5), (2, 7)), beside="context")
+    args, options = call.build({name: t.float() if t.is_floating_point() else t for name, t in call.tensors.items()})
+    lowered, sequences = lower_packed(*args, **options)
+    found, notes = slots.notes(lowered, sequences, "triton")
+    assert "padded batch" in notes[-1] and not kernels.supported(*found.values()) and found["cu_q"] is None
+    assert slots.notes(lowered, sequences, "cpu")[0]["cu_q"] is not None
 
 
 def test_no_map_stands_where_there_are_slots():

@@ -28,6 +28,10 @@ OPTIONS = (
 )  # fmt: skip
 WHOLE = ("mask", "seed", "q_ids", "k_ids", "allow", "cu_q", "cu_k", "position_index")  # of no gradient
 REPEATED = {"bias": 4, "gain": 2, "weight": 2, "early_gain": 2, "early_weight": 2}  # kernels sum over these first axes
+OF_TOKENS = {  # what packed sequences have packed
+    "q": ("q", "rel_y", "rel_x", "q_xy", "q_ids", "query_weight", "position_q"),
+    "k": ("k", "v", "k_xy", "k_ids", "key_bias", "policy", "position_k"),
+}
 MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 
 
@@ -62,9 +66,8 @@ def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
 
 def padded(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The arguments of packed sequences as a batch of padded ones, and where the tokens of q and k lie in it."""
-    one, places, real = dict(found), {}, {}
-    of = {"q": ("q", "rel_y", "rel_x", "q_xy", "q_ids", "query_weight"), "k": ("k", "v", "k_xy", "k_ids", "key_bias")}
-    for side, names in of.items():
+    one, places, real, counts = dict(found), {}, {}, {}
+    for side, names in OF_TOKENS.items():
         cu, tokens, longest = found[f"cu_{side}"].long(), found[side].shape[1], found[f"max_{side}"]
         first, length = cu[:-1, None], cu.diff()[:, None]  # [S, 1]
         i = torch.arange(longest, device=cu.device)
@@ -80,9 +83,23 @@ def padded(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 one[name] = t.movedim(axis - 1, 0)[index]  # [S, max, ...]
                 if name == "key_bias":
                     one[name] = one[name].permute(0, 2, 3, 1)
+        counts[side] = length[:, 0]
+    if found["policy"] is not None:
+        one["policy_keys"] = counts["k"]
     inside = real["q"][:, None, :, None] & real["k"][:, None, None, :]
     one["mask"] = inside if found["mask"] is None else found["mask"] & inside
     return one | {"cu_q": None, "cu_k": None}, places
+
+
+def batch_of_alike(found: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of packed sequences of max_q tokens each as a batch of them."""
+    one, longest = dict(found), found["max_q"]
+    samples = found["q"].shape[1] // max(1, longest)
+    for name in (name for names in OF_TOKENS.values() for name in names if found[name] is not None):
+        axis = 3 if name == "key_bias" else 1
+        t = found[name].squeeze(0).unflatten(axis - 1, (samples, longest))
+        one[name] = t.movedim(axis - 1, 0)
+    return one | {"cu_q": None, "cu_k": None, "max_q": 0, "max_k": 0}
 
 
 def places_in_batch(cu: Tensor, tokens: int, longest: int) -> Tensor:
@@ -90,6 +107,12 @@ def places_in_batch(cu: Tensor, tokens: int, longest: int) -> Tensor:
     token = torch.arange(tokens, device=cu.device)
     s = torch.bucketize(token, cu[1:], right=True)
     return s * longest + token - cu[s]
+
+
+def places_inside(cu: Tensor, tokens: int) -> Tensor:
+    """Where each token of packed sequences lies in its own one."""
+    token = torch.arange(tokens, device=cu.device)
+    return token - cu[torch.bucketize(token, cu[1:], right=True).clamp(max=len(cu) - 2)]
 
 
 def path_of(found: dict[str, Any]) -> PolylinePath:
@@ -127,14 +150,23 @@ def _one(found: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class PolicyOfRows(Policy):
-    """Of some of the queries, whose places among the keys are `rows`."""
+class PolicyOfSome(Policy):
+    """Of some of the queries, whose places among the keys are `rows`; of samples with so many `keys` each, [B]."""
 
     rows: Tensor | None = None
+    keys: Tensor | None = None
 
     def _diagonal(self, e: Tensor) -> Tensor:
-        assert self.rows is not None
+        if self.rows is None:
+            return super()._diagonal(e)
         return (self.rows[:, None] == torch.arange(e.shape[3], device=e.device)).to(e.dtype)
+
+    def _share(self, e: Tensor) -> float | Tensor:
+        return (
+            super()._share(e)
+            if self.keys is None
+            else self.eps / self.keys.clamp(min=1).to(e.dtype)[:, None, None, None]
+        )
 
 
 def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | None, Stats]:
@@ -180,8 +212,7 @@ def dense_call(found: dict[str, Any], stats: tuple[str, ...]) -> tuple[Tensor | 
     )
     if found["policy"] is not None:
         policy = found["policy"], found["policy_eps"], found["policy_diagonal"]
-        rows = found.get("policy_rows")
-        factors = (*factors, Policy(*policy) if rows is None else PolicyOfRows(*policy, rows))
+        factors = (*factors, PolicyOfSome(*policy, found.get("policy_rows"), found.get("policy_keys")))
     scale = found["scale"] if found["factor"] is None else found["factor"]
     return reference(
         q, k, v, tuple(biases), tuple(masks), factors, found["normalizer"], None, None, scale, found["sink"], None,

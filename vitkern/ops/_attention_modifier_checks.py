@@ -108,8 +108,10 @@ def grid(name: str, kind: str, sides: Any, tokens: int, of: str, axes: int | Non
         raise ValueError(f"{op}: {name} {kind}.grid must hold the {tokens} tokens of {of}, got {sides!r}")
 
 
-def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys: int) -> None:
-    """`keys`: of the longest sequence, if q and k are packed."""
+def check_bias(
+    b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, queries: int, keys: int, samples: int
+) -> None:
+    """`queries`, `keys` and `samples`: of the longest sequence, and how many there are, if q and k are packed."""
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if isinstance(b, Tensor):
         _checks.parameter(NAME, "bias", b, q.device)
@@ -131,7 +133,7 @@ def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys:
             for name, side in zip(("rel_h", "rel_w"), b.k_grid, strict=True):
                 per_query(f"bias {kind}.{name}", getattr(b, name), q, side)
         else:
-            grid("bias", kind, b.q_grid, q.shape[1], "q", 2)
+            grid("bias", kind, b.q_grid, queries, "q", 2)
             for name, a, c in zip(("rel_h", "rel_w"), b.q_grid, b.k_grid, strict=True):
                 want = (2 * max(a, c) - 1, q.shape[3])
                 _checks.shape(NAME, f"bias {kind}.{name}", getattr(b, name), want, "[2 max(query, key) - 1, D]")
@@ -145,7 +147,7 @@ def check_bias(b: Any, q: Tensor, k: Tensor, v: Tensor | None, extra: int, keys:
     if isinstance(b, bias.PolylinePath):
         if (
             b.row.dim() != 4
-            or not _checks.fits(b.row.shape[0], q.shape[0])
+            or not _checks.fits(b.row.shape[0], samples)
             or not _checks.fits(b.row.shape[3], q.shape[2])
         ):
             raise ValueError(

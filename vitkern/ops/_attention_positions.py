@@ -17,8 +17,11 @@ def chosen(biases: tuple[Any, ...]) -> ContextualPosition | None:
     return next((b for b in found if b.v_table is not None), found[0] if found else None)
 
 
-def place(found: dict[str, Any], b: ContextualPosition, q: Tensor, k: Tensor, values: bool, more: int) -> None:
-    """Fills the slots. `values`: whether there are any; `more`: further keys, which have a row of zeros."""
+def place(
+    found: dict[str, Any], b: ContextualPosition, q: Tensor, k: Tensor, values: bool, more: int, packed: bool
+) -> None:
+    """Fills the slots. `values`: whether there are any; `more`: further keys, which have a row of zeros, in front of the own ones
+    of packed sequences."""
     heads, acc = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     rows = min([t.shape[0] for t in (b.q_table, b.k_table, b.v_table) if t is not None])
     tables = {
@@ -26,7 +29,7 @@ def place(found: dict[str, Any], b: ContextualPosition, q: Tensor, k: Tensor, va
     }
     index, keys = b.index.to(torch.int32), k.repeat_interleave(heads // k.shape[2], 2)
     if more:
-        index = F.pad(index, (0, more), value=rows)
+        index = F.pad(index, (more, 0) if packed else (0, more), value=rows)
         keys = F.pad(keys, (0, 0, 0, 0, 0, more))
         tables = {name: t if t is None else F.pad(t, (0, 0, 0, 0, 0, 1)) for name, t in tables.items()}
     found["position_index"] = index[(None,) * (3 - index.dim())]

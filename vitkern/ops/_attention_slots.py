@@ -23,14 +23,14 @@ from vitkern.modulation import ElementwiseMask, Policy, SoftCausal, TalkingHeads
 from vitkern.ops import _attention_positions as positions
 from vitkern.ops import _attention_tables as tables
 from vitkern.ops import _sharded
-from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS
+from vitkern.ops._attention_definition import MIXTURES, OPTIONS, TENSORS, batch_of_alike, padded, places_inside
 from vitkern.ops._attention_named import batch_of_named
 from vitkern.ops._op import once, once_each
 from vitkern.ops.mask_from_logits import mask_from_logits
 from vitkern.reference.attention import wider
 from vitkern.reference.window_attention import normalize
 
-PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal)
+PER_TOKEN = (KeyBias, RowBias, DecomposedRelativePosition, EuclideanDistance, Segments, BlockCausal, Policy)
 MIXED_HEADS = 128
 KERNEL_STATS = ("lse", "key_mean", "row", "logits_mean", "index")
 
@@ -90,7 +90,10 @@ def notes(lowered: dict[str, Any], packed: Packed | None, backend: str | None) -
     mapped: list[Any] = []
     found = slots(lowered, packed, backend, mapped)
     names = [type(m).__name__ for m in mapped if not isinstance(m, ElementwiseMask)]
-    return found, [f"{name} takes its dense form, a map of scores" for name in dict.fromkeys(names)]
+    said = [f"{name} takes its dense form, a map of scores" for name in dict.fromkeys(names)]
+    if packed is not None and found["path_row"] is None and as_batch(lowered, packed, backend):
+        said.append("the sequences become a padded batch, with a mask of it")
+    return found, said
 
 
 def seen_by(modifier: Any, q: Tensor, k: Tensor, longest: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -119,8 +122,11 @@ def slots(
     biases, cpu = lowered["biases"], on_cpu(q, backend)
     context = positions.chosen(biases) if biases else None
     if context is not None:
-        positions.place(found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1])
-        biases = [b for b in biases if b is not context]
+        positions.place(
+            found, context, q, k, v is not None, 0 if extra is None else extra[0].shape[1], longest is not None
+        )
+        place = next(i for i, b in enumerate(biases) if b is context)  # it may be there twice
+        biases = (*biases[:place], *biases[place + 1 :])
     native = extra is None
     axes = (
         native and cpu and lowered["rope"] is None and lowered["cosine"] is None and longest is None
@@ -169,6 +175,8 @@ def slots(
         if longest is not None:  # in front of the own keys, where the columns of all sequences meet
             places = keys_of_all(found["cu_k"], own=k.shape[1] - more, more=more)
             k, v, of_keys = k[:, places], v[:, places], [t[..., places] for t in of_keys]
+            if found["position_k"] is not None:
+                found["position_k"] = found["position_k"][:, places]
             dense, seen, factors, of_weights = (
                 [t.roll(more, -1) for t in x] for x in (dense, seen, factors, of_weights)
             )
@@ -194,9 +202,19 @@ def slots(
         found["query_weight"] = shares(lowered["query_weight"], q, found["cu_q"])
     elif numbered(lowered):
         found["query_weight"] = ranks(q, found["cu_q"])
-    if packed is not None and packed.key_index is not None:
+    if packed is None or not as_batch(lowered, packed, backend):
+        return found
+    if packed.key_index is not None:
         return batch_of_named(found, packed.key_index, 0 if extra is None else extra[0].shape[1])
-    return found
+    return padded(found)[0] if found["path_row"] is None else batch_of_alike(found)
+
+
+def as_batch(lowered: dict[str, Any], packed: Packed, backend: str | None) -> bool:
+    """Whether the sequences are a batch in the kernels: those of a path, which are alike, and padded ones whose queries name keys,
+    or, but on CPUs, that have contextual positions without Policy, whose share follows the number of keys."""
+    kinds = {type(m) for m in (*lowered["biases"], *lowered["modulations"])}
+    context = ContextualPosition in kinds and Policy not in kinds and not on_cpu(lowered["q"], backend)
+    return packed.key_index is not None or PolylinePath in kinds or context
 
 
 def keys_of_all(cu: Tensor, own: int, more: int) -> Tensor:
@@ -219,38 +237,64 @@ def _unit(x: Tensor, acc: torch.dtype, eps: float) -> Tensor:
 def _place_biases(found: dict[str, Any], biases: Any, at: Place) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Fills the slots of the typed biases; returns the dense biases, those of the keys alone, and factors of the weights."""
     dense, of_keys, of_weights = [], [], []
+    relative: list[Any] = []
+    of_rows: list[RowBias] = []
     longest, extended = at.longest, at.extended
-    relative = (DecomposedRelativePosition, ManhattanDecay) if longest is None else DecomposedRelativePosition
     for b in biases:
         if isinstance(b, Tensor):
             dense.append(b)
         elif isinstance(b, KeyBias):
             of_keys.append(b.dense(at.q, at.k))
-        elif at.axes and isinstance(b, DecomposedRelativePosition) and _place_axes(found, b):
-            pass
-        elif (
-            isinstance(b, relative)
-            and getattr(b, "place", "logit") == "logit"
-            and found["rel_y"] is None
-            and not extended
-        ):
-            found["rel_y"], found["rel_x"] = b.per_query(at.q)
+        elif isinstance(b, RowBias) and not extended:
+            of_rows.append(b)
+        elif not extended and _adds_per_query(b, at) and (not relative or _keys_of(b) == _keys_of(relative[0])):
+            relative.append(b)
         elif at.native and tables.place(found, b):
             pass
         elif isinstance(b, ManhattanDecay) and b.place == "prob":
             of_weights.append(at.dense(b).exp())
-        elif isinstance(b, RowBias) and found["rel_y"] is None and longest is not None and not extended:
-            found["rel_y"] = b.vector.transpose(1, 2)[..., None]  # [1, Tq, H|1, 1]
-            found["rel_x"] = b.vector.new_zeros(()).expand(1, at.q.shape[1], 1, found["max_k"])
         elif isinstance(b, PolylinePath) and found["path_row"] is None and not extended:
             found |= {"path_row": b.row.flatten(1, 2), "path_col": b.col.flatten(1, 2)}
             found |= {"path_width": b.row.shape[2], "path_transposed": b.transpose}
         elif isinstance(b, EuclideanDistance) and found["slope"] is None and not extended:
             found |= {"slope": b.slope, "q_xy": b.q_xy, "k_xy": b.k_xy}
+        elif isinstance(b, EuclideanDistance) and found["q_xy"] is b.q_xy and found["k_xy"] is b.k_xy:
+            found["slope"] = found["slope"] + b.slope
         else:
             _refuse_second(b, longest)
             dense.append(at.dense(b))
-    return dense, of_keys, of_weights
+    if relative or (of_rows and longest is not None):
+        of_rows = _place_relative(found, relative, of_rows, bool(dense), at)
+    if of_rows and dense:
+        at.mapped.extend(of_rows)
+    return dense + [b.dense(at.q, at.k) for b in of_rows], of_keys, of_weights
+
+
+def _adds_per_query(b: Any, at: Place) -> bool:
+    """Whether the bias is a sum of what each query adds to the rows and to the columns of the keys."""
+    alike = isinstance(b, ManhattanDecay) and b.place == "logit" and at.longest is None  # else a table of offsets
+    return alike or isinstance(b, DecomposedRelativePosition)
+
+
+def _keys_of(b: Any) -> tuple[int, int]:
+    return tuple(b.grid if isinstance(b, ManhattanDecay) else b.k_grid)
+
+
+def _place_relative(
+    found: dict[str, Any], relative: list[Any], of_rows: list[RowBias], beside: bool, at: Place
+) -> list[RowBias]:
+    """Fills the slots of what each query adds with the sum of all, or with the tables of the one; `beside`: there are maps.
+    Returns the biases of rows that found no place there."""
+    one = relative[0] if len(relative) == 1 and isinstance(relative[0], DecomposedRelativePosition) else None
+    if one is not None and at.axes and not (of_rows and beside) and _place_axes(found, one):
+        return of_rows
+    acc = torch.promote_types(at.q.dtype, torch.float32)
+    places = () if at.longest is None else (places_inside(found["cu_q"], at.q.shape[1]),)
+    parts = [b.per_query(at.q, *places) for b in relative]
+    rows = [p[0] for p in parts] + [b.vector.to(acc).transpose(1, 2)[..., None] for b in of_rows]
+    columns = [p[1] for p in parts] or [at.q.new_zeros((), dtype=acc).expand(1, at.q.shape[1], 1, found["max_k"])]
+    found["rel_y"], found["rel_x"] = (functools.reduce(torch.add, _sharded.alike(t)) for t in (rows, columns))
+    return []
 
 
 def _keys_apart(parts: list[Tensor], beside: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -266,11 +310,7 @@ def _keys_apart(parts: list[Tensor], beside: int = 0) -> tuple[list[Tensor], lis
 def _place_axes(found: dict[str, Any], b: DecomposedRelativePosition) -> bool:
     """Whether the tables of a modifier whose queries and keys share the grid of the call went into their slots."""
     geometry = dict(zip(tables.GRID, (*b.k_grid, 0, 1), strict=True))
-    if (
-        found["rel_y"] is not None
-        or b.q_grid != b.k_grid
-        or (found["grid_height"] and any(found[n] != geometry[n] for n in geometry))
-    ):
+    if b.q_grid != b.k_grid or (found["grid_height"] and any(found[n] != geometry[n] for n in geometry)):
         return False
     found |= geometry | {"rel_y": b.rel_h, "rel_x": b.rel_w}
     return True
@@ -293,8 +333,8 @@ def _place_ratio(found: dict[str, Any], modifier: Any, acc: torch.dtype) -> bool
 
 
 def _refuse_second(modifier: Any, longest: Any) -> None:
-    """Of packed sequences there is no dense form of what belongs to tokens."""
-    if longest is not None and isinstance(modifier, PER_TOKEN):
+    """Of packed sequences there is no dense form of what belongs to tokens, or meets them."""
+    if longest is not None and isinstance(modifier, (*PER_TOKEN, PolylinePath, ContextualPosition)):
         raise NotImplementedError(
             f"attention_varlen: {type(modifier).__name__} has no form for packed sequences beside another modifier of its kind, "
             "or beside extra_kv"
@@ -366,8 +406,6 @@ def numbered(lowered: dict[str, Any]) -> bool:
 def ranks(q: Tensor, cu: Tensor | None) -> Tensor:
     """[B, Nq, H]: the places of the queries in their sequence, from 1 on; as weights of queries they make "key_mean" the place of
     the one that a key goes to, 0 for none."""
-    token = torch.arange(q.shape[1], device=q.device)
-    if cu is not None:
-        token = token - cu[torch.bucketize(token, cu[1:], right=True).clamp(max=len(cu) - 2)]
+    token = torch.arange(q.shape[1], device=q.device) if cu is None else places_inside(cu, q.shape[1])
     places = (token + 1).to(torch.promote_types(q.dtype, torch.float32))
     return _sharded.like(places[None, :, None].expand(q.shape[:3]), q)

@@ -191,10 +191,11 @@ def lower(
     stat_rows: Any = None,
     query_weight: Any = None,
     longest: tuple[Tensor, Tensor] | None = None,
+    samples: int | None = None,
     key_index: Any = None,
 ) -> dict[str, Any]:
     """The arguments of the reference, by name. `longest`: of packed sequences, a q and a k of the greatest lengths, which are
-    what a modifier that is not packed must fit."""
+    what a modifier that is not packed must fit; `samples`: how many there are."""
     checks.tensors(q, k, v)
     stats = checks.names_of_stats(return_stats)
     extra = checks.check_rest(q, k, v, normalizer, sink, extra_kv, topk, stats, stat_rows, query_weight)
@@ -204,7 +205,10 @@ def lower(
     masks = modifier_checks.modifiers("mask", mask, modifier_checks.MASKS)
     modulations = modifier_checks.modifiers("modulation", modulation, modifier_checks.MODULATIONS)
     for b in biases:
-        modifier_checks.check_bias(b, *slots.seen_by(b, q, k, longest), v, extra, (longest or (q, k))[1].shape[1])
+        own_q, own_k = longest or (q, k)
+        count = q.shape[0] if samples is None else samples
+        of_bias = slots.seen_by(b, q, k, longest)
+        modifier_checks.check_bias(b, *of_bias, v, extra, own_q.shape[1], own_k.shape[1], count)
     for m in masks:
         modifier_checks.check_mask(m, *slots.seen_by(m, q, k, longest))
     for m in modulations:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from vitkern import backends
-from vitkern import bias as biases
-from vitkern import mask as masks
-from vitkern import modulation as modulations
+from vitkern.bias import PolylinePath
 from vitkern.cosine import CosineScore
+from vitkern.mask import FromLogits
+from vitkern.modulation import Policy
 from vitkern.ops import _attention_checks as checks
 from vitkern.ops import _attention_slots as slots
 from vitkern.ops import _call, _checks, _sharded
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vitkern.ops._options import AttentionOptions
 
 NAME = "attention_varlen"
-UNPACKED = (biases.PolylinePath, biases.ContextualPosition, masks.FromLogits, modulations.Policy)
 LONGEST = 2**30
 STATS = ("lse", "key_mean", "row", "index")
 
@@ -88,13 +87,15 @@ def attention_varlen(
             host; on the CPU and with ``VITKERN_CHECK=1`` they are checked.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
         bias, mask, modulation: as of attention. Tensors are ``[H|1, max_seqlen_q, max_seqlen_k]``, the same for all
-            sequences and aligned at the top left. Positions (Causal, a grid, SoftCausal) count inside a sequence. What belongs
-            to tokens (KeyBias and RowBias ``[1, H|1, T]``, ids, levels, coordinates, rope, ``rel_h`` and ``rel_w`` per query)
-            is packed as q and k are.
+            sequences and aligned at the top left, as is an index of pairs. Positions (Causal, SoftCausal, a grid, which holds the
+            longest sequence) count inside a sequence. What belongs to tokens (KeyBias and RowBias ``[1, H|1, T]``, ``keep`` of
+            Policy ``[1, Tk]``, ids, levels, coordinates, rope, ``rel_h`` and ``rel_w`` per query) is packed as q and k are; Policy
+            divides eps by the keys of the own sequence.
+            PolylinePath ``[S|1, Hs, Ws, H|1]`` has a map of each sequence, all of Hs Ws tokens.
         extra_kv: ``(k, v) [1, E, Hk, D|Dv]``: further keys of every sequence; with neither topk nor argmax nor ids and levels.
         key_index: integers ``[Tq, K]``: query i sees the keys ``key_index[i]`` of its own sequence alone, which count from 0 there,
             one that is named twice counts twice, -1 names none. Costs a padded batch and a map
-            ``[S, max_seqlen_q, max_seqlen_k]``; not with topk, nor with statistics without softmax.
+            ``[S, max_seqlen_q, max_seqlen_k]``; not with topk, nor with statistics without softmax, nor with Policy.
         lepe: a :class:`vitkern.DepthwiseValue` whose grid has the sides ``(h, w)`` of every sequence, a map of its own; the
             queries and the values are the same tokens.
         return_stats: ``"lse"`` ``[Tq, H]``; ``"key_mean"`` ``[Tk, H]``, over the queries of the key's own sequence (behind
@@ -107,8 +108,9 @@ def attention_varlen(
         ``out [Tq, H, Dv]`` (None for ``v=None``), with return_stats ``(out, Stats)``.
 
     Raises:
-        ValueError, TypeError: as attention; NotImplementedError: PolylinePath, ContextualPosition, FromLogits,
-            Policy, two modifiers of one kind that belong to tokens, and the other statistics have no form for packed sequences.
+        ValueError, TypeError: as attention; NotImplementedError: FromLogits, of which each packed image would have a size of
+            its own, two modifiers of one kind that belong to tokens, paths and contextual positions among them, and the other
+            statistics have no form for packed sequences.
     """
     if type(q) not in _sharded.PLAIN and _sharded.met(q):
         return _sharded.call(attention_varlen, locals())
@@ -120,7 +122,7 @@ def attention_varlen(
     _check_lepe(lepe, q, v, cu_seqlens_q, cu_seqlens_k)
     out, found = run(lowered, backend, "", packed)
     more = 0 if extra_kv is None else extra_kv[0].shape[1]
-    if key_index is not None:
+    if slots.as_batch(lowered, packed, backend):
         out, found = _packed_again(out, found, packed, len(q), len(k), more)
     if more and found.key_mean is not None:  # the further keys stand in front of those of their sequence
         places = slots.keys_of_all(cu_seqlens_k, len(k), more)
@@ -187,10 +189,19 @@ def _lower(
     checks.check_rows(options.get("stat_rows"), 0, lengths[0], NAME)
     if options.get("topk") is not None and _checks.integer(NAME, "topk", options["topk"]) > lengths[1]:
         raise ValueError(f"{NAME}: topk must be at most max_seqlen_k = {lengths[1]}, got {options['topk']}")
-    lowered = lower(q[None], k[None], None if v is None else v[None], **options, query_weight=weight, longest=longest)
+    lowered = lower(
+        q[None], k[None], None if v is None else v[None], **options, query_weight=weight, longest=longest,
+        samples=len(cu_q) - 1,
+    )  # fmt: skip
     why = slots.unserved(lowered, None)
     if why:
         raise NotImplementedError(f"{NAME}: {why}")
+    whole = (len(cu_q) - 1) * lengths[0]
+    if any(isinstance(b, PolylinePath) for b in lowered["biases"]) and (len(q) != whole or len(k) != whole):
+        raise ValueError(
+            f"{NAME}: bias PolylinePath must go with sequences of {lengths[0]} tokens each, got {len(q)} queries and {len(k)} "
+            f"keys in {len(cu_q) - 1} sequences"
+        )
     if key_index is not None:
         _check_key_index(key_index, q, cu_q, cu_k, lowered)
     return lowered, slots.Packed(cu_q, cu_k, longest, key_index)
@@ -205,8 +216,11 @@ def _check_key_index(index: Any, q: Tensor, cu_q: Tensor, cu_k: Tensor, lowered:
         own = cu_k.diff()[torch.bucketize(torch.arange(len(q), device=q.device), cu_q[1:], right=True)]
         if bool((index < -1).any()) or bool((index >= own[:, None]).any()):
             raise ValueError(f"{NAME}: key_index must be -1 or a key of the query's own sequence, counted from 0 there")
-    if lowered["topk"] is not None or (lowered["normalizer"] != "softmax" and lowered["stats"]):
-        raise NotImplementedError(f"{NAME}: key_index goes neither with topk nor with statistics without softmax")
+    kept = any(isinstance(m, Policy) for m in lowered["modulations"])
+    if kept or lowered["topk"] is not None or (lowered["normalizer"] != "softmax" and lowered["stats"]):
+        raise NotImplementedError(
+            f"{NAME}: key_index goes neither with topk nor with statistics without softmax nor with Policy"
+        )
 
 
 def _check_lepe(lepe: Any, q: Tensor, v: Any, cu_q: Tensor, cu_k: Tensor) -> None:
@@ -229,12 +243,8 @@ def _refuse_unpacked(options: dict[str, Any]) -> None:
     for name in ("bias", "mask", "modulation"):
         given = options.get(name)
         for part in given if isinstance(given, (list, tuple)) else (given,):
-            if isinstance(part, UNPACKED):
-                raise NotImplementedError(f"{NAME}: {type(part).__name__} has no form for packed sequences")
-            if isinstance(part, biases.DecomposedRelativePosition) and part.q_grid is not None:
-                raise NotImplementedError(
-                    f"{NAME}: DecomposedRelativePosition must be given per query (q_grid=None) for packed sequences"
-                )
+            if isinstance(part, FromLogits):
+                raise NotImplementedError(f"{NAME}: FromLogits has no form for packed sequences")
     hard = options.get("normalizer", "").startswith("argmax") or options.get("topk") is not None
     if options.get("extra_kv") is not None and hard:
         raise NotImplementedError(f"{NAME}: extra_kv goes neither with topk nor with argmax")

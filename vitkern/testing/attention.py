@@ -23,7 +23,7 @@ def draw(rng: random.Random) -> Call:
         more["typed" if kind == "typed" else "modulation"] = rng.choice(
             tuple(POSITIONS if kind == "typed" else FACTORS)
         )
-        if more.get("typed") in ("decomposed", "euclidean"):
+        if more.get("typed") in ("decomposed", "euclidean", "two distances"):
             queries = rng.choice((1, 7, 65))
         if more.get("typed") in ("strided", "pooled"):
             queries = math.prod(half(grid))
@@ -157,6 +157,19 @@ def with_further_options() -> list[Call]:
         make(60, 2, 5, 9, heads=4, kv_heads=2, beside="named", modulation="heads", key_bias=True, sink=True, extra=2),
         make(61, 2, 10, 10, heads=2, typed="prefix", grid=(2, 4), beside="lepe+turned", masks="causal", cosine=True),
         make(62, 2, 9, 4, typed="pooled keys", grid=(3, 3), beside="turned+rows", normalizer="none", scale=0.3),
+        *joined(),
+    ]  # fmt: skip
+
+
+def joined() -> list[Call]:
+    """Calls with several modifiers of one kind, which are one in the kernels."""
+    return [
+        make(74, 2, 6, 6, heads=2, typed="two decays", grid=(2, 3), normalizer="sigmoid", beside="rows", masks="empty"),
+        make(75, 2, 5, 7, heads=4, kv_heads=2, d=4, typed="two distances", masks="dense", sink=True),
+        make(76, 2, 6, 6, d=4, typed="axes", grid=(3, 2), bias=(0, 1, 1, 1), beside="rows", normalizer="none", scale=0.3),
+        make(77, 1, 6, 6, d=4, typed="axes", grid=(2, 3), beside="rows", normalizer="relu"),
+        make(78, 2, 5, 6, typed="decomposed", grid=(2, 3), beside="rows", normalizer="sigmoid", modulation="heads"),
+        make(79, 2, 12, 12, typed="manhattan", grid=(3, 4), beside="rows+turned", normalizer="sigmoid", key_bias=True),
     ]  # fmt: skip
 
 

@@ -51,10 +51,12 @@ POSITIONS: dict[str, Callable[..., Any]] = {
     "decomposed": lambda t, grid: DecomposedRelativePosition(t["rel_y"], t["rel_x"], None, grid),
     "manhattan": lambda t, grid: ManhattanDecay(t["rate"], grid),
     "euclidean": lambda t, grid: EuclideanDistance(t["slope"], t["q_xy"], t["k_xy"]),
+    "two decays": lambda t, grid: [ManhattanDecay(t["rate"], grid), POSITIONS["axes"](t, grid)],
+    "two distances": lambda t, grid: [EuclideanDistance(s, t["q_xy"], t["k_xy"]) for s in (t["slope"], t["slope_2"])],
     "path": lambda t, grid: PolylinePath(t["row"], t["col"]),
     "transposed": lambda t, grid: PolylinePath(t["row"], t["col"], transpose=True),
 }
-AXES = ("axes", "pooled", "pooled keys")
+AXES = ("axes", "pooled", "pooled keys", "two decays")
 RULES = {
     "segments": lambda q, k, allow: Segments(q, k),
     "table": lambda q, k, allow: Segments(q, k, allow),
@@ -155,11 +157,13 @@ def make(
         }
     if typed in TABLES:
         tensors["table"] = normal(heads, table_rows(grid, *TABLES[typed][:2]))
-    if typed in ("manhattan", "decay"):
+    if typed in ("manhattan", "decay", "two decays"):
         tensors["rate"] = -torch.rand(heads, generator=g, dtype=torch.float64)
-    if typed == "euclidean":
+    if typed in ("euclidean", "two distances"):
         tensors["slope"] = torch.rand(heads, generator=g, dtype=torch.float64)
         tensors["q_xy"], tensors["k_xy"] = normal(batch, queries, 2), normal(1, keys, 2)
+    if typed == "two distances":
+        tensors["slope_2"] = torch.rand(heads, generator=g, dtype=torch.float64)
     if typed in ("path", "transposed"):
         tensors["row"], tensors["col"] = -normal(batch, *grid, heads).abs() / 4, normal(batch, *grid, heads) / 4
     factors = modulation.split("+") if modulation else []
@@ -199,7 +203,8 @@ def make(
         if "expanded" in names:
             biases = [t["bias"].expand(len(q), heads, q.shape[1], k.shape[1])]
         biases += [KeyBias(t["key_bias"])] if key_bias else []
-        biases += [POSITIONS[typed](t, grid)] if typed else []
+        made = POSITIONS[typed](t, grid) if typed else []
+        biases += made if isinstance(made, list) else [made]
         hidden: list[Any] = [t["mask"]] if "mask" in t else []
         if masks in ("causal", "both"):
             hidden.append(Causal(k.shape[1] - q.shape[1]))
