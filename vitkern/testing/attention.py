@@ -195,6 +195,8 @@ def offsets() -> list[Call]:
         make(52, 1, 6, 6, d=4, typed="axes", grid=(1, 6), modulation="heads", normalizer="sigmoid", masks="dense"),
         make(53, 1, 6, 6, typed="axes", grid=(2, 3), cosine=True),
         make(54, 1, 6, 6, typed="axes", grid=(3, 2), normalizer="argmax_q"),
+        *(make(80 + i, 1, h * w, h * w, d=8, typed="axes", grid=(h, w))  # sides about a vector, and two
+          for i, (h, w) in enumerate(((5, 3), (17, 2), (2, 17), (2, 33)))),
         *mixed(),
         make(44, 2, 6, 9, heads=4, kv_heads=2, d=4, typed="context", modulation="weight+heads", masks="dense", dropout_p=0.2,
              dropout_seed=7),
