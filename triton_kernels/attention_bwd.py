@@ -79,7 +79,7 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
 
     tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
     delta = new(call.normalizer == "softmax", batch, queries, heads)
-    low = new(softmax and q.dtype == torch.float32, batch, queries, heads)
+    low = new(softmax, batch, queries, heads)
     if call.policy is not None:
         shared["lse_ptr"], low = policy_rows(shared, call.policy_eps)
     blocks = tuned("backward_queries", shared)
