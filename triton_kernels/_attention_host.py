@@ -221,6 +221,7 @@ def row(kernel: str, shared: dict) -> dict:
     many += 4 * (terms[17] is not None or terms[20] is not None)  # slope, path
     many += 2 * (terms[29] is not None)  # their rows, and what is looked up
     many += any(terms[n] is not None for n in (25, 26, 27))  # the tile of their entries
+    many += terms[36] is not None  # the places of dropout
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
     width *= 8 if many > 8 else 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())
