@@ -8,7 +8,8 @@ from torch import Tensor
 from ._attention_bwd_relative import path_gradient
 from ._attention_bwd_tables import map_gradient
 from ._attention_heads_bwd_tiles import _heads_bias
-from ._attention_host import TABLES, Call, folded
+from ._attention_heads_sums import token_sums
+from ._attention_host import TABLES, Call, folded, of_tokens, summed
 from ._attention_position_sums import map_rows
 from ._attention_visits import seen_tiles, shared_strides
 from ._reduce import add_parts
@@ -42,7 +43,13 @@ def dense_gradient(shared: dict, like: Tensor, target: int, most: int = PROGRAMS
 
 def factor_gradients(shared: dict, call: Call, needs: dict[str, bool]) -> dict[str, Tensor]:
     """Of factors and of tables of offsets, with four partial maps at most."""
-    found = {name: dense_gradient(shared, getattr(call, name), at) for name, at in FACTORS.items() if needs[name]}
+    found = {}
+    for name, target in FACTORS.items():
+        x = getattr(call, name)
+        if needs[name] and summed(x, None):
+            found[name] = dense_gradient(shared, x, target)
+        elif needs[name]:
+            found[name] = of_tokens(call, token_sums(shared, target, summed(x, "queries")), x)
     for n, name in enumerate(TABLES):
         if needs[name]:
             table = getattr(call, name)

@@ -107,11 +107,6 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     for name, tokens in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if tokens >= MAX_TOKENS:
             why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
-    for name in ("gain", "weight", "early_gain", "early_weight"):
-        x = getattr(call, name)
-        both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
-        if x is not None and tuple(x.shape[2:]) != both:
-            why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
     if mixes(call):
         if q.shape[2] > MIXED_HEADS:
             why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
@@ -249,13 +244,22 @@ def programs(shared: dict, tiles: int) -> int:
     return shared["sizes"][0] * shared["sizes"][3] * tiles
 
 
-def whole_bias(call: Call) -> Tensor:
-    """What has the shape and dtype of the gradient of a bias with both axes. Packed sequences have it for every bias, for the sums
-    of their tokens are not those of a bias; it is summed over the axes that the bias lacks, in float32."""
-    bias, both = call.bias, (call.max_q, call.max_k)
-    if call.cu_q is None or bias.shape[2:] == both:
-        return bias
-    return bias.new_empty((), dtype=torch.float32).expand(bias.shape[:2] + both)
+def summed(term: Tensor | None, over: str | None) -> bool:
+    """Whether a term's gradient sums over the "keys" of every query, over the "queries" of every key, or over neither (None)."""
+    return term is not None and over == ("keys" if term.shape[3] == 1 else "queries" if term.shape[2] == 1 else None)
+
+
+def of_tokens(call: Call, sums: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a bias or factor from sums over the keys of every query, or over the queries of every key, [B, N, H]."""
+    by_keys = summed(like, "queries")
+    if call.cu_q is not None:                               # a term has places in a sample, 0 past its end
+        cu, longest = (call.cu_k, call.max_k) if by_keys else (call.cu_q, call.max_q)
+        total, first = sums.shape[1], cu[:-1, None].clamp(min=0)
+        place = torch.arange(longest, device=cu.device)
+        inside = place < (cu[1:, None].clamp(max=total) - first).clamp(max=longest)        # [samples, longest]
+        sums = torch.where(inside[..., None], sums[0][(first + place).clamp(max=total - 1)], 0.0)
+    sums = sums.transpose(1, 2)
+    return folded(sums[:, :, None] if by_keys else sums[..., None], like)
 
 
 def folded(sums: Tensor, like: Tensor) -> Tensor:
