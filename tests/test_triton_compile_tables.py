@@ -112,6 +112,9 @@ MIXED = {
     "mixed, factors of queries": dict(
         width=64, heads=16, mixed=True, packed=True, **mixed_factors(16, 257, 1), **EVERY_TERM
     ),
+    "mixed, packed positions": dict(
+        width=64, heads=16, mixed=True, packed=True, distances=True, grid=(14, 14), keys=196, mask=True, bias=None
+    ),
     "mixed, positions": dict(width=32, heads=4, mixed=True, distances=True, path=(14, 14), grid=(14, 14))
     | contextual(196, 196, 4, 50, 32, values=False),
     "mixed, everything": dict(width=64, key_heads=8, mixed=True, rule="table", means=True)
@@ -128,7 +131,7 @@ if FULL:
     MIXED_RUNS = [(name, capability, torch.bfloat16) for name in MIXED for capability in (80, 90)] + [
         ("mixed", 100, torch.bfloat16), ("mixed, everything", 90, torch.float32), ("mixed, factors", 90, torch.float32),
     ]  # fmt: skip
-    MIXED_RUNS += [(name, 100, torch.float32) for name in MIXED if "factors of" in name]
+    MIXED_RUNS += [(name, 100, torch.float32) for name in MIXED if "factors of" in name or "packed" in name]
     CHOICE_RUNS = [(name, capability) for name in CHOICES for capability in (80, 90)]
 
 

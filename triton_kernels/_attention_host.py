@@ -87,7 +87,7 @@ MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 16
 TABLES = ("bias_table", "gain_table", "weight_table")
 BESIDE_MIXTURES = ("policy", "later_ratio", "position_v")    # what no kernel has together with them
-PADDED_MIXTURES = ("rel_y", "path_row", "slope")            # and of packed sequences
+PADDED_MIXTURES = ("path_row",)                             # and of packed sequences
 
 
 def mixes(call: Call) -> bool:
@@ -249,15 +249,29 @@ def summed(term: Tensor | None, over: str | None) -> bool:
     return term is not None and over == ("keys" if term.shape[3] == 1 else "queries" if term.shape[2] == 1 else None)
 
 
+def of_samples(x: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """Packed tokens [1, N, C] as samples [samples, longest, C], 0 past the end of each."""
+    total, first = x.shape[1], cu[:-1, None].clamp(min=0)
+    place = torch.arange(longest, device=cu.device)
+    inside = place < (cu[1:, None].clamp(max=total) - first).clamp(max=longest)            # [samples, longest]
+    return torch.where(inside[..., None], x[0][(first + place).clamp(max=total - 1)], 0.0)
+
+
+def packed(x: Tensor, cu: Tensor, tokens: int) -> Tensor:
+    """Samples [samples, longest, ...] as packed tokens [1, N, ...], 0 where a token is of no sample."""
+    token = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
+    sample = (torch.searchsorted(cu, token, right=True) - 1).clamp(0, len(x) - 1)
+    place = token - cu[sample]
+    inside = (place >= 0) & (place < x.shape[1]) & (token < cu[sample + 1])
+    found = x[sample, place.clamp(0, x.shape[1] - 1)]
+    return found.masked_fill(~inside.view(-1, *[1] * (x.dim() - 2)), 0.0)[None]
+
+
 def of_tokens(call: Call, sums: Tensor, like: Tensor) -> Tensor:
     """The gradient of a bias or factor from sums over the keys of every query, or over the queries of every key, [B, N, H]."""
     by_keys = summed(like, "queries")
-    if call.cu_q is not None:                               # a term has places in a sample, 0 past its end
-        cu, longest = (call.cu_k, call.max_k) if by_keys else (call.cu_q, call.max_q)
-        total, first = sums.shape[1], cu[:-1, None].clamp(min=0)
-        place = torch.arange(longest, device=cu.device)
-        inside = place < (cu[1:, None].clamp(max=total) - first).clamp(max=longest)        # [samples, longest]
-        sums = torch.where(inside[..., None], sums[0][(first + place).clamp(max=total - 1)], 0.0)
+    if call.cu_q is not None:                               # a term has places in a sample
+        sums = of_samples(sums, *((call.cu_k, call.max_k) if by_keys else (call.cu_q, call.max_q)))
     sums = sums.transpose(1, 2)
     return folded(sums[:, :, None] if by_keys else sums[..., None], like)
 
