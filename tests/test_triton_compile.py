@@ -27,6 +27,7 @@ from vitkern.triton_kernels import (  # noqa: E402
     _attention_heads_bwd_tiles,
     _attention_heads_choice,
     _attention_heads_maps,
+    _attention_heads_sums,
     _attention_host,
     _attention_policy,
     _attention_position_sums,
@@ -105,7 +106,7 @@ def caught(family, *more):
         select_tokens, unmerge_tokens, attention, attention_bwd, _attention_bwd_tiles, _attention_visits,
         _attention_hard, _attention_policy, _attention_topk, _attention_bwd_sums, attention_heads,
         _attention_heads_bwd_tiles, _attention_bwd_tables, _attention_position_sums,
-        _attention_heads_maps, _attention_heads_choice, *more,
+        _attention_heads_maps, _attention_heads_choice, _attention_heads_sums, *more,
     ):  # fmt: skip
         for kernel in {id(x): x for x in vars(module).values() if isinstance(x, triton.JITFunction)}.values():
 
@@ -225,6 +226,9 @@ ATTENTION = {
     "every term": dict(width=64, **EVERY_TERM),
     "SAM": dict(width=80, keys=4096, bias=None, grid=(64, 64)),
     "ids and factors": dict(width=64, bias=None, factors=True, rule="table", grid=(14, 14), keys=196),
+    "factors of keys": dict(width=64, bias=None, factors=(0, 1), mask=True),
+    "factors of queries": dict(width=64, factors=(1, 0), **EVERY_TERM),
+    "wide, factors of keys": dict(width=256, factors=(0, 1), packed=True, mask=True, dropout=0.1),
     "packed": dict(width=80, bias=None, key_bias=True, packed=True),
     "distances and means": dict(width=64, bias=None, distances=True, means=True),
     "packed, every term": dict(
@@ -270,6 +274,8 @@ ATTENTION_RUNS = [(name, capability, torch.bfloat16) for name in ATTENTION for c
     ("masked tiles of a bias", 100, torch.bfloat16), ("every term", 100, torch.bfloat16), ("bias", 100, torch.float16),
     ("masked keys, bits", 100, torch.float16), ("every term, bits", 80, torch.float32),
     ("mixed heads, every term", 80, torch.float32), ("mixed heads", 100, torch.float16),
+    ("factors of keys", 100, torch.float16), ("factors of queries", 90, torch.float32), ("factors of keys", 80, torch.float32),
+    ("wide, factors of keys", 80, torch.float32), ("factors of queries", 100, torch.bfloat16),
     ("every term", 80, torch.float32), ("packed, every term", 90, torch.float32), ("wide, every term", 90, torch.float32),
 ]  # fmt: skip
 
@@ -280,7 +286,7 @@ def attention_launches(
     grid=None, factors=False, rule="none", packed=False, distances=False, means=False, path=(),
     policy=False, mixed=False, topk=0, places=False, **slots,
 ):  # fmt: skip
-    """`slots`: further arguments of the op."""
+    """`factors`: whether there are, or their axes of queries and of keys; `slots`: further arguments of the op."""
     key_heads, width_v = key_heads or heads, width_v or width
     shapes = ((queries, heads, width), (keys, key_heads, width), (keys, key_heads, width_v))
     batch = 1 if packed else 2
@@ -302,7 +308,9 @@ def attention_launches(
     if parameters:
         given |= {name: torch.zeros(heads) for name in ("factor", "sink")}
     if factors:
-        given |= {name: torch.zeros(1, heads, queries, keys) for name in ("gain", "weight")}
+        sides = (1, 1) if factors is True else factors
+        shape = [n if has else 1 for n, has in zip((queries, keys), sides, strict=True)]
+        given |= {name: torch.zeros(1, heads, *shape) for name in ("gain", "weight")}
     if grid is not None:
         given |= {f"rel_{axis}": torch.zeros(batch, queries, heads, n) for axis, n in zip("yx", grid, strict=True)}
     if rule != "none":
@@ -350,7 +358,7 @@ def test_attention_compiles_without_spills(name, capability, dtype):
         return
     assert {"_forward", "_backward_queries", "_backward_keys"} <= seen
     case = ATTENTION[name]
-    assert ("_backward_bias" in seen) == (case.get("bias", True) is not None or "factors" in case)
+    assert ("_backward_bias" in seen) == (case.get("bias", True) is not None or case.get("factors") is True)
     assert ("_backward_relative" in seen) == ("grid" in case or "path" in case) and ("_key_means" in seen) == (
         "means" in case
     )

@@ -108,6 +108,13 @@ def mixed_factors(heads, queries, keys):
 MIXED = {
     "mixed": dict(width=48, heads=16, mixed=True, **of_grid(14, 14, 1, heads=16, names=TABLES[:1])),
     "mixed, factors": dict(width=64, heads=8, mixed=True, bias=None, **mixed_factors(8, 257, 197)),
+    "mixed, factors of keys": dict(width=64, heads=16, mixed=True, mask=True, dropout=0.1, **mixed_factors(16, 1, 197)),
+    "mixed, factors of queries": dict(
+        width=64, heads=16, mixed=True, packed=True, **mixed_factors(16, 257, 1), **EVERY_TERM
+    ),
+    "mixed, packed positions": dict(
+        width=64, heads=16, mixed=True, packed=True, distances=True, grid=(14, 14), keys=196, mask=True, bias=None
+    ),
     "mixed, positions": dict(width=32, heads=4, mixed=True, distances=True, path=(14, 14), grid=(14, 14))
     | contextual(196, 196, 4, 50, 32, values=False),
     "mixed, everything": dict(width=64, key_heads=8, mixed=True, rule="table", means=True)
@@ -118,11 +125,13 @@ MIXED = {
 }
 CHOICES = {"topk": dict(topk=8), "argmax_k": dict(normalizer="argmax_k"), "argmax_q": dict(normalizer="argmax_q")}
 MIXED_RUNS = [("mixed", 90, torch.bfloat16), ("mixed, positions", 80, torch.bfloat16)]
+MIXED_RUNS += [("mixed, factors of keys", 90, torch.float32)]
 CHOICE_RUNS = [("topk", 90), ("argmax_k", 80), ("argmax_q", 90)]
 if FULL:
     MIXED_RUNS = [(name, capability, torch.bfloat16) for name in MIXED for capability in (80, 90)] + [
         ("mixed", 100, torch.bfloat16), ("mixed, everything", 90, torch.float32), ("mixed, factors", 90, torch.float32),
     ]  # fmt: skip
+    MIXED_RUNS += [(name, 100, torch.float32) for name in MIXED if "factors of" in name or "packed" in name]
     CHOICE_RUNS = [(name, capability) for name in CHOICES for capability in (80, 90)]
 
 
@@ -133,6 +142,7 @@ def test_mixed_heads_compile_without_spills(name, capability, dtype):
     case = MIXED[name]
     seen = compile_all(attention_launches(capability, dtype, **case), f"{name}, sm_{capability}, {dtype}", capability)
     assert {"_heads_forward", "_heads_queries", "_heads_keys", "_heads_values", "_heads_bias"} <= seen
+    assert ("_heads_sums" in seen) == ("factors of" in name)
     assert ("_map_offsets" in seen) == ("grid_step" in case) and ("_map_rows" in seen) == ("position_q" in case)
 
 

@@ -40,16 +40,17 @@ from ._tiles import LOG2E
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, sum_ptr, dlse_ptr, delta_ptr, low_ptr, dq_ptr, drow_ptr, dfactor_ptr, dsink_ptr,
-    dweight_ptr, dslope_ptr, dxy_ptr, dratio_ptr, visit_ptr, count_ptr,
+    dweight_ptr, dslope_ptr, dxy_ptr, dratio_ptr, dgain_ptr, dshare_ptr, visit_ptr, count_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dlse_strides, dq_strides, d_strides, term_strides, visit_strides, sizes,
     parts, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """delta - dlse, dq, the row sums of dS and the gradients of query_weight [B, Nq, H] and of q_xy [B, Nq, H, 2], of
-    BLOCK_M queries of one head and sample, and their share of dfactor, dsink, dslope and dratio, [programs / heads, heads]; over
-    all visits or one of `parts` of them, which then have an axis in front, but for what the first writes for all from their sums.
+    """delta - dlse, dq, the row sums of dS and of the gradients of gain and of weight (dshare), and the gradients of query_weight
+    [B, Nq, H] and of q_xy [B, Nq, H, 2], of BLOCK_M queries of one head and sample, and their share of dfactor, dsink, dslope and
+    dratio, [programs / heads, heads]; over all visits or one of `parts` of them, which then have an axis in front, but for what the
+    first writes for all from their sums.
     Grid: heads (fastest) x query tiles x samples on axis 0, parts on axis 1.
     Any strides: q, k, v, dout, dlse, dq and the terms."""
     heads, offset, total = sizes[3], sizes[4], sizes[8]
@@ -108,10 +109,13 @@ def _backward_queries(
 
     TABLED: tl.constexpr = terms[25] is not None and terms[26] is not None             # registers are short
     EDGES: tl.constexpr = dweight_ptr is not None or dslope_ptr is not None or dxy_ptr is not None or dratio_ptr is not None
-    if dq_ptr is not None or dfactor_ptr is not None or EDGES or (drow_ptr is not None and NORM != SOFTMAX):
+    ROWS: tl.constexpr = dgain_ptr is not None or dshare_ptr is not None
+    if dq_ptr is not None or dfactor_ptr is not None or EDGES or ROWS or (drow_ptr is not None and NORM != SOFTMAX):
         dweight = tl.zeros([BLOCK_M], tl.float32)
         dslope = tl.zeros([BLOCK_M], tl.float32)
         dratio = tl.zeros([BLOCK_M], tl.float32)
+        dgain = tl.zeros([BLOCK_M], tl.float32)
+        dshare = tl.zeros([BLOCK_M], tl.float32)
         dy = tl.zeros([BLOCK_M], tl.float32)
         dx = tl.zeros([BLOCK_M], tl.float32)
         dq = zero_parts(BLOCK_M, WIDTHS)
@@ -135,6 +139,14 @@ def _backward_queries(
                     a, factor, p, slope, dp, delta, given, terms, term_strides, image, head, row, start, sizes, 28, AXES, FAR, CLIP,
                     BLOCK_M, BLOCK_N)
                 dratio += tl.sum(tl.where(j[None, :] > i[:, None], later, 0.0), 1)
+            if dgain_ptr is not None:
+                dgain += tl.sum(term_gradient(
+                    a, factor, p, slope, dp, delta, given, terms, term_strides, image, head, row, start, sizes, 6, AXES, FAR, CLIP,
+                    BLOCK_M, BLOCK_N), 1)
+            if dshare_ptr is not None:
+                dshare += tl.sum(term_gradient(
+                    a, factor, p, slope, dp, delta, given, terms, term_strides, image, head, row, start, sizes, 7, AXES, FAR, CLIP,
+                    BLOCK_M, BLOCK_N), 1)
             if dslope_ptr is not None or dxy_ptr is not None:
                 y, x, length = finite_distances(terms, term_strides, image, row, start, sizes, BLOCK_M, BLOCK_N)
                 dslope -= tl.sum(ds * length, 1)
@@ -156,6 +168,10 @@ def _backward_queries(
             tl.store(dslope_ptr + own, tl.sum(dslope, 0))
         if dratio_ptr is not None:
             tl.store(dratio_ptr + own, tl.sum(dratio, 0))
+        if dgain_ptr is not None:
+            tl.store(dgain_ptr + flat, dgain, mask=real)
+        if dshare_ptr is not None:
+            tl.store(dshare_ptr + flat, dshare, mask=real)
         if dxy_ptr is not None:
             slope_h = slope_of(terms, term_strides, head)
             tl.store(dxy_ptr + flat * 2, dy * slope_h, mask=real)
@@ -171,17 +187,17 @@ def _backward_queries(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, low_ptr, dk_ptr, dv_ptr, dcolumn_ptr,
-    dxy_ptr, dpolicy_ptr, visit_ptr, count_ptr,
+    dxy_ptr, dpolicy_ptr, dgain_ptr, dshare_ptr, visit_ptr, count_ptr,
     terms, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, d_strides, term_strides, visit_strides, sizes,
     parts, scale, threshold, keep_scale,
     NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, WIDTHS: tl.constexpr, WIDTHS_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one key head and sample, and for each of its heads the column sums of dS and the gradients
-    of k_xy and of the policy; over all visits, or one of `parts` of them, which then have an axis in front.
-    Grid: key heads (fastest) x key tiles x samples on axis 0, parts on axis 1. Writes dcolumn [B, Nk, H], dxy [B, Nk, H,
-    2] and dpolicy [B, Nk, H].
+    """dk and dv of BLOCK_N keys of one key head and sample, and for each of its heads the column sums of dS and of the gradients of
+    gain and of weight (dshare), and the gradients of k_xy and of the policy; over all visits, or one of `parts` of them, which
+    then have an axis in front.
+    Grid: key heads (fastest) x key tiles x samples on axis 0, parts on axis 1. Writes [B, Nk, H] each, and dxy [B, Nk, H, 2].
     Any strides: q, k, v, dout, dk, dv and the terms."""
     heads, offset, total = sizes[3], sizes[4], sizes[9]
     pid = tl.program_id(0)
@@ -205,6 +221,8 @@ def _backward_keys(
         factor = row_factor(terms, term_strides, head, scale)
         dcolumn = tl.zeros([BLOCK_N], tl.float32)
         dpolicy = tl.zeros([BLOCK_N], tl.float32)
+        dgain = tl.zeros([BLOCK_N], tl.float32)
+        dshare = tl.zeros([BLOCK_N], tl.float32)
         dy = tl.zeros([BLOCK_N], tl.float32)
         dx = tl.zeros([BLOCK_N], tl.float32)
         begin, end, visits = listed(
@@ -219,11 +237,19 @@ def _backward_keys(
             delta = tl.zeros([BLOCK_M], tl.float32)
             if delta_ptr is not None:
                 delta = tl.load(delta_ptr + flat, mask=real, other=0.0)
+            a = row_products(q, k, WIDTHS)
             p, slope, kept, dp, given, bare = weights(
-                row_products(q, k, WIDTHS), factor, lse, low, live, v, dout, terms, term_strides, image, head, row,
-                start, sizes, threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V,
-                BLOCK_M, BLOCK_N)
+                a, factor, lse, low, live, v, dout, terms, term_strides, image, head, row, start, sizes,
+                threshold, keep_scale, NORM, AXES, RULE, FAR, CAUSAL, CLIP, WIDTHS_V, BLOCK_M, BLOCK_N)
             ds = slope * (dp - delta[:, None])                                         # [BLOCK_M, BLOCK_N]
+            if dgain_ptr is not None:
+                dgain += tl.sum(term_gradient(
+                    a, factor, p, slope, dp, delta, given, terms, term_strides, image, head, row, start, sizes, 6, AXES, FAR, CLIP,
+                    BLOCK_M, BLOCK_N), 0)
+            if dshare_ptr is not None:
+                dshare += tl.sum(term_gradient(
+                    a, factor, p, slope, dp, delta, given, terms, term_strides, image, head, row, start, sizes, 7, AXES, FAR, CLIP,
+                    BLOCK_M, BLOCK_N), 0)
             if dcolumn_ptr is not None:
                 dcolumn += tl.sum(ds, 0)
             if dpolicy_ptr is not None:
@@ -247,6 +273,10 @@ def _backward_keys(
             tl.store(dcolumn_ptr + at, dcolumn, mask=j < keys)
         if dpolicy_ptr is not None:
             tl.store(dpolicy_ptr + at, dpolicy, mask=j < keys)
+        if dgain_ptr is not None:
+            tl.store(dgain_ptr + at, dgain, mask=j < keys)
+        if dshare_ptr is not None:
+            tl.store(dshare_ptr + at, dshare, mask=j < keys)
         if dxy_ptr is not None:
             slope_h = slope_of(terms, term_strides, head)
             tl.store(dxy_ptr + at * 2, dy * slope_h, mask=j < keys)

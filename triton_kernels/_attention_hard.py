@@ -10,7 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_bwd_tables import entry_gradient
-from ._attention_host import UNSPECIALIZED, Call, arguments, folded, programs, row_strides, tuned, widths
+from ._attention_host import (
+    UNSPECIALIZED,
+    Call,
+    arguments,
+    folded,
+    of_tokens,
+    programs,
+    row_strides,
+    summed,
+    tuned,
+    widths,
+)
 from ._attention_position_sums import add_values, pair_sums, values_gradient, with_given
 from ._attention_positions import looked_up, named_rows
 from ._attention_tables import entries
@@ -378,7 +389,14 @@ def backward(dout: Tensor, dkey_mean: Tensor | None, call: Call, needs: dict[str
                 term_strides=shared["term_strides"], GROUP=shared["GROUP"], WIDTHS=shared["WIDTHS_V"], TARGET=target)
         return made
 
-    if needs["weight"]:
+    if needs["weight"] and not summed(weight, None):
+        sums = products(7)                                  # of what chooses; what is chosen collects them
+        if summed(weight, "queries") != by_keys:
+            tokens = (call.q if by_keys else call.k).shape[1]
+            of_chosen = torch.zeros((len(sums), tokens, sums.shape[2]), dtype=torch.float32, device=v.device)
+            sums = _moved(sums[..., None], of_chosen[..., None], chosen, None, shared, by_keys, pick=False)[..., 0]
+        found["weight"] = of_tokens(call, sums, weight)
+    elif needs["weight"]:
         batch, queries, keys, heads = shared["sizes"][:4]
         found["weight"] = torch.empty(weight.shape, dtype=weight.dtype, device=v.device)
         _spread[(weight.shape[0] * weight.shape[1] * -(-queries // 32) * -(-keys // 32),)](

@@ -294,6 +294,40 @@ def _heads_values(
     store_heads(dv_ptr, flat, real, column, dv, WIDTH_V, CHUNK_V)
 
 
+@triton.jit
+def target_gradient(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides, dout_strides,
+    d_strides, strides, image, row, start, sizes, scale, threshold, keep_scale,
+    NORM: tl.constexpr, AXES: tl.constexpr, RULE: tl.constexpr, FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, ALIGN: tl.constexpr, CLIP: tl.constexpr,
+    ALIKE: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TARGET: tl.constexpr,
+):  # fmt: skip
+    """What queries row.. and keys start.. of a sample and all heads give to the bias or factor TARGET, a place in `terms`."""
+    heads = sizes[3]
+    a, x, y, s, p, given, before, ds, dy = _gradients(
+        q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides, dout_strides,
+        d_strides, strides, image, row, start, sizes, scale, threshold, keep_scale,
+        NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
+    if TARGET == 7 or TARGET == 27 or TARGET == 28:
+        p = mixed_weights(p, s, mixtures, terms, strides, image, row, start, sizes, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+        x = p * given
+    elif TARGET == 34:
+        x = p * before
+    elif TARGET == 33:
+        dx = mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N)
+        one = tl.full([HEADS, BLOCK_M, BLOCK_N], 1.0, tl.float32)
+        one = times_factors(one, terms, strides, image, row, start, sizes, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
+        dx = tl.where((one != one) & (s == float("-inf")), 0.0, dx)                    # the factor counted as 1
+        x = tl.where(a == a, dx * (clean(a) * head_factors(terms, strides, heads, scale)), 0.0)
+    elif TARGET == 6 or TARGET == 26:
+        x = tl.where(ds == 0.0, 0.0, ds * y)
+        x = times_factors(x, terms, strides, image, row, start, sizes, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
+    else:
+        x = ds
+    return x
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _heads_bias(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, dbias_ptr, seen_ptr,
@@ -332,29 +366,10 @@ def _heads_bias(
             visit = tl.load(seen_ptr + at).to(tl.int32)
         if visit != 0:
             own = of_sample(terms, sizes, image)
-            a, x, y, s, p, given, before, ds, dy = _gradients(
+            acc += target_gradient(
                 q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, low_ptr, delta_ptr, mixtures, terms, q_strides, k_strides, v_strides,
                 dout_strides, d_strides, term_strides, image, row, start, own, scale, threshold, keep_scale,
-                NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N)
-            if TARGET == 7 or TARGET == 27 or TARGET == 28:
-                p = mixed_weights(
-                    p, s, mixtures, terms, term_strides, image, row, start, own, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
-                acc += p * given
-            elif TARGET == 34:
-                acc += p * before
-            elif TARGET == 33:
-                dx = mixed(mixtures[PRE], dy, heads, True, BLOCK_M, BLOCK_N)
-                one = tl.full([HEADS, BLOCK_M, BLOCK_N], 1.0, tl.float32)
-                one = times_factors(
-                    one, terms, term_strides, image, row, start, own, EARLY_GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N)
-                dx = tl.where((one != one) & (s == float("-inf")), 0.0, dx)            # the factor counted as 1
-                acc += tl.where(a == a, dx * (clean(a) * head_factors(terms, term_strides, heads, scale)), 0.0)
-            elif TARGET == 6 or TARGET == 26:
-                x = tl.where(ds == 0.0, 0.0, ds * y)
-                acc += times_factors(
-                    x, terms, term_strides, image, row, start, own, GAIN, AXES, FAR, CLIP, BLOCK_M, BLOCK_N, TARGET)
-            else:
-                acc += ds
+                NORM, AXES, RULE, FAR, CAUSAL, GROUP, WIDTH, WIDTH_V, ALIGN, CLIP, ALIKE, CHUNK, CHUNK_V, BLOCK_M, BLOCK_N, TARGET)
     i = row + tl.arange(0, BLOCK_M)
     j = start + tl.arange(0, BLOCK_N)
     at = chunk * bias_samples + bias_sample

@@ -8,7 +8,8 @@ from torch import Tensor
 from ._attention_bwd_relative import path_gradient
 from ._attention_bwd_tables import map_gradient
 from ._attention_heads_bwd_tiles import _heads_bias
-from ._attention_host import TABLES, Call, folded
+from ._attention_heads_sums import token_sums
+from ._attention_host import TABLES, Call, folded, of_samples, of_tokens, packed, summed
 from ._attention_position_sums import map_rows
 from ._attention_visits import seen_tiles, shared_strides
 from ._reduce import add_parts
@@ -42,7 +43,13 @@ def dense_gradient(shared: dict, like: Tensor, target: int, most: int = PROGRAMS
 
 def factor_gradients(shared: dict, call: Call, needs: dict[str, bool]) -> dict[str, Tensor]:
     """Of factors and of tables of offsets, with four partial maps at most."""
-    found = {name: dense_gradient(shared, getattr(call, name), at) for name, at in FACTORS.items() if needs[name]}
+    found = {}
+    for name, target in FACTORS.items():
+        x = getattr(call, name)
+        if needs[name] and summed(x, None):
+            found[name] = dense_gradient(shared, x, target)
+        elif needs[name]:
+            found[name] = of_tokens(call, token_sums(shared, target, summed(x, "queries")), x)
     for n, name in enumerate(TABLES):
         if needs[name]:
             table = getattr(call, name)
@@ -60,15 +67,22 @@ def position_gradients(shared: dict, call: Call, needs: dict[str, bool]) -> dict
     batch, queries, keys, heads = shared["sizes"][:4]
     if not wanted:
         return {}
+    whole, spots = call, (("q_xy", call.cu_q, call.max_q), ("k_xy", call.cu_k, call.max_k))
+    if call.cu_q is not None and call.slope is not None:
+        whole = call._replace(**{name: of_samples(getattr(call, name), cu, longest) for name, cu, longest in spots})
     some = max(1, MOST // max(1, 4 * heads * queries * keys))
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for first in range(0, batch, some):
         samples = slice(first, min(first + some, batch))
         ds = _maps(shared, first, samples.stop - first)
         for name in wanted:
-            found[name].append(_GRADIENTS[name](ds, call, samples))
-    return {
-        name: folded(sum(x) if name == "slope" else torch.cat(x), getattr(call, name)) for name, x in found.items()}
+            found[name].append(_GRADIENTS[name](ds, whole, samples))
+    sums = {name: sum(x) if name == "slope" else torch.cat(x) for name, x in found.items()}
+    if call.cu_q is not None:
+        for name in {*sums} - {"slope"}:
+            side = "k" if name == "k_xy" else "q"
+            sums[name] = packed(sums[name], getattr(call, f"cu_{side}"), getattr(call, side).shape[1])
+    return {name: folded(x, getattr(call, name)) for name, x in sums.items()}
 
 
 def _maps(shared: dict, first: int, count: int) -> Tensor:

@@ -87,7 +87,7 @@ MIXTURES = ("pre_weight", "pre_bias", "post_weight", "post_bias")
 MIXED_HEADS = 16
 TABLES = ("bias_table", "gain_table", "weight_table")
 BESIDE_MIXTURES = ("policy", "later_ratio", "position_v")    # what no kernel has together with them
-PADDED_MIXTURES = ("rel_y", "path_row", "slope")            # and of packed sequences
+PADDED_MIXTURES = ("path_row",)                             # and of packed sequences
 
 
 def mixes(call: Call) -> bool:
@@ -107,11 +107,6 @@ def reasons(call: Call, interpreted: bool) -> list[str]:
     for name, tokens in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if tokens >= MAX_TOKENS:
             why.append(f"a sample may hold fewer than 2^30 {name}, got {tokens}")
-    for name in ("gain", "weight", "early_gain", "early_weight"):
-        x = getattr(call, name)
-        both = (q.shape[1], k.shape[1]) if call.cu_q is None else (call.max_q, call.max_k)
-        if x is not None and tuple(x.shape[2:]) != both:
-            why.append(f"{name} must have all queries and keys, [.., {both[0]}, {both[1]}], got {list(x.shape)}")
     if mixes(call):
         if q.shape[2] > MIXED_HEADS:
             why.append(f"modulation.TalkingHeads has a Triton kernel of at most {MIXED_HEADS} heads, got {q.shape[2]}")
@@ -219,6 +214,7 @@ def row(kernel: str, shared: dict) -> dict:
     many += 4 * (terms[17] is not None or terms[20] is not None)  # slope, path
     many += 2 * (terms[29] is not None)  # their rows, and what is looked up
     many += any(terms[n] is not None for n in (25, 26, 27))  # the tile of their entries
+    many += terms[36] is not None  # the places of dropout
     width = max(sum(shared[x][1:]) for x in ("WIDTHS", "WIDTHS_V"))
     width *= 8 if many > 8 else 4 if many > 3 else 2 if many > 1 or terms[5] is not None else 1
     return config("attention", family(q.device), kernel, keys, width, q.element_size())
@@ -246,13 +242,36 @@ def programs(shared: dict, tiles: int) -> int:
     return shared["sizes"][0] * shared["sizes"][3] * tiles
 
 
-def whole_bias(call: Call) -> Tensor:
-    """What has the shape and dtype of the gradient of a bias with both axes. Packed sequences have it for every bias, for the sums
-    of their tokens are not those of a bias; it is summed over the axes that the bias lacks, in float32."""
-    bias, both = call.bias, (call.max_q, call.max_k)
-    if call.cu_q is None or bias.shape[2:] == both:
-        return bias
-    return bias.new_empty((), dtype=torch.float32).expand(bias.shape[:2] + both)
+def summed(term: Tensor | None, over: str | None) -> bool:
+    """Whether a term's gradient sums over the "keys" of every query, over the "queries" of every key, or over neither (None)."""
+    return term is not None and over == ("keys" if term.shape[3] == 1 else "queries" if term.shape[2] == 1 else None)
+
+
+def of_samples(x: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """Packed tokens [1, N, C] as samples [samples, longest, C], 0 past the end of each."""
+    total, first = x.shape[1], cu[:-1, None].clamp(min=0)
+    place = torch.arange(longest, device=cu.device)
+    inside = place < (cu[1:, None].clamp(max=total) - first).clamp(max=longest)            # [samples, longest]
+    return torch.where(inside[..., None], x[0][(first + place).clamp(max=total - 1)], 0.0)
+
+
+def packed(x: Tensor, cu: Tensor, tokens: int) -> Tensor:
+    """Samples [samples, longest, ...] as packed tokens [1, N, ...], 0 where a token is of no sample."""
+    token = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
+    sample = (torch.searchsorted(cu, token, right=True) - 1).clamp(0, len(x) - 1)
+    place = token - cu[sample]
+    inside = (place >= 0) & (place < x.shape[1]) & (token < cu[sample + 1])
+    found = x[sample, place.clamp(0, x.shape[1] - 1)]
+    return found.masked_fill(~inside.view(-1, *[1] * (x.dim() - 2)), 0.0)[None]
+
+
+def of_tokens(call: Call, sums: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a bias or factor from sums over the keys of every query, or over the queries of every key, [B, N, H]."""
+    by_keys = summed(like, "queries")
+    if call.cu_q is not None:                               # a term has places in a sample
+        sums = of_samples(sums, *((call.cu_k, call.max_k) if by_keys else (call.cu_q, call.max_q)))
+    sums = sums.transpose(1, 2)
+    return folded(sums[:, :, None] if by_keys else sums[..., None], like)
 
 
 def folded(sums: Tensor, like: Tensor) -> Tensor:

@@ -200,12 +200,12 @@ def _forward(
 
 @triton.jit(do_not_specialize=("parts", "count", "width"))
 def _join(
-    part_ptr, log_ptr, out_ptr, lse_ptr, parts, count, width,
+    part_ptr, log_ptr, less_ptr, out_ptr, lse_ptr, low_ptr, parts, count, width,
     SOFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One output of several parts of the keys, in their order.
     Grid: ROWS of the `count` rows of out, on axis 0.
-    Contiguous: parts [parts, count, width] and their lse [parts, count], out [count, width], lse [count]."""
+    Contiguous: parts [parts, count, width], their lse and its low [parts, count], out [count, width], lse and low [count]."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK)
     real = r < count
@@ -221,7 +221,8 @@ def _join(
         share = tl.full([ROWS], 1.0, tl.float32)
         if SOFT:
             log = tl.load(log_ptr + (n * count.to(tl.int64) + r), mask=real, other=0.0)
-            share = tl.exp2((log - top) * LOG2E)
+            less = tl.load(less_ptr + (n * count.to(tl.int64) + r), mask=real, other=0.0)
+            share = tl.exp2((log - top) * LOG2E + less)
             norm += share
         at = (n * count.to(tl.int64) + r)[:, None] * width + d[None, :]
         x = tl.load(part_ptr + at, mask=real[:, None] & (d < width)[None, :], other=0.0)
@@ -229,7 +230,10 @@ def _join(
     if SOFT:
         full = tl.where(norm == 0.0, 1.0, norm)
         acc = acc / full[:, None]
-        tl.store(lse_ptr + r, tl.where(norm == 0.0, float("-inf"), top + tl.log2(full) * LN2), mask=real)
+        lse = top + tl.log2(full) * LN2
+        tl.store(lse_ptr + r, tl.where(norm == 0.0, float("-inf"), lse), mask=real)
+        if low_ptr is not None:
+            tl.store(low_ptr + r, tl.where(tl.abs(lse) < float("inf"), (top - lse) * LOG2E + tl.log2(full), 0.0), mask=real)
     tl.store(out_ptr + (r[:, None] * width + d[None, :]), acc.to(out_ptr.dtype.element_ty),
              mask=real[:, None] & (d < width)[None, :])
 
@@ -254,7 +258,7 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     dtype = v.dtype if values is None else torch.float32
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=dtype, device=q.device)
     lse = (torch.empty if softmax else torch.zeros)((batch, queries, heads), dtype=torch.float32, device=q.device)
-    low = torch.empty_like(lse) if softmax and (counts or values is not None) and q.dtype == torch.float32 else None
+    low = torch.empty_like(lse) if softmax and (counts or values is not None) else None
     key_mean = torch.zeros((batch, k.shape[1] if counts else 0, heads), dtype=torch.float32, device=q.device)
     shared = surviving(call, arguments(call))
     if out.numel():
@@ -262,20 +266,22 @@ def fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
         blocks = tuned("forward", shared)
         count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
         tiles = -(-shared["sizes"][2] // blocks["BLOCK_N"])
-        split = shares(shared, count, tiles) if low is None else 1
+        split = shares(shared, count, tiles)
         shape = (split,) if split > 1 else ()
         some = torch.empty((*shape, *out.shape), dtype=torch.float32, device=q.device) if split > 1 else out
-        logs = torch.empty((*shape, *lse.shape), dtype=torch.float32, device=q.device) if split > 1 and softmax else top
+        logs, less = (
+            torch.empty((*shape, *lse.shape), dtype=torch.float32, device=q.device) if split > 1 and softmax else x
+            for x in (top, rest))
         _forward[(count, split)](
-            **shared, **blocks, **lists(shared, blocks), out_ptr=some, lse_ptr=logs, low_ptr=rest, parts=split,
+            **shared, **blocks, **lists(shared, blocks), out_ptr=some, lse_ptr=logs, low_ptr=less, parts=split,
             BATCH_FIRST=bias is not None and shared["term_strides"][0] == 0 and shared["AXES"][0] == (True, True),
         )
         if split > 1:
             block = power(out.shape[3])
             rows = max(1, 2048 // block)
             _join[(-(-lse.numel() // rows),)](
-                some, logs, out, lse, split, lse.numel(), out.shape[3], SOFT=softmax, ROWS=rows, BLOCK=block, num_warps=4,
-                enable_fp_fusion=True)
+                some, logs, less, out, lse, low, split, lse.numel(), out.shape[3], SOFT=softmax, ROWS=rows, BLOCK=block,
+                num_warps=4, enable_fp_fusion=True)
         if values is not None:
             of_rows = {"lse_ptr": top if softmax or call.policy is not None else None, "low_ptr": rest}
             out = add_values(out, position_sums(shared | of_rows, weigh=True), values, v.dtype)

@@ -25,12 +25,13 @@ from ._attention_host import (
     arguments,
     folded,
     mixes,
+    of_tokens,
     programs,
     row,
     row_strides,
     shares,
+    summed,
     tuned,
-    whole_bias,
 )
 from ._attention_policy import policy_rows
 from ._attention_position_sums import position_sums, values_gradient, with_given
@@ -77,68 +78,74 @@ def bwd(dout, dlse, dkey_mean, lse, key_mean, *args) -> tuple[Tensor | None, ...
     def new(condition, *shape):
         return torch.empty(shape, dtype=torch.float32, device=q.device) if condition else None
 
-    tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
+    def sums_of(name, over, *shape):
+        return new(needs[name] and summed(getattr(call, name), over), *shape, heads)
+
+    needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
     delta = new(call.normalizer == "softmax", batch, queries, heads)
-    low = new(softmax and q.dtype == torch.float32, batch, queries, heads)
+    low = new(softmax, batch, queries, heads)
     if call.policy is not None:
         shared["lse_ptr"], low = policy_rows(shared, call.policy_eps)
     blocks = tuned("backward_queries", shared)
     count = programs(shared, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
     parts = shares(shared, count, -(-shared["sizes"][2] // blocks["BLOCK_N"]))
     several = (parts,) if parts > 1 else ()
-    drow = new(wanted[3] and not wide, *(() if softmax else several), batch, queries, heads)
+    drow = sums_of("bias", "keys", *(() if softmax else several), batch, queries)
+    dgain, dshare = (sums_of(name, "keys", *several, batch, queries) for name in ("gain", "weight"))
     dweight = new(wanted[16] and dkey_mean is not None, *several, batch, queries, heads)
     dq_xy = new(wanted[14], *several, batch, queries, heads, 2)
-    needs = dict(zip(DIFFERENTIABLE, wanted, strict=True))
     dfactor, dsink, dslope, dratio = (
         new(needs[n], m * count // heads, heads)
         for n, m in (("factor", parts), ("sink", 1), ("slope", parts), ("later_ratio", parts)))
     some = new(dq is not None, *several, *q.shape) if several else dq
-    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, dq_xy, dratio)):
-        run, sums = lists(shared, blocks), None
+    if delta is not None or any(x is not None for x in (dq, drow, dfactor, dweight, dslope, dq_xy, dratio, dgain, dshare)):
+        run, of_rows = lists(shared, blocks), None
         if several and delta is not None:
-            sums = new(True, parts, 2, batch, queries, heads)
+            of_rows = new(True, parts, 2, batch, queries, heads)
             _backward_sums[(count, parts)](
-                **shared, **blocks, **run, parts=parts, low_ptr=None if softmax else low, sum_ptr=sums)
-            sums = add_parts(sums, torch.float32)
+                **shared, **blocks, **run, parts=parts, low_ptr=None if softmax else low, sum_ptr=of_rows)
+            of_rows = add_parts(of_rows, torch.float32)
         _backward_queries[(count, parts)](
-            **shared, **blocks, **run, parts=parts, sum_ptr=sums, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
+            **shared, **blocks, **run, parts=parts, sum_ptr=of_rows, dlse_ptr=dlse, dlse_strides=row_strides(dlse), delta_ptr=delta,
             low_ptr=low, dq_ptr=some, dq_strides=row_strides(dq), drow_ptr=drow, dfactor_ptr=dfactor, dsink_ptr=dsink,
-            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=dq_xy, dratio_ptr=dratio)
+            dweight_ptr=dweight, dslope_ptr=dslope, dxy_ptr=dq_xy, dratio_ptr=dratio, dgain_ptr=dgain, dshare_ptr=dshare)
     if several:
         drow = drow if softmax else _whole(drow)
-        dq, dweight, dq_xy = _whole(some, q.dtype), _whole(dweight), _whole(dq_xy)
+        dq, dweight, dq_xy, dgain, dshare = map(_whole, (some, dweight, dq_xy, dgain, dshare), (q.dtype, *[torch.float32] * 4))
+    sums = {"bias": drow, "gain": dgain, "weight": dshare}
     shared |= {"delta_ptr": delta, "low_ptr": low}
     blocks = tuned("backward_keys", shared)
     count = programs(shared, -(-shared["sizes"][2] // blocks["BLOCK_N"])) // shared["GROUP"]
     parts = shares(shared, count, -(-shared["sizes"][1] // blocks["BLOCK_M"]))
     several = (parts,) if parts > 1 else ()
-    dcolumn = new((wanted[3] and wide and not tall) or wanted[4], *several, batch, keys, heads)
+    dcolumn = new((wanted[3] and summed(bias, "queries")) or wanted[4], *several, batch, keys, heads)
+    dgain, dshare = (sums_of(name, "queries", *several, batch, keys) for name in ("gain", "weight"))
     dk_xy, dpolicy = new(wanted[15], *several, batch, keys, heads, 2), new(wanted[21], *several, batch, keys, heads)
     some = [new(x is not None, *several, *like.shape) if several else x for x, like in ((dk, k), (dv, v))]
-    if any(x is not None for x in (dk, dv, dcolumn, dk_xy, dpolicy)):
+    if any(x is not None for x in (dk, dv, dcolumn, dk_xy, dpolicy, dgain, dshare)):
         _backward_keys[(count, parts)](
             **shared, **blocks, **lists(shared, blocks, of_keys=True), parts=parts,
             dk_ptr=some[0], dk_strides=row_strides(dk), dv_ptr=some[1], dv_strides=row_strides(dv),
-            dcolumn_ptr=dcolumn, dxy_ptr=dk_xy, dpolicy_ptr=dpolicy)
+            dcolumn_ptr=dcolumn, dxy_ptr=dk_xy, dpolicy_ptr=dpolicy, dgain_ptr=dgain, dshare_ptr=dshare)
     if several:
-        dk, dv, dcolumn, dk_xy, dpolicy = map(_whole, (*some, dcolumn, dk_xy, dpolicy), (k.dtype, v.dtype, *[torch.float32] * 3))
+        dk, dv, dcolumn, dk_xy, dpolicy, dgain, dshare = map(
+            _whole, (*some, dcolumn, dk_xy, dpolicy, dgain, dshare), (k.dtype, v.dtype, *[torch.float32] * 5))
+    by_keys = {"bias": dcolumn, "gain": dgain, "weight": dshare}
+    sums |= {name: x for name, x in by_keys.items() if summed(getattr(call, name), "queries")}
 
-    dbias = None
-    of_keys = None if dcolumn is None else dcolumn.transpose(1, 2)[:, :, None]
-    if wanted[3]:
-        if tall and wide:
-            dbias = folded(_dense_gradient(shared, whole_bias(call), 0), bias)
-        elif wide:
-            dbias = folded(of_keys, bias)
-        else:
-            dbias = folded(drow.transpose(1, 2)[..., None], bias)
+    def gradient(name, target):
+        """Of a bias or factor, whose place in `terms` is `target`."""
+        x = getattr(call, name)
+        if not needs[name]:
+            return None
+        return _dense_gradient(shared, x, target) if summed(x, None) else of_tokens(call, sums[name], x)
+
     if wanted[16] and dweight is None:
         dweight = torch.zeros_like(call.query_weight)
     return (
-        dq, dk, dv, dbias, folded(of_keys, key_bias) if wanted[4] else None,
+        dq, dk, dv, gradient("bias", 0), folded(dcolumn.transpose(1, 2)[:, :, None], key_bias) if wanted[4] else None,
         add_parts(dfactor, factor.dtype) if wanted[5] else None, add_parts(dsink, sink.dtype) if wanted[6] else None,
-        *(_dense_gradient(shared, inputs[n], n - 1) if wanted[n] else None for n in (7, 8)),
+        gradient("gain", 6), gradient("weight", 7),
         *_relative_gradients(shared, inputs[9:11], wanted[9:11]), *_path_gradients(shared, inputs[11:13], wanted[11:13]),
         add_parts(dslope, call.slope.dtype) if wanted[13] else None,
         *(None if x is None else folded(x.sum(2), at) for x, at in ((dq_xy, call.q_xy), (dk_xy, call.k_xy))),

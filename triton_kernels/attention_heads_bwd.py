@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._attention_heads_bwd_tiles import _head_deltas, _heads_keys, _heads_queries, _heads_values
 from ._attention_heads_maps import dense_gradient, factor_gradients, position_gradients
-from ._attention_host import DIFFERENTIABLE, HARD, Call, folded, row_strides, whole_bias
+from ._attention_host import DIFFERENTIABLE, HARD, Call, folded, of_tokens, row_strides, summed
 from ._attention_visits import lists
 from ._reduce import add_parts
 from .attention_heads import columns, head_rows, heads_arguments, programs, without
@@ -47,9 +47,8 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     def new(condition, *shape, dtype=torch.float32):
         return make(shape, dtype=dtype, device=q.device) if condition else None
 
-    tall, wide = (bias is not None and (call.cu_q is not None or bias.shape[axis] > 1) for axis in (2, 3))
     gained = call.gain is not None or call.gain_table is not None  # then the mixed scores have a gradient of their own
-    rows = needs["bias"] and not wide or (needs["pre_bias"] and not gained)
+    rows = needs["bias"] and summed(bias, "keys") or (needs["pre_bias"] and not gained)
     of_rows, of_keys = (batch, queries, heads), (batch, keys, heads)
     delta, drow, doffset, dfactor = (
         new(x, *of_rows) for x in (softmax, rows, needs["pre_bias"] and gained, needs["factor"]))
@@ -79,23 +78,20 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
         return new(condition, *of_keys, like.shape[3], dtype=like.dtype if group == 1 else torch.float32)
 
     dk, dv = of_each_head(k, needs["k"]), of_each_head(v, needs["v"])
-    dcolumn = new((needs["bias"] and wide and not tall) or needs["key_bias"], *of_keys)
+    dcolumn = new((needs["bias"] and summed(bias, "queries")) or needs["key_bias"], *of_keys)
     walk(_heads_keys, KEYS, 2, column[1], block, dk_ptr=dk)
     walk(_heads_keys, KEYS, 2, 1, block, dcolumn_ptr=dcolumn)
     if dv is not None:
         _heads_values[(programs(shared, 2), columns_v[1])](**without(shared, "v_ptr", "v_strides", "delta_ptr"), dv_ptr=dv)
-    by_rows, by_keys = (None if x is None else x.transpose(1, 2) for x in (drow, dcolumn))  # [B, H, N]
     grads: dict[str, Tensor | None] = dict.fromkeys(DIFFERENTIABLE) | {"q": dq}
     for name, x, like in (("k", dk, k), ("v", dv, v)):
         if x is not None:
             grads[name] = x if x.shape == like.shape else x.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
     if needs["bias"]:
-        if tall and wide:
-            grads["bias"] = folded(dense_gradient(shared, whole_bias(call), 0), bias)
-        else:
-            grads["bias"] = folded(by_keys[:, :, None] if wide else by_rows[..., None], bias)
+        of_bias = dcolumn if summed(bias, "queries") else drow
+        grads["bias"] = dense_gradient(shared, bias, 0) if summed(bias, None) else of_tokens(call, of_bias, bias)
     if needs["key_bias"]:
-        grads["key_bias"] = folded(by_keys[:, :, None], key_bias)
+        grads["key_bias"] = folded(dcolumn.transpose(1, 2)[:, :, None], key_bias)
     for name, x in (("factor", dfactor), ("sink", dsink), ("pre_bias", doffset if gained else drow), ("post_bias", dgiven)):
         if needs[name]:
             grads[name] = x.sum((0, 1)).to(getattr(call, name).dtype)

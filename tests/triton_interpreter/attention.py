@@ -24,7 +24,7 @@ from vitkern.triton_kernels._attention_host import DIFFERENTIABLE, Call, widths
 ENTRY = testing.entries()["attention"]
 OFFSET = len(definition.TENSORS) + definition.OPTIONS.index("offset")
 SMALL = [
-    c for c in registry.small() if c.seed in (*range(1, 44), *range(50, 72), *range(74, 80))
+    c for c in registry.small() if c.seed in (*range(1, 44), *range(50, 72), *range(74, 84), *range(90, 95))
 ]  # the others have what reasons() names
 
 
@@ -400,6 +400,3 @@ def test_reasons():
     assert kernels.supported(*arguments()) == []
     why = " ".join(kernels.supported(*arguments(d=300, dtype=torch.float64, normalizer="argmax_k", dropout_p=1.5)))
     assert "300" in why and "float64" in why and "dropout_p" in why
-    call = Call(*arguments())._replace(gain=torch.zeros(1, 2, 5, 1), weight=torch.zeros(1, 1, 1, 7))
-    gain, weight = kernels.supported(*call)
-    assert "gain" in gain and "[1, 2, 5, 1]" in gain and "weight" in weight

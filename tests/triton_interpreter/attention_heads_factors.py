@@ -97,10 +97,8 @@ def test_packed_factors_and_tables():
     }
     c = tables(call(1, 20, 20, 2, FACTORS, dtype=HALF), 4, 5)._replace(**bounds)
     check_op([*c])
-    why = " ".join(
-        kernels.supported(*c._replace(slope=torch.rand(2), policy=torch.rand(1, 20), early_gain=scores((1, 1, 20, 1))))
-    )
-    assert "slope" in why and "policy" in why and "early_gain must have all queries" in why
+    why = " ".join(kernels.supported(*c._replace(path_row=torch.rand(1, 20, 2), policy=torch.rand(1, 20))))
+    assert "path_row" in why and "policy" in why
 
 
 @pytest.mark.parametrize(
@@ -154,3 +152,22 @@ def test_hard_choices(normalizer):
     }
     c = call(1, 20, 20, 2, normalizer=normalizer)._replace(**bounds, topk=4 * (normalizer == "argmax_k"))
     check_op([*c._replace(query_weight=torch.rand(1, 20, 2))])
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "argmax_q"])
+def test_packed_positions(normalizer):
+    """Rows of every query, decomposed or of a bias, and distances; sequences without a query, without a key, and the longest."""
+    bounds = {
+        "cu_q": torch.tensor([0, 5, 5, 7, 30]).int(),
+        "cu_k": torch.tensor([0, 3, 18, 18, 30]).int(),
+        "max_q": 23,
+        "max_k": 20,
+    }
+    c = call(1, 30, 30, 3, ("weight",), kv_heads=1, normalizer=normalizer)._replace(**bounds)
+    spots = {name: torch.randn(1, 30, 2) for name in ("q_xy", "k_xy")}
+    c = c._replace(weight=scores((1, 3, 23, 20)))
+    for rel_x in (torch.randn(1, 30, 1, 5), torch.zeros(1, 30, 3, 5)):
+        check_op([*c._replace(rel_y=torch.randn(1, 30, 3, 4), rel_x=rel_x)])
+    check_op([*c._replace(slope=torch.rand(3), **spots, causal=True)])
+    rows = {"rel_y": torch.randn(1, 30, 3, 20), "rel_x": torch.zeros(1, 30, 3, 1)}
+    check_op([*c._replace(slope=torch.rand(3), **spots, **rows)])

@@ -135,3 +135,14 @@ def test_calls_of_the_registry_in_several_tiles(n, tuned):
     (found,) = (c for c in registry.small() if c.seed == n)
     with tokens_on_gpu("triton"):
         testing.assert_matches(testing.entries()["attention"], found, HALF, "triton")
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16, 99)], ids=str)
+@pytest.mark.parametrize("scale", [1000.0, 100.0])
+def test_scores_in_the_thousands(scale, tiles, dtype, tuned):
+    """What is left of dP - delta where one key has it all must be 0 in every kernel, and where a few share, lse is too coarse for
+    what is summed in float32."""
+    tuned(*tiles)
+    c = call((4, 36), 1, 4, dtype=dtype, scale=scale, names=TABLES[:1], ratio=False)
+    checked(c, bias=scores((1, 2, c.q.shape[1], 145)), query_weight=torch.rand(2, c.q.shape[1], 2))

@@ -99,6 +99,7 @@ def make(
     typed: str = "",
     grid: tuple[int, int] = (1, 1),
     modulation: str = "",
+    factor: tuple[int, int] = (1, 1),
     weighed: bool = False,
     cosine: bool = False,
     scale: Any = None,
@@ -113,9 +114,9 @@ def make(
     """`bias`: which axes it has; `typed`: a bias of positions on `grid`, whose tokens are the keys (and, but for decomposed and
     euclidean, the queries); `masks`: none, dense, empty (a row sees nothing), causal, segments, table, levels, logits,
     block (of some pairs), both, stripes (segments in order), tiles (most of 16 by 16 scores of a head are hidden);
-    `modulation`: keys of FACTORS, joined by "+"; `weighed`: key_mean has query weights; `scale`: "heads" is a tensor; `extra`:
-    further keys; `beside`: NAMES of attention_options, joined by "+"; `repeated`: bias and factors are expanded to all scores;
-    `layout` as of window_attention."""
+    `modulation`: keys of FACTORS, joined by "+"; `factor`: which of the axes of queries and keys that of "gain" and "weight" has;
+    `weighed`: key_mean has query weights; `scale`: "heads" is a tensor; `extra`: further keys; `beside`: NAMES of
+    attention_options, joined by "+"; `repeated`: bias and factors are expanded to all scores; `layout` as of window_attention."""
     g = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -168,7 +169,9 @@ def make(
         tensors["row"], tensors["col"] = -normal(batch, *grid, heads).abs() / 4, normal(batch, *grid, heads) / 4
     factors = modulation.split("+") if modulation else []
     if {"gain", "weight"} & {*factors}:
-        tensors["factors"] = normal(1, heads, queries, keys)
+        tensors["factors"] = normal(
+            1, heads, *(n if has else 1 for n, has in zip((queries, keys), factor, strict=True))
+        )
     if {"mixture", "behind"} & {*factors}:
         tensors["sigma"], tensors["alpha"] = normal(2, heads).abs() + 1, normal(2, heads)
     if "heads" in factors:
