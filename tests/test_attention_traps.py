@@ -356,3 +356,29 @@ def test_tokens_in_another_order_with_their_places_give_the_same():
         found.append([t[:, back] for t in (out, *torch.autograd.grad(out.square().sum(), leaves))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("keys", [5, 20, 32])
+def test_a_bias_of_minus_infinity_hides_a_product_that_overflows(keys):
+    g = torch.Generator().manual_seed(keys)
+    q, k, v = (torch.randn(1, n, 1, 8, generator=g) for n in (3, keys, keys))
+    q[0, 0], k[0, keys - 1] = 1e20, 1e20
+    added = torch.zeros(1, 1, 3, keys)
+    added[..., keys - 1] = -math.inf
+    of_rows, of_columns = torch.zeros(1, 3, 1, 1), added.transpose(1, 2)
+    seen = torch.arange(keys) < keys - 1
+    want = vitkern.attention(q, k, v, mask=seen, backend="reference")
+    for given in (added, bias.DecomposedRelativePosition(of_rows, of_columns, None, (1, keys))):
+        torch.testing.assert_close(vitkern.attention(q, k, v, bias=given, backend="cpu"), want)
+
+
+def test_what_is_not_finite_shows_beside_a_bias():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 20, 2, 8, generator=g) for _ in range(3))
+    rows, columns = torch.randn(1, 20, 1, 4, generator=g), torch.randn(1, 20, 1, 5, generator=g)
+    for given in (torch.randn(2, 20, 20, generator=g), bias.DecomposedRelativePosition(rows, columns, None, (4, 5))):
+        for place in range(3):
+            tensors = [t.clone() for t in (q, k, v)]
+            tensors[place][0, 3, 1, 2] = math.nan
+            want, got = (vitkern.attention(*tensors, bias=given, backend=b).isnan() for b in ("reference", "cpu"))
+            assert want.any() and torch.equal(got, want)

@@ -202,6 +202,11 @@ def offsets() -> list[Call]:
         make(54, 1, 6, 6, typed="axes", grid=(3, 2), normalizer="argmax_q"),
         *(make(80 + i, 1, h * w, h * w, d=8, typed="axes", grid=(h, w))  # sides about a vector, and two
           for i, (h, w) in enumerate(((5, 3), (17, 2), (2, 17), (2, 33)))),
+        make(95, 2, 5, 7, typed="euclidean", bias=(0, 1, 1, 1)),
+        make(96, 1, 6, 6, typed="path", grid=(2, 3), bias=(0, 1, 1, 1)),
+        make(97, 2, 6, 6, typed="context", bias=(1, 1, 1, 1)),
+        make(98, 2, 5, 7, key_bias=True, bias=(0, 1, 1, 1), topk=4),
+        make(99, 1, 6, 6, typed="table", grid=(2, 3), bias=(0, 1, 1, 1)),
         *mixed(),
         make(44, 2, 6, 9, heads=4, kv_heads=2, d=4, typed="context", modulation="weight+heads", masks="dense", dropout_p=0.2,
              dropout_seed=7),
