@@ -382,3 +382,19 @@ def test_what_is_not_finite_shows_beside_a_bias():
             tensors[place][0, 3, 1, 2] = math.nan
             want, got = (vitkern.attention(*tensors, bias=given, backend=b).isnan() for b in ("reference", "cpu"))
             assert want.any() and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("grid", [(5, 3), (4, 16), (17, 2)], ids=str)
+def test_tables_of_positions_in_the_dtype_of_the_queries(grid):
+    """Where bfloat16 is multiplied in pairs, such tables are too."""
+    g = torch.Generator().manual_seed(0)
+    shapes = dict.fromkeys("qkv", (2, math.prod(grid), 2, 16)) | {
+        "h": (2 * grid[0] - 1, 16),
+        "w": (2 * grid[1] - 1, 16),
+    }
+    tensors = {n: torch.randn(shape, generator=g).bfloat16().requires_grad_() for n, shape in shapes.items()}
+
+    def build(t):
+        return (t["q"], t["k"], t["v"]), {"bias": bias.DecomposedRelativePosition(t["h"], t["w"], grid, grid)}
+
+    check(f"tables {grid}", tensors, build, torch.bfloat16)
