@@ -115,8 +115,8 @@ def small() -> list[Call]:
         make(22, 3, 2, (4, 4), (4, 4), around=(0, 1, 1, 0), empty="none", shift=-60, layout="expanded"),
         make(24, 2, 0, (4, 4), (8, 8), around=(3, 1, 0, 2)),  # no maps
         make(23, 2, 3, (4, 6), (8, 12), around=(1, 0, 70, 50), damage="nan", inclusive=False),
-        make(25, 2, 3, (5, 100), (4, 37), shift=-40),  # cells whose neighbours lie in several vectors
-        make(26, 1, 2, (40, 64), (16, 24), shift=-30, inclusive=False),
+        make(25, 2, 3, (5, 100), (4, 37)),  # cells whose neighbours lie in several vectors
+        make(26, 1, 2, (40, 64), (16, 24), inclusive=False),
         make(27, 2, 2, (9, 200), (9, 40), damage="inf"),
     ]
 
