@@ -40,6 +40,8 @@ def backward(dout: Tensor, dlse: Tensor | None, dkey_mean: Tensor | None, lse: T
     if "maxnreg" in shared:
         columns_v = 16, -(-width // 16)
         shared["CHUNK"] = 16
+    if call.early_gain is not None and q.dtype == torch.float32:  # each product of it is held beside its factor
+        column = 8, -(-depth // 8)
     shared |= {"WIDTH_V": width, "CHUNK_V": columns_v[0]}
 
     make = torch.empty if call.cu_q is None else torch.zeros  # tokens of no sequence add nothing to sums over all
